@@ -1,0 +1,85 @@
+"""Argument checks shared by the public functions: every message names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    *,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    device: torch.device | None = None,
+    allow_empty: bool = False,
+) -> torch.Tensor:
+    """Return `value` if it is a tensor of that shape, dtype and device.
+
+    `shape` holds an int where the size is known and a symbol (``"B"``) where any size will do.
+
+    Raises:
+        TypeError: not a tensor, or a dtype outside `dtypes`.
+        ValueError: wrong rank, size or device, or a dimension of size zero unless `allow_empty`.
+    """
+    wanted = "[" + ", ".join(str(size) for size in shape) + "]"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor {wanted}, got {type(value).__name__}")
+    came = list(value.shape)
+    if value.dim() != len(shape):
+        raise ValueError(f"{name}: expected {len(shape)} dimensions {wanted}, got {value.dim()} with shape {came}")
+    for size, expected in zip(value.shape, shape, strict=True):
+        if isinstance(expected, str):
+            if size == 0 and not allow_empty:
+                raise ValueError(f"{name}: expected shape {wanted} without zero sizes, got {came}")
+        elif size != expected:
+            raise ValueError(f"{name}: expected shape {wanted}, got {came}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like the other arguments, got one on {value.device}")
+    return value
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """Return `value` if it is one of `choices`, else raise a ValueError that lists them."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return str(value)
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """Return `value` as a float if it is a finite number in the interval given.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: NaN, infinite, or outside the interval.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    interval = (
+        f"{'(' if low_open or low is None else '['}{'-inf' if low is None else low}, "
+        f"{'inf' if high is None else high}{')' if high_open or high is None else ']'}"
+    )
+    inside = (
+        value == value
+        and abs(value) != float("inf")
+        and (low is None or (value > low if low_open else value >= low))
+        and (high is None or (value < high if high_open else value <= high))
+    )
+    if not inside:
+        raise ValueError(f"{name}: expected a number in {interval}, got {value}")
+    return float(value)

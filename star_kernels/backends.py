@@ -1,0 +1,95 @@
+"""Which backends exist on this machine, and which one an operator call uses.
+
+Three backends compute the same mathematics: ``triton`` (GPU kernels), ``cpu`` (the compiled C++
+extension) and ``reference`` (plain PyTorch, any device). ``auto`` prefers triton for CUDA tensors and
+the C++ extension for CPU tensors, and falls back to the reference where the preferred one is missing,
+saying so once. The environment variable ``STAR_KERNELS_BACKEND`` overrides ``auto``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+
+import torch
+
+NAMES = ("triton", "cpu", "reference")
+_logger = logging.getLogger("star_kernels")
+
+
+@functools.cache
+def load_cpu_extension() -> str | None:
+    """Load the compiled extension; ``None`` if that worked, otherwise the reason it did not."""
+    try:
+        importlib.import_module("star_kernels._C")
+    except ImportError as error:
+        return f"the C++ extension star_kernels._C is not built or does not load ({error})"
+    return None
+
+
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+        return None
+    return "no GPU that PyTorch can use (set TRITON_INTERPRET=1 to interpret the kernels on the CPU)"
+
+
+def available_backends() -> dict[str, str | None]:
+    """Backends by name: ``None`` where one can be used here, otherwise the reason it cannot.
+
+    Whether an operator has a kernel for a backend is a second question, answered by its docstring
+    and by the error that asking for a missing one raises.
+    """
+    return {"triton": _missing_triton(), "cpu": load_cpu_extension(), "reference": None}
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning(message)
+
+
+def resolve_backend(operator: str, backend: str, device: torch.device, kernels: tuple[str, ...]) -> str:
+    """Name of the backend that `operator` runs on for tensors on `device`.
+
+    Args:
+        operator: public name, for messages.
+        backend: ``auto``, ``triton``, ``cpu`` or ``reference``.
+        device: where the tensors are.
+        kernels: the backends other than ``reference`` that this operator has a kernel for.
+
+    Raises:
+        ValueError: `backend` is not a known name.
+        RuntimeError: `backend` was asked for by name and cannot run here; the message says why.
+    """
+    source = "backend"
+    if backend == "auto" and (override := os.environ.get("STAR_KERNELS_BACKEND")):
+        backend, source = override, "STAR_KERNELS_BACKEND"
+    if backend not in (*NAMES, "auto"):
+        raise ValueError(f"{source}: expected one of auto, {', '.join(NAMES)}, got {backend!r}")
+    if backend == "reference":
+        return backend
+    if backend == "auto":
+        preferred = "cpu" if device.type == "cpu" else "triton"
+        reason = _reason_against(operator, preferred, device, kernels)
+        if reason is None:
+            return preferred
+        _say_once(f"{operator} runs on its reference implementation: {reason}")
+        return "reference"
+    reason = _reason_against(operator, backend, device, kernels)
+    if reason is not None:
+        raise RuntimeError(f"{source}={backend!r} cannot run {operator}: {reason}")
+    return backend
+
+
+def _reason_against(operator: str, backend: str, device: torch.device, kernels: tuple[str, ...]) -> str | None:
+    if backend not in kernels:
+        return f"{operator} has no {backend} kernel"
+    if backend == "cpu":
+        return f"its tensors are on {device}" if device.type != "cpu" else load_cpu_extension()
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its tensors are on the CPU, where Triton kernels run only under TRITON_INTERPRET=1"
+    return _missing_triton()
