@@ -1,0 +1,56 @@
+"""Build of the C++ extension and the list of packages; everything else stands in pyproject.toml.
+
+Needs torch in the environment that builds (``pip install --no-build-isolation``), so that the extension is compiled
+against the PyTorch it will run with. ``STAR_KERNELS_BUILD_CPU=0`` leaves the extension out; torch is then not needed.
+"""
+
+import os
+import shlex
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+os.chdir(ROOT)
+
+
+def cpu_extension():
+    """The extension `star_kernels._C` and the build command that knows PyTorch's flags."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        sys.exit(
+            f"star_kernels: building the C++ extension needs torch in this environment, and importing it failed ({error}). "
+            "Install torch first and build with `pip install --no-build-isolation .`, "
+            "or leave the extension out with STAR_KERNELS_BUILD_CPU=0."
+        )
+    flags = ["-O3", "-Wall", "-Wextra"]
+    # The OpenMP runtime comes with libtorch. Linking our own would bring a second thread pool into the process
+    # that torch.set_num_threads does not reach, so the symbols are left to be found in libtorch's.
+    if "OpenMP" in torch.__config__.parallel_info() and sys.platform == "linux":
+        flags.append("-fopenmp")
+    flags += shlex.split(os.environ.get("STAR_KERNELS_CXXFLAGS", ""))
+    extension = CppExtension(
+        "star_kernels._C",
+        sorted(glob("csrc/*.cpp")),
+        depends=sorted(glob("csrc/*.h")),
+        define_macros=[("STAR_KERNELS_FLAGS", '"' + " ".join(flags) + '"')],
+        extra_compile_args=flags,
+    )
+    return [extension], {"build_ext": BuildExtension}
+
+
+build_cpu = os.environ.get("STAR_KERNELS_BUILD_CPU", "1") != "0"
+ext_modules, cmdclass = cpu_extension() if build_cpu else ([], {})
+
+setup(
+    packages=find_packages(include=["star_kernels", "star_kernels.*"])
+    + find_packages("python", include=["star_trainer", "star_trainer.*"]),
+    package_dir={"star_trainer": "python/star_trainer"},
+    package_data={"star_trainer": ["presets/*.yaml", *(f"tiny_sd3/**/*.{end}" for end in ("safetensors", "json", "txt"))]},
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+)
