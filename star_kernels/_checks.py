@@ -9,6 +9,11 @@ import torch
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def _format(shape: Sequence[int | str]) -> str:
+    # Called only for an error: torch.compile cannot turn a symbolic size into a string.
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
 def check_tensor(
     name: str,
     value: object,
@@ -26,18 +31,20 @@ def check_tensor(
         TypeError: not a tensor, or a dtype outside `dtypes`.
         ValueError: wrong rank, size or device, or a dimension of size zero unless `allow_empty`.
     """
-    wanted = "[" + ", ".join(str(size) for size in shape) + "]"
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor {wanted}, got {type(value).__name__}")
-    came = list(value.shape)
+        raise TypeError(f"{name}: expected a tensor {_format(shape)}, got {type(value).__name__}")
     if value.dim() != len(shape):
-        raise ValueError(f"{name}: expected {len(shape)} dimensions {wanted}, got {value.dim()} with shape {came}")
+        came = _format(value.shape)
+        raise ValueError(
+            f"{name}: expected {len(shape)} dimensions {_format(shape)}, got {value.dim()} with shape {came}"
+        )
     for size, expected in zip(value.shape, shape, strict=True):
         if isinstance(expected, str):
             if size == 0 and not allow_empty:
-                raise ValueError(f"{name}: expected shape {wanted} without zero sizes, got {came}")
+                came = _format(value.shape)
+                raise ValueError(f"{name}: expected shape {_format(shape)} without zero sizes, got {came}")
         elif size != expected:
-            raise ValueError(f"{name}: expected shape {wanted}, got {came}")
+            raise ValueError(f"{name}: expected shape {_format(shape)}, got {_format(value.shape)}")
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
