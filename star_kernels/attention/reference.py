@@ -1,0 +1,155 @@
+"""Joint attention with attention mass in plain PyTorch: definition and unfused path (docs/method.md, section 3).
+
+Everything is computed in float32 (float64 for float64 input) whatever the input's dtype. The batch is walked one sample
+at a time, so that a sample meets the same BLAS calls whatever else is in its batch: that makes the results
+batch-invariant bit for bit on any BLAS, and bounds the N x N matrices to those of one sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def num_text_keys(num_queries: int, num_keys: int, num_image_tokens: int) -> int:
+    """How many of the keys are text.
+
+    Fewer image tokens than queries: the sequence is joint, and the rest of it is text. As many image tokens as queries:
+    no query is text, so this is cross-attention and every key is text (or nothing is captured, and it does not matter).
+    """
+    return num_keys if num_image_tokens == num_queries else num_keys - num_image_tokens
+
+
+def token_slices(
+    num_queries: int, num_keys: int, num_image_tokens: int, text_first: bool
+) -> tuple[slice, slice, slice, slice]:
+    """Where a sequence keeps its (image queries, text queries, image keys, text keys)."""
+    text_queries = num_queries - num_image_tokens
+    text_keys = num_text_keys(num_queries, num_keys, num_image_tokens)
+    if text_first:
+        return (
+            slice(text_queries, num_queries),
+            slice(0, text_queries),
+            slice(text_keys, num_keys),
+            slice(0, text_keys),
+        )
+    image_keys = num_keys - text_keys
+    return (
+        slice(0, num_image_tokens),
+        slice(num_image_tokens, num_queries),
+        slice(0, image_keys),
+        slice(image_keys, num_keys),
+    )
+
+
+def statistics_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if every tensor is float64, else float32."""
+    return torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _probabilities(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax over all keys [heads, N_query, N_key] and its log-sum-exp [heads, N_query], of one sample."""
+    dtype = statistics_dtype(query)
+    logits = (query.to(dtype) * scale) @ key.to(dtype).transpose(-1, -2)
+    largest = logits.amax(-1, keepdim=True)
+    # In place: at this size a second N x N matrix costs more than the arithmetic.
+    exponentials = logits.sub_(largest).exp_()
+    normaliser = exponentials.sum(-1, keepdim=True)
+    return exponentials.div_(normaliser), (largest + normaliser.log()).squeeze(-1)
+
+
+def joint_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    unit_weights: Tensor | None = None,
+    *,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    rows: tuple[int, int],
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Attention, the mass M of this layer, and the log-sum-exp of the logits.
+
+    Args:
+        query: [B, heads, N_query, D].
+        key, value: [B, heads, N_key, D].
+        unit_weights: U, [rows, N_text, K], or None for no mass.
+        num_image_tokens, text_first: see `token_slices`.
+        scale: factor of the logits.
+        rows: half-open range of batch rows whose mass is captured.
+
+    Returns:
+        out [B, heads, N_query, D] in the dtype of `query`;
+        mass [rows, num_image_tokens, K] or None, float32 (float64 if `query` and `unit_weights` both are);
+        log_sum_exp [B, heads, N_query], float32 (float64 for float64 `query`).
+    """
+    image_queries, _, _, text_keys = token_slices(query.shape[2], key.shape[2], num_image_tokens, text_first)
+    dtype = statistics_dtype(query)
+    first, end = rows
+    out = torch.empty_like(query)
+    log_sum_exp = query.new_empty(query.shape[:3], dtype=dtype)
+    mass = None
+    if unit_weights is not None:
+        shape = (end - first, num_image_tokens, unit_weights.shape[2])
+        mass = query.new_empty(shape, dtype=statistics_dtype(query, unit_weights))
+    for b in range(query.shape[0]):
+        probabilities, log_sum_exp[b] = _probabilities(query[b], key[b], scale)
+        out[b] = probabilities @ value[b].to(dtype)
+        if mass is not None and unit_weights is not None and first <= b < end:
+            image_to_text = probabilities[:, image_queries, text_keys].mean(0)  # [image, text]
+            mass[b - first] = image_to_text @ unit_weights[b - first].to(dtype)
+    return out, mass, log_sum_exp
+
+
+def text_to_image_mass(
+    query: Tensor,
+    key: Tensor,
+    unit_weights: Tensor,
+    *,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+) -> Tensor:
+    """The other direction, T: how much the text tokens of a unit attend to each image token.
+
+    Arguments as in `joint_attention`, with one row of `unit_weights` per row of `query`. Only the text rows of the
+    softmax are computed; they need the whole row's normaliser, which is why a fused pass over the keys cannot give T
+    while it gives M.
+
+    Returns:
+        mass [B, num_image_tokens, K], float32 (float64 if `query` and `unit_weights` both are).
+    """
+    _, text_queries, image_keys, _ = token_slices(query.shape[2], key.shape[2], num_image_tokens, text_first)
+    dtype = statistics_dtype(query)
+    shape = (query.shape[0], num_image_tokens, unit_weights.shape[2])
+    mass = query.new_empty(shape, dtype=statistics_dtype(query, unit_weights))
+    for b in range(query.shape[0]):
+        probabilities, _ = _probabilities(query[b, :, text_queries], key[b], scale)
+        text_to_image = probabilities[:, :, image_keys].mean(0)  # [text, image]
+        mass[b] = text_to_image.transpose(0, 1) @ unit_weights[b].to(dtype)
+    return mass
+
+
+def attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for query, key and value from out and log-sum-exp, for where PyTorch has no flash backward."""
+    dtype = statistics_dtype(query)
+    grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+    for b in range(query.shape[0]):
+        q, k, v, o, grad = (tensor[b].to(dtype) for tensor in (query, key, value, out, grad_out))
+        logits = (q * scale) @ k.transpose(-1, -2)
+        probabilities = logits.sub_(log_sum_exp[b].unsqueeze(-1)).exp_()
+        grad_value[b] = probabilities.transpose(-1, -2) @ grad
+        grad_logits = grad @ v.transpose(-1, -2)
+        grad_logits.sub_((grad * o).sum(-1, keepdim=True)).mul_(probabilities)
+        grad_query[b] = (grad_logits @ k) * scale
+        grad_key[b] = (grad_logits.transpose(-1, -2) @ q) * scale
+    return grad_query, grad_key, grad_value
