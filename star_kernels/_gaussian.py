@@ -1,0 +1,128 @@
+"""The Gaussian transition with a linear mean that `transition` and `policy_loss` share (docs/method.md, section 2).
+
+It stands outside both folders because operators do not import each other, and because a ratio is exactly 1
+on policy only if the rollout and the loss compute a log-prob with the same operations in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ._checks import check_number, check_tensor
+
+HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class TransitionCoefficients:
+    """The scalars of x' = a·x + b·v + s·ε, one row per sample, or a single row that serves every sample.
+
+    Attributes:
+        sample_scale: a, [B] or [1].
+        velocity_scale: b, [B] or [1].
+        std: s, [B] or [1].
+        noise_rate: q with s = q·√(σ − σ'), [B] or [1], for the kinds that have one, else None.
+        kind: where the coefficients come from, for messages.
+        stochastic: whether s > 0, kept beside the tensors so that no operator has to read s back from a GPU.
+    """
+
+    sample_scale: Tensor
+    velocity_scale: Tensor
+    std: Tensor
+    noise_rate: Tensor | None = None
+    kind: str = "custom"
+    stochastic: bool = True
+
+    def to(self, device: torch.device | str) -> TransitionCoefficients:
+        """The same coefficients on another device."""
+        return replace(
+            self,
+            sample_scale=self.sample_scale.to(device),
+            velocity_scale=self.velocity_scale.to(device),
+            std=self.std.to(device),
+            noise_rate=None if self.noise_rate is None else self.noise_rate.to(device),
+        )
+
+
+def check_coefficients(coefficients: object, batch: int, device: torch.device) -> TransitionCoefficients:
+    """`coefficients` with [batch] tensors on `device`, after checking their type, shapes and devices.
+
+    Coefficients on the CPU are copied to `device`: schedules live on the CPU, and a handful of numbers crosses
+    without a wait. Any other device is an error.
+    """
+    if not isinstance(coefficients, TransitionCoefficients):
+        raise TypeError(
+            f"coefficients: expected TransitionCoefficients (see transition_coefficients), "
+            f"got {type(coefficients).__name__}"
+        )
+
+    def row(name: str, value: Tensor) -> Tensor:
+        name = f"coefficients.{name}"
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+            value = value.to(device)
+        if isinstance(value, torch.Tensor) and value.shape == (1,):
+            return check_tensor(name, value, (1,), device=device).expand(batch)
+        return check_tensor(name, value, (batch,), device=device)
+
+    noise_rate = coefficients.noise_rate
+    return TransitionCoefficients(
+        sample_scale=row("sample_scale", coefficients.sample_scale),
+        velocity_scale=row("velocity_scale", coefficients.velocity_scale),
+        std=row("std", coefficients.std),
+        noise_rate=None if noise_rate is None else row("noise_rate", noise_rate),
+        kind=coefficients.kind,
+        stochastic=coefficients.stochastic,
+    )
+
+
+def check_guidance(velocity: Tensor, unconditional_velocity: object, guidance_scale: object) -> float:
+    """The guidance scale, after checking it and the unconditional velocity against each other."""
+    scale = check_number("guidance_scale", guidance_scale, low=0.0)
+    if unconditional_velocity is not None:
+        check_tensor("unconditional_velocity", unconditional_velocity, velocity.shape, device=velocity.device)
+    elif scale != 1.0:
+        raise ValueError(
+            f"unconditional_velocity: expected a tensor {list(velocity.shape)} "
+            f"because guidance_scale is {scale}, got None"
+        )
+    return scale
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 when every floating tensor is float64, so that gradients can be checked; float32 otherwise."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None and tensor.is_floating_point()}
+    return torch.float64 if dtypes == {torch.float64} else torch.float32
+
+
+def per_sample(scalars: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B] scalars shaped [B, 1, 1, 1] for arithmetic with latents."""
+    return scalars.to(dtype)[:, None, None, None]
+
+
+def guided_velocity(velocity: Tensor, unconditional_velocity: Tensor | None, guidance_scale: float) -> Tensor:
+    """v = v_u + g·(v_c − v_u), or v_c where there is no v_u."""
+    if unconditional_velocity is None:
+        return velocity
+    return unconditional_velocity + guidance_scale * (velocity - unconditional_velocity)
+
+
+def transition_mean(velocity: Tensor, sample: Tensor, sample_scale: Tensor, velocity_scale: Tensor) -> Tensor:
+    """μ = a·x + b·v, with a and b as [B] and everything else [B, C, H, W] in one dtype."""
+    return per_sample(sample_scale, sample.dtype) * sample + per_sample(velocity_scale, sample.dtype) * velocity
+
+
+def channel_sum(values: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H, W]. Contiguous first, so that the memory format does not change the order of the sum."""
+    return values.contiguous().sum(1)
+
+
+def log_prob(deviation: Tensor, std: Tensor) -> Tensor:
+    """logp_i [B, H, W] of the deviation x' − μ [B, C, H, W] under the standard deviation s [B], the channel mean."""
+    std = std.to(deviation.dtype)
+    scale = -1.0 / (2.0 * deviation.shape[1] * std * std)
+    offset = -torch.log(std) - HALF_LOG_TWO_PI
+    return channel_sum(deviation * deviation) * scale[:, None, None] + offset[:, None, None]

@@ -1,0 +1,298 @@
+"""The spatially resolved clipped objective and its gradient (docs/method.md, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._checks import FLOATS, check_choice, check_number, check_tensor
+from .._gaussian import TransitionCoefficients, check_coefficients, check_guidance
+from . import reference
+
+__all__ = ["PolicyLoss", "policy_loss"]
+
+GRANULARITIES = ("position", "image")
+KL_SCALES = ("variance", "std_dev")
+
+
+class PolicyLoss(NamedTuple):
+    """The loss, a differentiable scalar, and the metrics by name, scalars on the device of the loss."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def policy_loss(
+    velocity: Tensor,
+    sample: Tensor,
+    next_sample: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    coefficients: TransitionCoefficients,
+    *,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    clip_range: float | Sequence[float] = 1e-4,
+    granularity: str = "position",
+    reference_velocity: Tensor | None = None,
+    kl_weight: float = 0.0,
+    kl_scale: str = "variance",
+    unconditional_velocity: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """Clipped policy objective with a ratio, a weight and a KL at every latent position (docs/method.md, section 5).
+
+    With ratio ρ, weight w, mask m and advantage A the loss is the mean over samples of
+
+        Σ_i m_i·w_i·max(−A·ρ_i, −A·clip(ρ_i, 1−ε_low, 1+ε_high)) / Σ_i m_i  +  kl_weight·Σ_i m_i·kl_i / Σ_i m_i
+
+    At ``granularity="image"`` the ratio is that of the mean log-prob over the valid positions, and the policy term is
+    multiplied by the mean weight over them: with w = 1 that is Flow-GRPO's loss.
+
+    Only `velocity` gets a gradient, computed together with the loss. Every other input is a constant, also when it
+    requires a gradient; the unconditional velocity is one by the method's choice. Log-ratios are clamped to ±20, and
+    where the clamp acts the gradient is zero.
+
+    A position where the log-ratio, the advantage times the weight or the KL is not finite adds nothing to the loss or
+    the gradient and is counted in `non_finite`; the divisor Σm still counts it, so that the other positions keep
+    their gradient. Positions outside the mask are not looked at. A sample without valid positions adds zero.
+
+    Args:
+        velocity: predicted velocity v_c [B, C, H, W]; float32, bfloat16, float16 or float64, as all floating inputs.
+        sample: x, same shape.
+        next_sample: x' that was drawn in the rollout, same shape.
+        old_log_prob: log-prob from the rollout [B, H, W], at either granularity.
+        advantage: [B].
+        coefficients: from `transition_coefficients`, with B rows or one row for all samples; must have noise.
+        weights: allocation map on the token grid [B, h, w], H and W multiples of h and w, w ≥ 0 (checked for tensors
+            on the CPU). Each position reads its token's weight. None is w = 1.
+        mask: valid positions [B, H, W], bool or floating 0/1 (non-zero is valid). None is all.
+        clip_range: ε, or (ε_low, ε_high), each in [0, 1); applied as given at the granularity asked for.
+        granularity: ``position`` or ``image``.
+        reference_velocity: final velocity of the reference model (guidance already applied), same shape as `velocity`.
+            With it the KL is reported even if `kl_weight` is 0.
+        kl_weight: β ≥ 0.
+        kl_scale: ``variance`` divides the squared distance of the means by 2·s², which is the Gaussian KL;
+            ``std_dev`` by 2·q², as Flow-GRPO's code does, for coefficients with a noise rate.
+        unconditional_velocity: v_u for guidance, same shape as `velocity`, or None.
+        guidance_scale: g ≥ 0 in v = v_u + g·(v_c − v_u); must be 1 without `unconditional_velocity`.
+        backend: ``auto`` or ``reference``.
+
+    Returns:
+        PolicyLoss: `loss`, a scalar in float32 (float64 when every floating input is float64), and `metrics`, scalars
+        of the same dtype that need no synchronisation:
+
+        - policy_loss, kl: the two parts, loss = policy_loss + kl_weight·kl;
+        - clip_fraction: share of ratios outside [1−ε_low, 1+ε_high];
+        - ratio_mean, ratio_min, ratio_max: of the ratios, 1 if there is none;
+        - approx_kl: half the mean squared log-ratio;
+        - non_finite: the number of valid positions that were left out.
+
+        Ratios are those of positions or of images, by granularity, over all samples.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, an empty one, coefficients
+            without noise, `kl_weight` without `reference_velocity`, ``std_dev`` without a noise rate, or guidance
+            without an unconditional velocity.
+        RuntimeError: a backend that cannot run here, with the reason.
+    """
+    check_tensor("velocity", velocity, ("B", "C", "H", "W"))
+    batch, _, height, width = velocity.shape
+    device = velocity.device
+    check_tensor("sample", sample, velocity.shape, device=device)
+    check_tensor("next_sample", next_sample, velocity.shape, device=device)
+    check_tensor("old_log_prob", old_log_prob, (batch, height, width), device=device)
+    check_tensor("advantage", advantage, (batch,), device=device)
+    rows = check_coefficients(coefficients, batch, device)
+    if not rows.stochastic:
+        raise ValueError(f"coefficients: expected steps with noise, got {rows.kind} with s = 0, which has no log-prob")
+    if weights is not None:
+        check_tensor("weights", weights, (batch, "h", "w"), device=device)
+        if height % weights.shape[1] or width % weights.shape[2]:
+            raise ValueError(
+                f"weights: expected a grid [{batch}, h, w] that divides the latent's [{height}, {width}], "
+                f"got {list(weights.shape)}"
+            )
+    if mask is not None:
+        check_tensor("mask", mask, (batch, height, width), dtypes=(torch.bool, *FLOATS), device=device)
+        mask = mask.bool()
+    clip_low, clip_high = _check_clip_range(clip_range)
+    check_choice("granularity", granularity, GRANULARITIES)
+    check_choice("kl_scale", kl_scale, KL_SCALES)
+    kl_weight = check_number("kl_weight", kl_weight, low=0.0)
+    if reference_velocity is not None:
+        check_tensor("reference_velocity", reference_velocity, velocity.shape, device=device)
+    elif kl_weight > 0:
+        raise ValueError(
+            f"reference_velocity: expected a tensor {list(velocity.shape)} because kl_weight is {kl_weight}, got None"
+        )
+    if kl_scale == "variance":
+        kl_std = rows.std
+    elif rows.noise_rate is None:
+        raise ValueError(f"kl_scale: expected 'variance' because {rows.kind} steps have no noise rate, got 'std_dev'")
+    else:
+        kl_std = rows.noise_rate
+    guidance = check_guidance(velocity, unconditional_velocity, guidance_scale)
+    loss, metrics, _ = _policy_loss(
+        velocity,
+        sample,
+        next_sample,
+        old_log_prob,
+        advantage,
+        rows.sample_scale,
+        rows.velocity_scale,
+        rows.std,
+        kl_std,
+        weights,
+        mask,
+        reference_velocity,
+        unconditional_velocity,
+        clip_low,
+        clip_high,
+        granularity,
+        kl_weight,
+        guidance,
+        torch.is_grad_enabled() and velocity.requires_grad,
+        backend,
+    )
+    return PolicyLoss(loss, dict(zip(reference.METRICS, metrics.unbind(), strict=True)))
+
+
+def _check_clip_range(clip_range: object) -> tuple[float, float]:
+    if not isinstance(clip_range, (tuple, list)):
+        bound = check_number("clip_range", clip_range, low=0.0, high=1.0, high_open=True)
+        return bound, bound
+    if len(clip_range) != 2:
+        raise ValueError(f"clip_range: expected a number or (low, high), got {len(clip_range)} numbers")
+    low, high = (check_number("clip_range", bound, low=0.0, high=1.0, high_open=True) for bound in clip_range)
+    return low, high
+
+
+@torch.library.custom_op("star_kernels::policy_loss", mutates_args=())
+def _policy_loss(
+    velocity: Tensor,
+    sample: Tensor,
+    next_sample: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    sample_scale: Tensor,
+    velocity_scale: Tensor,
+    std: Tensor,
+    kl_std: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    reference_velocity: Tensor | None,
+    unconditional_velocity: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    granularity: str,
+    kl_weight: float,
+    guidance_scale: float,
+    with_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics and, if asked for, the gradient with respect to the velocity (else an empty tensor)."""
+    backends.resolve_backend("policy_loss", backend, velocity.device, kernels=())
+    if weights is not None and weights.device.type == "cpu" and bool((weights < 0).any()):
+        raise ValueError(f"weights: expected numbers of at least 0, got {weights.min().item()}")
+    inputs = reference.Inputs(
+        velocity,
+        sample,
+        next_sample,
+        old_log_prob,
+        advantage,
+        sample_scale,
+        velocity_scale,
+        std,
+        kl_std,
+        weights,
+        mask,
+        reference_velocity,
+        unconditional_velocity,
+        clip_low,
+        clip_high,
+        granularity,
+        kl_weight,
+        guidance_scale,
+    )
+    if not with_gradient:
+        loss, metrics = reference.policy_loss(inputs)
+        return loss, metrics, loss.new_empty(0)
+    loss, metrics, grad_velocity = reference.policy_loss_and_gradient(inputs)
+    return loss, metrics, grad_velocity.contiguous()
+
+
+@_policy_loss.register_fake
+def _(
+    velocity,
+    sample,
+    next_sample,
+    old_log_prob,
+    advantage,
+    sample_scale,
+    velocity_scale,
+    std,
+    kl_std,
+    weights,
+    mask,
+    reference_velocity,
+    unconditional_velocity,
+    clip_low,
+    clip_high,
+    granularity,
+    kl_weight,
+    guidance_scale,
+    with_gradient,
+    backend,
+):
+    dtype = reference.Inputs(
+        velocity,
+        sample,
+        next_sample,
+        old_log_prob,
+        advantage,
+        sample_scale,
+        velocity_scale,
+        std,
+        kl_std,
+        weights,
+        mask,
+        reference_velocity,
+        unconditional_velocity,
+        clip_low,
+        clip_high,
+        granularity,
+        kl_weight,
+        guidance_scale,
+    ).dtype()
+    return (
+        velocity.new_empty((), dtype=dtype),
+        velocity.new_empty((len(reference.METRICS),), dtype=dtype),
+        velocity.new_empty(velocity.shape if with_gradient else (0,), dtype=dtype),
+    )
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, metrics, grad_velocity = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(metrics, grad_velocity)
+    # In the dtype of the loss, not of the velocity: a loss scale is applied in backward, and before it the gradient
+    # of one of many positions is below what float16 can hold.
+    ctx.save_for_backward(grad_velocity)
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    constants = (None,) * 19
+    if grad_loss is None or not ctx.needs_input_grad[0]:
+        return (None, *constants)
+    (grad_velocity,) = ctx.saved_tensors
+    return ((grad_loss * grad_velocity).to(ctx.dtype), *constants)
+
+
+torch.library.register_autograd("star_kernels::policy_loss", _backward, setup_context=_save_gradient)

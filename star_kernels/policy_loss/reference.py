@@ -1,0 +1,178 @@
+"""The spatially resolved objective in plain PyTorch (docs/method.md, section 5).
+
+`policy_loss` is the definition; autograd can differentiate it with respect to the velocity. Its gradient is simple
+enough to write down, and `policy_loss_and_gradient` does so from the same intermediate values.
+
+Arithmetic is in float32, or in float64 when every floating argument is float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._gaussian import channel_sum, compute_dtype, guided_velocity, log_prob, per_sample, transition_mean
+
+METRICS = (
+    "policy_loss",
+    "kl",
+    "clip_fraction",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "approx_kl",
+    "non_finite",
+)
+LOG_RATIO_LIMIT = 20.0
+
+
+class Inputs(NamedTuple):
+    """The arguments of the objective, after `star_kernels.policy_loss` has checked and unpacked them."""
+
+    velocity: Tensor  # [B, C, H, W]
+    sample: Tensor  # [B, C, H, W]
+    next_sample: Tensor  # [B, C, H, W]
+    old_log_prob: Tensor  # [B, H, W]
+    advantage: Tensor  # [B]
+    sample_scale: Tensor  # [B], a
+    velocity_scale: Tensor  # [B], b
+    std: Tensor  # [B], s
+    kl_std: Tensor  # [B], s, or q to divide the KL by 2·q²
+    weights: Tensor | None  # [B, h, w]
+    mask: Tensor | None  # [B, H, W] bool
+    reference_velocity: Tensor | None  # [B, C, H, W]
+    unconditional_velocity: Tensor | None  # [B, C, H, W]
+    clip_low: float
+    clip_high: float
+    granularity: str
+    kl_weight: float
+    guidance_scale: float
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic and of the results."""
+        return compute_dtype(*(value for value in self if isinstance(value, torch.Tensor)))
+
+
+class _Terms(NamedTuple):
+    """What the loss and its gradient are both made of."""
+
+    loss: Tensor  # []
+    metrics: Tensor  # [len(METRICS)]
+    counted: Tensor  # [B, H, W], positions that are valid and finite
+    share: Tensor  # [B], 1 / number of valid positions
+    pull: Tensor  # [B, H, W], −∂(weighted policy term)/∂(log-ratio), before `counted` and `share`
+    deviation: Tensor  # [B, C, H, W], x' − μ
+    drift: Tensor | None  # [B, C, H, W], μ − μ_ref
+
+
+def policy_loss(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The loss [] and its metrics [8], in the order of METRICS."""
+    terms = _terms(inputs)
+    return terms.loss, terms.metrics
+
+
+def policy_loss_and_gradient(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss [], its metrics [8] and its gradient with respect to the velocity [B, C, H, W].
+
+    ∂loss/∂v_c = g·b·(1/B)·(m_i/Σm)·(1/C)·[ pull_i·(x'−μ)/s² + β·(μ−μ_ref)/kl_std² ], where pull_i is
+    w_i·(−A·ρ_i) while the unclipped branch is active and the log-ratio is inside its clamp, else 0. At image
+    granularity the ratio is the image's and the mean weight takes the place of w_i.
+    """
+    terms = _terms(inputs)
+    dtype = terms.deviation.dtype
+    batch, channels = inputs.velocity.shape[:2]
+    grad_mean = (terms.pull / inputs.std.to(dtype)[:, None, None] ** 2)[:, None] * terms.deviation
+    if terms.drift is not None and inputs.kl_weight > 0:
+        grad_mean = grad_mean + (inputs.kl_weight / per_sample(inputs.kl_std, dtype) ** 2) * terms.drift
+    scale = inputs.guidance_scale * inputs.velocity_scale.to(dtype) * terms.share / (batch * channels)
+    # A product would not do: zero times a deviation that is NaN is NaN.
+    grad_velocity = torch.where(terms.counted[:, None], scale[:, None, None, None] * grad_mean, 0.0)
+    return terms.loss, terms.metrics, grad_velocity
+
+
+def _terms(inputs: Inputs) -> _Terms:
+    dtype = inputs.dtype()
+    batch, channels, height, width = inputs.velocity.shape
+    a, b = inputs.sample_scale, inputs.velocity_scale
+    x, advantage = inputs.sample.to(dtype), inputs.advantage.to(dtype)
+    unconditional = None if inputs.unconditional_velocity is None else inputs.unconditional_velocity.to(dtype)
+    velocity = guided_velocity(inputs.velocity.to(dtype), unconditional, inputs.guidance_scale)
+    mean = transition_mean(velocity, x, a, b)
+    deviation = inputs.next_sample.to(dtype) - mean
+    log_ratio = log_prob(deviation, inputs.std) - inputs.old_log_prob.to(dtype)  # [B, H, W]
+
+    if inputs.reference_velocity is None:
+        drift, kl = None, torch.zeros_like(log_ratio)
+    else:
+        drift = mean - transition_mean(inputs.reference_velocity.to(dtype), x, a, b)
+        kl = channel_sum(drift * drift) / (2 * channels * inputs.kl_std.to(dtype) ** 2)[:, None, None]
+
+    if inputs.weights is None:
+        weight = torch.ones_like(log_ratio)
+    else:
+        weight = _on_latent_grid(inputs.weights.to(dtype), height, width)
+    valid = torch.ones_like(log_ratio, dtype=torch.bool) if inputs.mask is None else inputs.mask
+    finite = log_ratio.isfinite() & kl.isfinite() & (advantage[:, None, None] * weight).isfinite()
+    counted = valid & finite
+    # A sample without a valid position has only zero terms; 1 keeps them from becoming 0/0.
+    share = 1 / valid.sum((1, 2)).clamp(min=1).to(dtype)  # [B]
+    log_ratio = torch.where(counted, log_ratio, 0.0)
+    weight = torch.where(counted, weight, 0.0)
+    kl = torch.where(counted, kl, 0.0)
+
+    if inputs.granularity == "image":
+        log_ratio, weight = (_position_sums(log_ratio, weight) * share[:, None]).unbind(1)  # [B] each
+        included = counted.flatten(1).any(1)
+    else:
+        advantage, included = advantage[:, None, None], counted
+    advantage = torch.where(included, advantage, 0.0)
+
+    clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = clamped.exp()
+    low, high = 1 - inputs.clip_low, 1 + inputs.clip_high
+    unclipped = -advantage * ratio
+    clipped = -advantage * ratio.clamp(low, high)
+    policy = weight * torch.maximum(unclipped, clipped)
+    active = (unclipped >= clipped) & (log_ratio.abs() <= LOG_RATIO_LIMIT)
+    pull = weight * torch.where(active, unclipped, 0.0)
+
+    if inputs.granularity == "image":
+        pull = pull[:, None, None].expand(batch, height, width)
+        policy_by_sample, kl_by_sample = policy, _position_sums(kl, kl)[:, 0] * share
+    else:
+        policy_by_sample, kl_by_sample = (_position_sums(policy, kl) * share[:, None]).unbind(1)
+    policy_mean, kl_mean = policy_by_sample.sum() / batch, kl_by_sample.sum() / batch
+    loss = policy_mean + inputs.kl_weight * kl_mean
+
+    number = included.sum()
+    divisor = number.clamp(min=1).to(dtype)
+    metrics = {
+        "policy_loss": policy_mean,
+        "kl": kl_mean,
+        "clip_fraction": (included & ((ratio < low) | (ratio > high))).sum() / divisor,
+        "ratio_mean": torch.where(number > 0, torch.where(included, ratio, 0.0).sum() / divisor, 1.0),
+        "ratio_min": torch.where(number > 0, torch.where(included, ratio, torch.inf).min(), 1.0),
+        "ratio_max": torch.where(number > 0, torch.where(included, ratio, -torch.inf).max(), 1.0),
+        "approx_kl": torch.where(included, clamped * clamped, 0.0).sum() / (2 * divisor),
+        "non_finite": (valid & ~finite).sum().to(dtype),
+    }
+    stacked = torch.stack([metrics[name] for name in METRICS]).detach()
+    return _Terms(loss, stacked, counted, share, pull, deviation, drift)
+
+
+def _on_latent_grid(weights: Tensor, height: int, width: int) -> Tensor:
+    """[B, h, w] -> [B, H, W], each position reading its token's weight."""
+    batch, rows, columns = weights.shape
+    tiled = weights[:, :, None, :, None].expand(batch, rows, height // rows, columns, width // columns)
+    return tiled.reshape(batch, height, width)
+
+
+def _position_sums(first: Tensor, second: Tensor) -> Tensor:
+    """Sums over positions of two [B, H, W] tensors, [B, 2].
+
+    Two at a time, because PyTorch splits a reduction to one single number among threads: a sample alone would then
+    differ in the last bits from the same sample in a batch.
+    """
+    return torch.stack((first, second), 1).flatten(2).sum(2)
