@@ -309,18 +309,17 @@ def _token_spans(tokenizer: Any, prompts: list[str], length: int) -> Iterable[li
         max_length=length,
         truncation=True,
         return_offsets_mapping=True,
-        return_special_tokens_mask=True,
     )
-    for text, offsets, special in zip(prompts, encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True):
+    for text, offsets in zip(prompts, encoded["offset_mapping"], strict=True):
         if len(offsets) != length:
             raise ValueError(
                 f"max_lengths: expected room for the tokens that {type(tokenizer).__name__} adds, got {length}, which it "
                 f"makes {len(offsets)}"
             )
         spans = []
-        for position, ((begin, end), added) in enumerate(zip(offsets, special, strict=True)):
-            content = text[begin:end]
-            if not added and content.strip():
+        for position, (begin, end) in enumerate(offsets):
+            # No characters: the tokenizer added this token.
+            if (content := text[begin:end]).strip():
                 begin += len(content) - len(content.lstrip())
                 spans.append((position, (begin, begin + len(content.strip()))))
         yield spans

@@ -119,10 +119,11 @@ def test_all_pieces_of_a_unit_share_its_column():
     assert units.names == [["red + dog + cow", "cat"]] and units.missing == [[]]
 
 
-def test_normalized_columns_sum_to_one_over_all_segments():
+@pytest.mark.parametrize("tokenizers", [CLIP, BOTH], ids=["clip", "clip and t5"])
+def test_normalized_columns_sum_to_one_over_all_segments(tokenizers):
     prompts, strings = ["a red circle on a stop sign", "a cow"], [["stop sign", "zebra"], ["cow"]]
-    plain = TextUnits.from_prompts(prompts, strings, tokenizers=BOTH)
-    units = TextUnits.from_prompts(prompts, strings, tokenizers=BOTH, normalize=True)
+    plain = TextUnits.from_prompts(prompts, strings, tokenizers=tokenizers)
+    units = TextUnits.from_prompts(prompts, strings, tokenizers=tokenizers, normalize=True)
     torch.testing.assert_close(units.weights.sum(1), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     assert torch.equal(units.weights > 0, plain.weights > 0)
 
