@@ -20,12 +20,12 @@ def cpu_extension():
     """The extension `star_kernels._C` and the build command that knows PyTorch's flags."""
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ImportError as error:
         sys.exit(
-            f"star_kernels: building the C++ extension needs torch in this environment, and importing it failed ({error}). "
-            "Install torch first and build with `pip install --no-build-isolation .`, "
-            "or leave the extension out with STAR_KERNELS_BUILD_CPU=0."
+            f"star_kernels: building the C++ extension needs torch, and importing it here failed ({error}). "
+            "Install torch first and build with `pip install --no-build-isolation .`, or leave "
+            "the extension out with STAR_KERNELS_BUILD_CPU=0."
         )
     flags = ["-O3", "-Wall", "-Wextra"]
     # The OpenMP runtime comes with libtorch. Linking our own would bring a second thread pool into the process
@@ -40,6 +40,11 @@ def cpu_extension():
         define_macros=[("STAR_KERNELS_FLAGS", '"' + " ".join(flags) + '"')],
         extra_compile_args=flags,
     )
+    # PyTorch's headers as system headers: -Wall -Wextra then speak of our sources only.
+    for directory in include_paths():
+        if directory in extension.include_dirs:
+            extension.include_dirs.remove(directory)
+            extension.extra_compile_args += ["-isystem", directory]
     return [extension], {"build_ext": BuildExtension}
 
 
@@ -50,7 +55,9 @@ setup(
     packages=find_packages(include=["star_kernels", "star_kernels.*"])
     + find_packages("python", include=["star_trainer", "star_trainer.*"]),
     package_dir={"star_trainer": "python/star_trainer"},
-    package_data={"star_trainer": ["presets/*.yaml", *(f"tiny_sd3/**/*.{end}" for end in ("safetensors", "json", "txt"))]},
+    package_data={
+        "star_trainer": ["presets/*.yaml", *(f"tiny_sd3/**/*.{end}" for end in ("safetensors", "json", "txt"))]
+    },
     ext_modules=ext_modules,
     cmdclass=cmdclass,
 )

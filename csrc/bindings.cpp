@@ -1,0 +1,78 @@
+// star_kernels._C: TORCH_LIBRARY for the operators, pybind11 for what is no operator.
+
+#include "star_kernels.h"
+
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <c10/util/Exception.h>
+
+#include <string>
+
+#ifndef STAR_KERNELS_FLAGS
+#define STAR_KERNELS_FLAGS ""
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+at::Tensor allocation_map(const at::Tensor& mass, const std::optional<at::Tensor>& mask, int64_t height, int64_t width,
+                          const std::string& combine, double sharpness, bool smooth, double strength,
+                          const std::optional<std::vector<double>>& clamp) {
+  TORCH_CHECK_VALUE(combine == "mean" || combine == "max", "combine: expected one of mean, max, got '", combine, "'");
+  std::optional<std::array<double, 2>> range;
+  if (clamp.has_value()) {
+    TORCH_CHECK_VALUE(clamp->size() == 2 && (*clamp)[0] <= (*clamp)[1], "clamp: expected (w_min, w_max)");
+    range = {(*clamp)[0], (*clamp)[1]};
+  }
+  return star_kernels::allocation_map(mass, mask, height, width,
+                                      combine == "max" ? star_kernels::Combine::max : star_kernels::Combine::mean, sharpness,
+                                      smooth, strength, range);
+}
+
+py::dict cpu_capability() {
+  const star_kernels::CpuCapability capability = star_kernels::cpu_capability();
+  py::dict result;
+  result["avx2"] = capability.avx2;
+  result["avx512"] = capability.avx512;
+  result["avx512_bf16"] = capability.avx512_bf16;
+  result["amx"] = capability.amx;
+  return result;
+}
+
+py::dict build_info() {
+  py::dict result;
+#if defined(__clang__)
+  result["compiler"] = std::string("clang ") + __clang_version__;
+#else
+  result["compiler"] = std::string("gcc ") + __VERSION__;
+#endif
+  result["flags"] = STAR_KERNELS_FLAGS;
+  result["cpp_standard"] = static_cast<int64_t>(__cplusplus);
+  result["torch_version"] = TORCH_VERSION;
+#if defined(_OPENMP)
+  result["openmp"] = true;
+#else
+  result["openmp"] = false;
+#endif
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(star_kernels_cpu, m) {
+  m.def(
+      "allocation_map(Tensor mass, Tensor? mask, int height, int width, str combine, float sharpness, bool smooth, "
+      "float strength, float[]? clamp) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(star_kernels_cpu, CPU, m) { m.impl("allocation_map", allocation_map); }
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "C++ kernels of star_kernels for the CPU. Importing it registers torch.ops.star_kernels_cpu.";
+  m.def("cpu_capability", &cpu_capability, "Instruction sets by name (avx2, avx512, avx512_bf16, amx) and whether this CPU has them.");
+  m.def("build_info", &build_info, "Compiler, flags, C++ standard, PyTorch version and whether OpenMP was on at build time.");
+}

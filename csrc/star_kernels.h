@@ -1,0 +1,28 @@
+// What the sources of star_kernels._C offer each other: one function per operator, and what this CPU can do.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+
+namespace star_kernels {
+
+enum class Combine { mean, max };
+
+// Mass to allocation map, docs/method.md section 4. See allocation_map.cpp.
+at::Tensor allocation_map(const at::Tensor& mass, const std::optional<at::Tensor>& mask, int64_t height, int64_t width,
+                          Combine combine, double sharpness, bool smooth, double strength,
+                          std::optional<std::array<double, 2>> clamp);
+
+struct CpuCapability {
+  bool avx2 = false;         // with fused multiply-add
+  bool avx512 = false;       // F, BW, DQ and VL
+  bool avx512_bf16 = false;  // dot products of bf16 pairs
+  bool amx = false;          // tiles with bf16 products; a process still has to ask the kernel for the tile state
+};
+
+CpuCapability cpu_capability();
+
+}  // namespace star_kernels
