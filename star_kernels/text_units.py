@@ -313,8 +313,8 @@ def _token_spans(tokenizer: Any, prompts: list[str], length: int) -> Iterable[li
     for text, offsets in zip(prompts, encoded["offset_mapping"], strict=True):
         if len(offsets) != length:
             raise ValueError(
-                f"max_lengths: expected room for the tokens that {type(tokenizer).__name__} adds, got {length}, which it "
-                f"makes {len(offsets)}"
+                f"max_lengths: expected room for the tokens that {type(tokenizer).__name__} adds, got {length}, which "
+                f"it makes {len(offsets)}"
             )
         spans = []
         for position, (begin, end) in enumerate(offsets):
