@@ -1,0 +1,102 @@
+"""GenEval's requirement logic on detected objects: strict (all or nothing) and graded (the fraction that is met).
+
+The rules are those of GenEval (Ghosh et al. 2023, arXiv 2310.11513): enough objects of each class, the
+required colour on enough of them, every pair in the required relation, and not too many where a number
+is asked for. Detections come from outside, so that the same logic serves every detector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+POSITION_MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class DetectedObject:
+    """One detection: class name, confidence, colour if known, box (left, top, right, bottom) in pixels."""
+
+    name: str
+    score: float
+    colour: str | None
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`strict` is 1.0 when every requirement is met, else 0.0; `graded` is the fraction that is met."""
+
+    strict: float
+    graded: float
+    unmet: tuple[str, ...]
+
+
+def relative_positions(first: DetectedObject, second: DetectedObject) -> set[str]:
+    """Relations in which `first` stands to `second`; empty when their centres are too close to tell.
+
+    The offset of the centres is shortened by a margin of 0.1 of both boxes' extents; of what is left,
+    a direction counts when it makes up more than half of the length.
+    """
+    a, b = np.array(first.box), np.array(second.box)
+    extent = (a[2:] - a[:2]) + (b[2:] - b[:2])
+    offset = (a[:2] + a[2:]) / 2 - (b[:2] + b[2:]) / 2
+    offset = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_MARGIN * extent, 0.0)
+    length = float(np.hypot(*offset))
+    if length < 1e-3:
+        return set()
+    dx, dy = offset / length
+    named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in named.items() if holds}
+
+
+def judge(detections: Sequence[DetectedObject], metadata: Mapping[str, Any]) -> Verdict:
+    """Compare detections with a prompt's `include` and `exclude` requirements.
+
+    Of each class the most confident detections are taken, as many as are required. Graded credit: a
+    requirement is split into its parts (count, colour, position, not too many), each worth the same; a
+    count that is not reached is credited with the share that was found.
+    """
+    by_class: dict[str, list[DetectedObject]] = {}
+    for item in sorted(detections, key=lambda item: -item.score):
+        by_class.setdefault(item.name, []).append(item)
+
+    credits: list[float] = []
+    unmet: list[str] = []
+    groups: list[list[DetectedObject] | None] = []
+
+    def score(met: bool, credit: float, complaint: str) -> None:
+        credits.append(1.0 if met else credit)
+        if not met:
+            unmet.append(complaint)
+
+    for requirement in metadata.get("include", ()):
+        name, count = requirement["class"], requirement["count"]
+        found = by_class.get(name, [])[:count]
+        matched = len(found) == count
+        score(matched, len(found) / count, f"expected {name}>={count}, found {len(found)}")
+        if "color" in requirement:
+            coloured = sum(item.colour == requirement["color"] for item in found)
+            right = matched and coloured == count
+            # Every part is scored, so that the best graded value is 1 whatever was found.
+            score(right, coloured / count, f"expected {requirement['color']} {name}>={count}, found {coloured}")
+            matched = right
+        if "position" in requirement:
+            relation, target = requirement["position"]
+            others = groups[target]
+            holds = matched and others is not None
+            if holds:
+                holds = all(relation in relative_positions(a, b) for a in found for b in others or ())
+            score(holds, 0.0, f"expected {name} {relation} target")
+            matched = matched and holds
+        groups.append(found if matched else None)
+    for requirement in metadata.get("exclude", ()):
+        name, count = requirement["class"], requirement["count"]
+        number = len(by_class.get(name, []))
+        score(number < count, 0.0, f"expected {name}<{count}, found {number}")
+
+    graded = float(np.mean(credits)) if credits else 1.0
+    return Verdict(1.0 if not unmet else 0.0, graded, tuple(unmet))

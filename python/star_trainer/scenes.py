@@ -1,0 +1,270 @@
+"""A procedural world of captioned scenes: coloured shapes on muted backgrounds, with prompts in GenEval's categories.
+
+A scene is one to three shapes on a 64x64 canvas whose background (gradient, stripes, checks or clouds)
+no prompt ever mentions, so that most of an image is something the reward does not look at. Prompts come
+with metadata in GenEval's include/exclude format, where the class of an object is its shape.
+
+Everything is a pure function of a numpy generator. A prompt is held out when its hash says so: the
+split is the same for whoever trains the base model and whoever post-trains it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+IMAGE_SIZE = 64
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {
+    "red": (222, 38, 38),
+    "yellow": (238, 216, 40),
+    "green": (42, 176, 62),
+    "cyan": (44, 204, 216),
+    "blue": (44, 72, 226),
+    "purple": (176, 48, 208),
+}
+RELATIONS = ("left of", "right of", "above", "below")
+CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+NUMBER_WORDS = {2: "two", 3: "three"}
+RADIUS_RANGE = (6.0, 10.0)
+HELD_OUT_FRACTION = 0.2
+
+# Chosen so that every category, also those of few prompts, has some on either side of the split.
+_SPLIT_SALT = "scenes-18"
+_CATEGORY_SHARES = (0.06, 0.14, 0.2, 0.1, 0.25, 0.25)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """A shape of one colour; centre and radius in pixels, y downwards."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class ScenePrompt:
+    """A prompt, its GenEval-style metadata and its text units (the phrases that the reward depends on)."""
+
+    text: str
+    metadata: dict[str, Any] = field(compare=False)
+    units: tuple[str, ...] = ()
+
+
+def shape_mask(shape: str, x: float, y: float, radius: float, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Coverage of each pixel by a shape, [size, size] float32 in [0, 1], with edges one pixel soft."""
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32) + 0.5
+    dx, dy = columns - x, rows - y
+    if shape == "circle":
+        distance = np.hypot(dx, dy) - radius
+    elif shape == "square":
+        distance = np.maximum(np.abs(dx), np.abs(dy)) - radius
+    elif shape == "triangle":
+        slope = math.hypot(2.0, 1.0)
+        sides = (2.0 * np.abs(dx) - dy - radius) / slope
+        distance = np.maximum(sides, dy - radius)
+    elif shape == "cross":
+        arm = radius / 3.0
+        upright = np.maximum(np.abs(dx) - arm, np.abs(dy) - radius)
+        lying = np.maximum(np.abs(dx) - radius, np.abs(dy) - arm)
+        distance = np.minimum(upright, lying)
+    else:
+        raise ValueError(f"shape: expected one of {', '.join(SHAPES)}, got {shape!r}")
+    return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def _muted(rng: np.random.Generator) -> np.ndarray:
+    """A colour of low chroma, so that no background can be taken for an object."""
+    grey = rng.uniform(0.2, 0.85)
+    return np.clip(grey + rng.uniform(-0.06, 0.06, 3), 0.0, 1.0).astype(np.float32)
+
+
+def render_background(rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
+    """A background without objects, [size, size, 3] float32 in [0, 1]."""
+    first, second = _muted(rng), _muted(rng)
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    angle = rng.uniform(0.0, 2.0 * math.pi)
+    along = math.cos(angle) * columns + math.sin(angle) * rows
+    kind = rng.integers(5)
+    if kind == 0:
+        blend = along - along.min()
+        blend = blend / blend.max()
+    elif kind == 1:
+        centre = rng.uniform(0.2, 0.8, 2)
+        blend = np.clip(np.hypot(columns - centre[0], rows - centre[1]), 0.0, 1.0)
+    elif kind == 2:
+        blend = 0.5 + 0.5 * np.sin(2.0 * math.pi * (along * rng.uniform(2.0, 5.0) + rng.uniform()))
+    elif kind == 3:
+        cells = rng.integers(3, 6)
+        shift = rng.uniform(0.0, 1.0, 2)
+        checks = np.floor(columns * cells + shift[0]) + np.floor(rows * cells + shift[1])
+        blend = checks % 2
+    else:
+        coarse = rng.uniform(0.0, 1.0, (5, 5)).astype(np.float32)
+        grid = np.linspace(0.0, 3.999, size)
+        low = grid.astype(int)
+        part = (grid - low).astype(np.float32)
+        part = part * part * (3.0 - 2.0 * part)
+        top = coarse[low][:, low] * (1 - part) + coarse[low][:, low + 1] * part
+        bottom = coarse[low + 1][:, low] * (1 - part) + coarse[low + 1][:, low + 1] * part
+        blend = top * (1 - part[:, None]) + bottom * part[:, None]
+    blend = blend[..., None].astype(np.float32)
+    return first * (1.0 - blend) + second * blend
+
+
+def render(objects: Sequence[SceneObject], rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Draw objects, first to last, on a random background: [size, size, 3] uint8."""
+    canvas = render_background(rng, size)
+    for item in objects:
+        colour = np.clip(np.array(COLOURS[item.colour]) / 255.0 + rng.uniform(-0.03, 0.03, 3), 0.0, 1.0)
+        coverage = shape_mask(item.shape, item.x, item.y, item.radius, size)[..., None]
+        canvas = canvas * (1.0 - coverage) + colour.astype(np.float32) * coverage
+    return np.round(canvas * 255.0).astype(np.uint8)
+
+
+def object_masks(objects: Sequence[SceneObject], size: int = IMAGE_SIZE) -> np.ndarray:
+    """True masks of the objects, [len(objects), size, size] bool."""
+    masks = [shape_mask(item.shape, item.x, item.y, item.radius, size) > 0.5 for item in objects]
+    return np.stack(masks) if masks else np.zeros((0, size, size), dtype=bool)
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a prompt belongs to the evaluation split, by a hash of its text."""
+    digest = hashlib.sha256(f"{_SPLIT_SALT}:{text}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < HELD_OUT_FRACTION
+
+
+def _indefinite(phrase: str) -> str:
+    return f"a {phrase}"
+
+
+def _pick(rng: np.random.Generator, choices: Sequence[str], count: int = 1) -> list[str]:
+    return [choices[index] for index in rng.permutation(len(choices))[:count]]
+
+
+def sample_prompt(rng: np.random.Generator, category: str | None = None) -> ScenePrompt:
+    """Draw a prompt of `category`, or of a category drawn by its share."""
+    if category is None:
+        category = CATEGORIES[rng.choice(len(CATEGORIES), p=_CATEGORY_SHARES)]
+    colours = tuple(COLOURS)
+    include: list[dict[str, Any]]
+    exclude: list[dict[str, Any]] = []
+    if category in ("single_object", "colors"):
+        shape = _pick(rng, SHAPES)[0]
+        include = [{"class": shape, "count": 1}]
+        phrases = [shape]
+        if category == "colors":
+            include[0]["color"] = _pick(rng, colours)[0]
+            phrases = [f"{include[0]['color']} {shape}"]
+        text = _indefinite(phrases[0])
+    elif category == "counting":
+        shape, count = _pick(rng, SHAPES)[0], int(rng.integers(2, 4))
+        plural = "crosses" if shape == "cross" else f"{shape}s"
+        include = [{"class": shape, "count": count}]
+        exclude = [{"class": shape, "count": count + 1}]
+        if rng.random() < 0.7:
+            include[0]["color"] = _pick(rng, colours)[0]
+            plural = f"{include[0]['color']} {plural}"
+        phrases = [f"{NUMBER_WORDS[count]} {plural}"]
+        text = phrases[0]
+    elif category in ("two_object", "color_attr", "position"):
+        pair = _pick(rng, SHAPES, 2)
+        include = [{"class": shape, "count": 1} for shape in pair]
+        phrases = list(pair)
+        if category == "color_attr" or (category == "position" and rng.random() < 0.7):
+            hues = _pick(rng, colours, 2)
+            for requirement, hue in zip(include, hues, strict=True):
+                requirement["color"] = hue
+            phrases = [f"{hue} {shape}" for hue, shape in zip(hues, pair, strict=True)]
+        if category == "position":
+            relation = _pick(rng, RELATIONS)[0]
+            # The first object named is the one that stands in a relation to the second, as in GenEval.
+            text = f"{_indefinite(phrases[0])} {relation} {_indefinite(phrases[1])}"
+            include = [include[1], {**include[0], "position": [relation, 0]}]
+        else:
+            text = f"{_indefinite(phrases[0])} and {_indefinite(phrases[1])}"
+    else:
+        raise ValueError(f"category: expected one of {', '.join(CATEGORIES)}, got {category!r}")
+    text = f"a photo of {text}"
+    metadata: dict[str, Any] = {"tag": category, "include": include, "prompt": text}
+    if exclude:
+        metadata["exclude"] = exclude
+    return ScenePrompt(text, metadata, tuple(phrases))
+
+
+def sample_prompts(rng: np.random.Generator, count: int, *, held_out: bool, distinct: bool = False) -> list[ScenePrompt]:
+    """Draw `count` prompts of one split, categories by their shares; with `distinct` no text comes twice.
+
+    A category whose prompts are used up (there are only four single objects) gives way to the others.
+
+    Raises:
+        ValueError: `distinct` asks for more prompts than the split is found to hold.
+    """
+    prompts: list[ScenePrompt] = []
+    seen: set[str] = set()
+    shares = np.array(_CATEGORY_SHARES)
+    while len(prompts) < count:
+        if not shares.any():
+            raise ValueError(f"count: found only {len(prompts)} distinct prompts of this split, asked for {count}")
+        category = int(rng.choice(len(CATEGORIES), p=shares / shares.sum()))
+        for _ in range(300):
+            prompt = sample_prompt(rng, CATEGORIES[category])
+            if is_held_out(prompt.text) == held_out and not (distinct and prompt.text in seen):
+                seen.add(prompt.text)
+                prompts.append(prompt)
+                break
+        else:
+            shares[category] = 0.0
+    return prompts
+
+
+def _required_objects(metadata: dict[str, Any]) -> list[tuple[str, str | None]]:
+    return [
+        (requirement["class"], requirement.get("color"))
+        for requirement in metadata["include"]
+        for _ in range(requirement["count"])
+    ]
+
+
+def _in_relation(first: SceneObject, second: SceneObject, relation: str) -> bool:
+    """Whether `first` stands clearly in `relation` to `second`: the offset's main axis is the relation's."""
+    dx, dy = first.x - second.x, first.y - second.y
+    along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
+    sign = -1.0 if relation in ("left of", "above") else 1.0
+    return sign * along > 1.3 * abs(across) + 2.0
+
+
+def sample_scene(metadata: dict[str, Any], rng: np.random.Generator, size: int = IMAGE_SIZE) -> list[SceneObject]:
+    """Draw a scene that meets a prompt's requirements and holds nothing else; what they leave open is random."""
+    required = _required_objects(metadata)
+    gap = 3.0
+    while True:
+        placed: list[SceneObject] = []
+        for shape, colour in required:
+            for _ in range(40):
+                radius = rng.uniform(*RADIUS_RANGE)
+                x, y = rng.uniform(radius + 1.5, size - radius - 1.5, 2)
+                clear = all(max(abs(x - o.x), abs(y - o.y)) > radius + o.radius + gap for o in placed)
+                if clear:
+                    hue = colour or _pick(rng, tuple(COLOURS))[0]
+                    placed.append(SceneObject(shape, hue, float(x), float(y), float(radius)))
+                    break
+            else:
+                break
+        if len(placed) < len(required):
+            continue
+        relations = [
+            (index, requirement["position"])
+            for index, requirement in enumerate(metadata["include"])
+            if "position" in requirement
+        ]
+        if all(_in_relation(placed[index], placed[target], relation) for index, (relation, target) in relations):
+            return placed
