@@ -64,6 +64,15 @@ def test_the_gradient_of_a_sum_which_has_no_strides() -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_where_the_head_dimension_is_not_innermost() -> None:
+    tensors = [t.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for t in leaves()]
+    out, _ = joint_attention(*tensors, num_image_tokens=10)
+    grad = torch.randn(2, 3, 8, 17, generator=torch.Generator().manual_seed(9)).transpose(2, 3)
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(*tensors), tensors, grad)
+    for gradient, wanted in zip(torch.autograd.grad(out, tensors, grad), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("text_first", [False, True])
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 def test_gradcheck_in_float64(direction: str, text_first: bool) -> None:
