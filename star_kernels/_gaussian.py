@@ -7,6 +7,7 @@ on policy only if the rollout and the loss compute a log-prob with the same oper
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,9 @@ class TransitionCoefficients:
     """The scalars of x' = a·x + b·v + s·ε, one row per sample, or a single row that serves every sample.
 
     Attributes:
-        sample_scale: a, [B] or [1].
+        sample_drift: a − 1, [B] or [1]. Kept in place of a because the log-prob looks at x' − μ in units of s: near the
+            end of a schedule s is about 1e-3, x' is close to x, and the rounding of a to float32 alone would move
+            x' − μ by 1e-5 of it.
         velocity_scale: b, [B] or [1].
         std: s, [B] or [1].
         noise_rate: q with s = q·√(σ − σ'), [B] or [1], for the kinds that have one, else None.
@@ -30,21 +33,33 @@ class TransitionCoefficients:
         stochastic: whether s > 0, kept beside the tensors so that no operator has to read s back from a GPU.
     """
 
-    sample_scale: Tensor
+    sample_drift: Tensor
     velocity_scale: Tensor
     std: Tensor
     noise_rate: Tensor | None = None
     kind: str = "custom"
     stochastic: bool = True
 
+    @property
+    def sample_scale(self) -> Tensor:
+        """a, [B] or [1]."""
+        return 1 + self.sample_drift
+
     def to(self, device: torch.device | str) -> TransitionCoefficients:
         """The same coefficients on another device."""
+        return self._map(lambda row: row.to(device))
+
+    def __getitem__(self, rows: slice | Tensor) -> TransitionCoefficients:
+        """The coefficients of some of the samples."""
+        return self._map(lambda row: row[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TransitionCoefficients:
         return replace(
             self,
-            sample_scale=self.sample_scale.to(device),
-            velocity_scale=self.velocity_scale.to(device),
-            std=self.std.to(device),
-            noise_rate=None if self.noise_rate is None else self.noise_rate.to(device),
+            sample_drift=change(self.sample_drift),
+            velocity_scale=change(self.velocity_scale),
+            std=change(self.std),
+            noise_rate=None if self.noise_rate is None else change(self.noise_rate),
         )
 
 
@@ -70,7 +85,7 @@ def check_coefficients(coefficients: object, batch: int, device: torch.device) -
 
     noise_rate = coefficients.noise_rate
     return TransitionCoefficients(
-        sample_scale=row("sample_scale", coefficients.sample_scale),
+        sample_drift=row("sample_drift", coefficients.sample_drift),
         velocity_scale=row("velocity_scale", coefficients.velocity_scale),
         std=row("std", coefficients.std),
         noise_rate=None if noise_rate is None else row("noise_rate", noise_rate),
@@ -110,9 +125,14 @@ def guided_velocity(velocity: Tensor, unconditional_velocity: Tensor | None, gui
     return unconditional_velocity + guidance_scale * (velocity - unconditional_velocity)
 
 
-def transition_mean(velocity: Tensor, sample: Tensor, sample_scale: Tensor, velocity_scale: Tensor) -> Tensor:
-    """μ = a·x + b·v, with a and b as [B] and everything else [B, C, H, W] in one dtype."""
-    return per_sample(sample_scale, sample.dtype) * sample + per_sample(velocity_scale, sample.dtype) * velocity
+def transition_shift(velocity: Tensor, sample: Tensor, sample_drift: Tensor, velocity_scale: Tensor) -> Tensor:
+    """μ − x = (a−1)·x + b·v, with the scalars as [B] and everything else [B, C, H, W] in one dtype."""
+    return per_sample(sample_drift, sample.dtype) * sample + per_sample(velocity_scale, sample.dtype) * velocity
+
+
+def mean_deviation(next_sample: Tensor, sample: Tensor, shift: Tensor) -> Tensor:
+    """x' − μ. The two latents are subtracted first: they are close where s is small, so that hardly a digit is lost."""
+    return (next_sample - sample) - shift
 
 
 def channel_sum(values: Tensor) -> Tensor:

@@ -13,7 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._gaussian import channel_sum, compute_dtype, guided_velocity, log_prob, per_sample, transition_mean
+from .._gaussian import (
+    channel_sum,
+    compute_dtype,
+    guided_velocity,
+    log_prob,
+    mean_deviation,
+    per_sample,
+    transition_shift,
+)
 
 METRICS = (
     "policy_loss",
@@ -36,7 +44,7 @@ class Inputs(NamedTuple):
     next_sample: Tensor  # [B, C, H, W]
     old_log_prob: Tensor  # [B, H, W]
     advantage: Tensor  # [B]
-    sample_scale: Tensor  # [B], a
+    sample_drift: Tensor  # [B], a − 1
     velocity_scale: Tensor  # [B], b
     std: Tensor  # [B], s
     kl_std: Tensor  # [B], s, or q to divide the KL by 2·q²
@@ -95,18 +103,18 @@ def policy_loss_and_gradient(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def _terms(inputs: Inputs) -> _Terms:
     dtype = inputs.dtype()
     batch, channels, height, width = inputs.velocity.shape
-    a, b = inputs.sample_scale, inputs.velocity_scale
     x, advantage = inputs.sample.to(dtype), inputs.advantage.to(dtype)
     unconditional = None if inputs.unconditional_velocity is None else inputs.unconditional_velocity.to(dtype)
     velocity = guided_velocity(inputs.velocity.to(dtype), unconditional, inputs.guidance_scale)
-    mean = transition_mean(velocity, x, a, b)
-    deviation = inputs.next_sample.to(dtype) - mean
+    shift = transition_shift(velocity, x, inputs.sample_drift, inputs.velocity_scale)
+    deviation = mean_deviation(inputs.next_sample.to(dtype), x, shift)
     log_ratio = log_prob(deviation, inputs.std) - inputs.old_log_prob.to(dtype)  # [B, H, W]
 
     if inputs.reference_velocity is None:
         drift, kl = None, torch.zeros_like(log_ratio)
     else:
-        drift = mean - transition_mean(inputs.reference_velocity.to(dtype), x, a, b)
+        # Both means start from the same x, so only the velocities differ.
+        drift = per_sample(inputs.velocity_scale, dtype) * (velocity - inputs.reference_velocity.to(dtype))
         kl = channel_sum(drift * drift) / (2 * channels * inputs.kl_std.to(dtype) ** 2)[:, None, None]
 
     if inputs.weights is None:

@@ -85,7 +85,7 @@ def transition_step(
         sample,
         noise if rows.stochastic else None,
         unconditional_velocity,
-        rows.sample_scale,
+        rows.sample_drift,
         rows.velocity_scale,
         rows.std,
         scale,
@@ -137,7 +137,7 @@ def transition_log_prob(
         sample,
         next_sample,
         unconditional_velocity,
-        rows.sample_scale,
+        rows.sample_drift,
         rows.velocity_scale,
         rows.std,
         scale,
@@ -157,7 +157,7 @@ def _transition_step(
     sample: Tensor,
     noise: Tensor | None,
     unconditional_velocity: Tensor | None,
-    sample_scale: Tensor,
+    sample_drift: Tensor,
     velocity_scale: Tensor,
     std: Tensor,
     guidance_scale: float,
@@ -170,29 +170,29 @@ def _transition_step(
         sample,
         noise,
         unconditional_velocity,
-        sample_scale,
+        sample_drift,
         velocity_scale,
         std,
         guidance_scale=guidance_scale,
     )
-    return next_sample.contiguous(), sample_scale.new_empty(0) if log_prob is None else log_prob
+    return next_sample.contiguous(), sample_drift.new_empty(0) if log_prob is None else log_prob
 
 
 @_transition_step.register_fake
-def _(velocity, sample, noise, unconditional_velocity, sample_scale, velocity_scale, std, guidance_scale, backend):
+def _(velocity, sample, noise, unconditional_velocity, sample_drift, velocity_scale, std, guidance_scale, backend):
     next_sample = sample.new_empty(sample.shape)
     if noise is None:
-        return next_sample, sample_scale.new_empty(0)
-    dtype = compute_dtype(velocity, sample, noise, unconditional_velocity, sample_scale, velocity_scale, std)
+        return next_sample, sample_drift.new_empty(0)
+    dtype = compute_dtype(velocity, sample, noise, unconditional_velocity, sample_drift, velocity_scale, std)
     batch, _, height, width = sample.shape
     return next_sample, sample.new_empty((batch, height, width), dtype=dtype)
 
 
 def _save_for_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    velocity, sample, _, _, sample_scale, velocity_scale, _, guidance_scale, _ = inputs
+    velocity, sample, _, _, sample_drift, velocity_scale, _, guidance_scale, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(sample_scale, velocity_scale)
+    ctx.save_for_backward(sample_drift, velocity_scale)
     ctx.guidance_scale = guidance_scale
     ctx.velocity_dtype, ctx.sample_dtype = velocity.dtype, sample.dtype
 
@@ -200,13 +200,13 @@ def _save_for_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _step_backward(ctx: Any, grad_next_sample: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_velocity = grad_sample = None
     if grad_next_sample is not None:
-        sample_scale, velocity_scale = ctx.saved_tensors
-        dtype = compute_dtype(grad_next_sample, sample_scale, velocity_scale)
+        sample_drift, velocity_scale = ctx.saved_tensors
+        dtype = compute_dtype(grad_next_sample, sample_drift, velocity_scale)
         grad = grad_next_sample.to(dtype)
         if ctx.needs_input_grad[0]:
             grad_velocity = (ctx.guidance_scale * per_sample(velocity_scale, dtype) * grad).to(ctx.velocity_dtype)
         if ctx.needs_input_grad[1]:
-            grad_sample = (per_sample(sample_scale, dtype) * grad).to(ctx.sample_dtype)
+            grad_sample = ((1 + per_sample(sample_drift, dtype)) * grad).to(ctx.sample_dtype)
     return grad_velocity, grad_sample, None, None, None, None, None, None, None
 
 
@@ -219,7 +219,7 @@ def _transition_log_prob(
     sample: Tensor,
     next_sample: Tensor,
     unconditional_velocity: Tensor | None,
-    sample_scale: Tensor,
+    sample_drift: Tensor,
     velocity_scale: Tensor,
     std: Tensor,
     guidance_scale: float,
@@ -231,7 +231,7 @@ def _transition_log_prob(
         sample,
         next_sample,
         unconditional_velocity,
-        sample_scale,
+        sample_drift,
         velocity_scale,
         std,
         guidance_scale=guidance_scale,
@@ -239,8 +239,8 @@ def _transition_log_prob(
 
 
 @_transition_log_prob.register_fake
-def _(velocity, sample, next_sample, unconditional_velocity, sample_scale, velocity_scale, std, guidance, backend):
-    dtype = compute_dtype(velocity, sample, next_sample, unconditional_velocity, sample_scale, velocity_scale, std)
+def _(velocity, sample, next_sample, unconditional_velocity, sample_drift, velocity_scale, std, guidance, backend):
+    dtype = compute_dtype(velocity, sample, next_sample, unconditional_velocity, sample_drift, velocity_scale, std)
     batch, _, height, width = sample.shape
     return sample.new_empty((batch, height, width), dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""The scalars (a, b, s) of each sampler from its schedule (docs/method.md, section 2)."""
+"""The scalars (a, b, s) of each sampler from its schedule (docs/method.md, section 2); a − 1 stands for a."""
 
 from __future__ import annotations
 
@@ -64,16 +64,17 @@ def transition_coefficients(
 
     noise_rate = None
     if kind == "ddim":
-        a, b, std = _ddim(now, after, eta)
+        drift, b, std = _ddim(now, after, eta)
     elif kind == "cps":
-        a, b, std = _cps(now, after, eta)
+        drift, b, std = _cps(now, after, eta)
     else:
         if kind == "flow_sde":
             capped = now if second is None else torch.where(now == 1, second, now)
             noise_rate = eta * torch.sqrt(now / (1 - capped))
         elif kind == "dance_sde":
             noise_rate = torch.full_like(now, eta)
-        a, b, std = _euler_maruyama(now, after, torch.zeros_like(now) if noise_rate is None else noise_rate)
+        rate = torch.zeros_like(now) if noise_rate is None else noise_rate
+        drift, b, std = _euler_maruyama(now, after, rate)
 
     stochastic = kind != "ode" and eta > 0
     if readable and stochastic:
@@ -87,7 +88,7 @@ def transition_coefficients(
     tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
     dtype = torch.float64 if tensors and all(value.dtype == torch.float64 for value in tensors) else torch.float32
     return TransitionCoefficients(
-        sample_scale=a.to(dtype),
+        sample_drift=drift.to(dtype),
         velocity_scale=b.to(dtype),
         std=std.to(dtype),
         noise_rate=None if noise_rate is None else noise_rate.to(dtype),
@@ -103,15 +104,15 @@ def _euler_maruyama(sigma: Tensor, sigma_next: Tensor, noise_rate: Tensor) -> tu
     """
     dt = sigma_next - sigma
     correction = noise_rate**2 / (2 * sigma)
-    return 1 + correction * dt, (1 + correction * (1 - sigma)) * dt, noise_rate * torch.sqrt(-dt)
+    return correction * dt, (1 + correction * (1 - sigma)) * dt, noise_rate * torch.sqrt(-dt)
 
 
 def _cps(sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
     """(1−σ')·x̂₀ + √(σ'²−s²)·x̂₁ + s·ε with x̂₀ = x − σv and x̂₁ = x + (1−σ)v, so that the noise level is σ' exactly."""
     angle = eta * math.pi / 2
-    kept = sigma_next * math.cos(angle) if eta < 1 else torch.zeros_like(sigma_next)
-    image = 1 - sigma_next
-    return image + kept, (1 - sigma) * kept - sigma * image, sigma_next * math.sin(angle)
+    kept = sigma_next * math.cos(angle)
+    drift = -2 * sigma_next * math.sin(angle / 2) ** 2  # (1−σ') + σ'·cos − 1, without the cancellation
+    return drift, (1 - sigma) * kept - sigma * (1 - sigma_next), sigma_next * math.sin(angle)
 
 
 def _ddim(alpha_bar: Tensor, alpha_bar_next: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +122,7 @@ def _ddim(alpha_bar: Tensor, alpha_bar_next: Tensor, eta: float) -> tuple[Tensor
     # 1−ᾱ'−s² is at least 0 for eta ≤ 1; the clamp only keeps rounding from making it −1e-17 where it is 0.
     direction = torch.sqrt((noise_next - variance).clamp(min=0))
     a = torch.sqrt(alpha_bar_next / alpha_bar)
-    return a, direction - a * torch.sqrt(noise), torch.sqrt(variance)
+    return a - 1, direction - a * torch.sqrt(noise), torch.sqrt(variance)
 
 
 def _float64_levels(given: dict[str, Tensor | float]) -> dict[str, Tensor]:

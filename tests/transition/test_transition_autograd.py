@@ -1,0 +1,131 @@
+"""Gradients, registration and compilation of the transition operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import star_kernels as sk
+
+# The two operators as they are registered, for opcheck.
+OPS = torch.ops.star_kernels
+
+
+def problem(dtype: torch.dtype = torch.float64, batch: int = 2) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    v, u, x, noise = (torch.randn(batch, 3, 2, 5, generator=generator, dtype=torch.float64).to(dtype) for _ in range(4))
+    levels = torch.float64 if dtype == torch.float64 else torch.float32
+    sigma = torch.linspace(0.9, 0.4, batch, dtype=levels)
+    c = sk.transition_coefficients("flow_sde", sigma, 0.7 * sigma)
+    return {"v": v, "u": u, "x": x, "noise": noise, "c": c}
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("kind", ["flow_sde", "ode"])
+def test_gradcheck_through_the_next_sample(guided: bool, kind: str) -> None:
+    p = problem()
+    sigma = torch.tensor([0.9, 0.4], dtype=torch.float64)
+    c = sk.transition_coefficients(kind, sigma, 0.7 * sigma)
+    options = {"unconditional_velocity": p["u"], "guidance_scale": 3.5} if guided else {}
+
+    def step(v: Tensor, x: Tensor) -> Tensor:
+        return sk.transition_step(v, x, c, noise=p["noise"], **options).next_sample
+
+    assert torch.autograd.gradcheck(step, (p["v"].requires_grad_(), p["x"].requires_grad_()))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_gradcheck_through_the_log_prob(guided: bool) -> None:
+    p = problem()
+    options = {"unconditional_velocity": p["u"], "guidance_scale": 3.5} if guided else {}
+
+    def log_prob(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return sk.transition_log_prob(v, x, y, p["c"], **options)
+
+    inputs = tuple(tensor.clone().requires_grad_() for tensor in (p["v"], p["x"], p["noise"]))
+    assert torch.autograd.gradcheck(log_prob, inputs)
+
+
+def test_the_log_prob_of_a_steps_own_draw_does_not_depend_on_velocity_and_sample() -> None:
+    """This is why it carries no gradient: its true derivative is zero."""
+    p = problem()
+    step = sk.transition_step(p["v"].requires_grad_(), p["x"], p["c"], noise=p["noise"])
+    assert step.log_prob is not None and not step.log_prob.requires_grad and step.next_sample.requires_grad
+    moved = sk.transition_step(p["v"] + 1, p["x"] - 1, p["c"], noise=p["noise"]).log_prob
+    torch.testing.assert_close(moved, step.log_prob, rtol=1e-12, atol=1e-12)
+
+
+def test_only_what_requires_a_gradient_gets_one_and_the_unconditional_velocity_never_does() -> None:
+    p = problem(torch.float32)
+    v, u = p["v"].requires_grad_(), p["u"].requires_grad_()
+    options = {"unconditional_velocity": u, "guidance_scale": 2.0}
+    sk.transition_step(v, p["x"], p["c"], noise=p["noise"], **options).next_sample.sum().backward()
+    sk.transition_log_prob(v, p["x"], p["noise"], p["c"], **options).sum().backward()
+    assert v.grad is not None and u.grad is None and p["x"].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_come_in_the_dtype_of_their_input(dtype: torch.dtype) -> None:
+    p = problem(dtype)
+    v, x, y = (p[name].clone().requires_grad_() for name in ("v", "x", "noise"))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (v, x, y)]
+    sk.transition_log_prob(v, x, y, p["c"]).sum().backward()
+    c64 = sk.TransitionCoefficients(*(getattr(p["c"], n).double() for n in ("sample_drift", "velocity_scale", "std")))
+    sk.transition_log_prob(*exact, c64).sum().backward()
+    for got, wanted in zip((v, x, y), exact, strict=True):
+        assert got.grad is not None and wanted.grad is not None and got.grad.dtype == dtype
+        assert (got.grad.double() - wanted.grad).abs().max() <= 1e-2 * wanted.grad.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "guided"), [(torch.bfloat16, True), (torch.float64, False)])
+def test_opcheck(dtype: torch.dtype, guided: bool) -> None:
+    p = problem(dtype)
+    v, x, y = (p[name].clone().requires_grad_() for name in ("v", "x", "noise"))
+    u = p["u"] if guided else None
+    scalars = p["c"].sample_drift, p["c"].velocity_scale, p["c"].std
+    for noise in (p["noise"], None):
+        torch.library.opcheck(OPS.transition_step.default, (v, x, noise, u, *scalars, 2.5, "reference"))
+    torch.library.opcheck(OPS.transition_log_prob.default, (v, x, y, u, *scalars, 2.5, "reference"))
+
+
+class Denoiser(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, y: Tensor, c: sk.TransitionCoefficients, noise: Tensor, scale: float) -> Tensor:
+        v = self.layer(x)
+        step = sk.transition_step(v, x, c, noise=noise)
+        log_prob = sk.transition_log_prob(
+            self.layer(step.next_sample), x, y, c, unconditional_velocity=v, guidance_scale=scale
+        )
+        assert step.log_prob is not None
+        return step.next_sample.square().mean() - log_prob.mean() + step.log_prob.mean()
+
+
+def test_a_model_compiles_without_a_graph_break() -> None:
+    torch.manual_seed(0)
+    model = Denoiser()
+    p = problem(torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for scale in (1.0, 4.5):
+        results = []
+        for function in (model, compiled):
+            model.zero_grad()
+            loss = function(p["x"], p["v"], p["c"], p["noise"], scale)
+            loss.backward()
+            results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_step_takes_other_batch_sizes() -> None:
+    compiled = torch.compile(
+        lambda p: sk.transition_log_prob(p["v"], p["x"], p["noise"], p["c"]), fullgraph=True, backend="aot_eager"
+    )
+    for batch in (2, 3, 5, 1):
+        p = problem(torch.float32, batch)
+        torch.testing.assert_close(compiled(p), sk.transition_log_prob(p["v"], p["x"], p["noise"], p["c"]))
