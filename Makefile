@@ -1,0 +1,59 @@
+# make help lists the targets. The first one that runs makes .venv with what it needs; none does that twice.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Processes that share the tests, each with one thread.
+WORKERS ?= auto
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench lint clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo "PYTHON=python3.12 chooses the interpreter for a new $(VENV). PyTorch comes from where pip looks, on Linux with CUDA;"
+	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu before the first run gets the smaller build for the CPU."
+
+demo: $(VENV)/.built ## Post-train a small Stable Diffusion 3 pipeline with STAR and show what it gained
+	$(BIN)/star-train tiny $(DEMO_ARGS)
+
+test: $(VENV)/.built-dev ## Run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 tests
+
+bench: $(VENV)/.built-dev ## Measure the operators against their unfused baselines
+	$(BIN)/python -m pytest -q bench
+
+lint: $(VENV)/.built-dev ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove what was built and installed; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info star_kernels/_C*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find star_kernels python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PyTorch comes first and alone, so that nothing after it brings a second one.
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "star-kernels needs Python 3.10 or newer (make PYTHON=...)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH) and the packages of requirements.txt into $(VENV) (once; some minutes)"
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(PIP) install -q -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)
+	@echo "Building the C++ extension (about a minute)"
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.built-dev: $(VENV)/.built $(VENV)/.installed-dev
+	@touch $@

@@ -1,0 +1,126 @@
+"""The package as it is installed: what importing it loads, what it registers, how it is built."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import star_kernels as sk
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def extension():
+    assert sk.available_backends()["cpu"] is None, sk.available_backends()["cpu"]
+    return importlib.import_module("star_kernels._C")
+
+
+def test_importing_the_library_loads_torch_and_nothing_else_of_weight():
+    code = (
+        "import sys, json, torch; before = set(sys.modules); import star_kernels;"
+        "print(json.dumps(sorted({name.split('.')[0] for name in set(sys.modules) - before})))"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "star_kernels" in loaded
+    assert not loaded & {"triton", "diffusers", "transformers", "peft", "accelerate", "star_trainer", "numpy", "scipy"}
+
+
+def test_the_library_works_where_the_extension_is_missing():
+    code = (
+        "import sys; sys.modules['star_kernels._C'] = None\n"
+        "import torch, star_kernels as sk\n"
+        "assert 'not built' in sk.available_backends()['cpu'], sk.available_backends()\n"
+        "assert sk.allocation_map(torch.ones(1, 4, 2), (2, 2)).eq(1).all()\n"
+        "try: sk.allocation_map(torch.ones(1, 4, 2), (2, 2), backend='cpu')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    done = run_python(code, STAR_KERNELS_BACKEND="")
+    assert done.returncode == 0, done.stderr
+    assert "backend='cpu' cannot run allocation_map" in done.stdout and "not built" in done.stdout
+    assert "allocation_map runs on its reference implementation" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["allocation_map"])
+def test_the_extension_registers_its_operators_for_tensors_on_the_cpu(extension, name):
+    assert name in dir(torch.ops.star_kernels_cpu) or hasattr(torch.ops.star_kernels_cpu, name)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"star_kernels_cpu::{name}", "CPU")
+
+
+def test_build_information_matches_the_torch_that_runs(extension):
+    info = extension.build_info()
+    assert info["torch_version"] == torch.__version__.split("+")[0]
+    assert re.match(r"(gcc|clang) \d+", info["compiler"]) and "-O3" in info["flags"] and info["cpp_standard"] >= 201703
+    assert isinstance(info["openmp"], bool)
+
+
+def test_cpu_capability_agrees_with_what_the_operating_system_reports(extension):
+    capability = extension.cpu_capability()
+    assert set(capability) == {"avx2", "avx512", "avx512_bf16", "amx"}
+    if capability["amx"] or capability["avx512_bf16"]:
+        assert capability["avx512"]
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(re.findall(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.M)[0].split()) if cpuinfo.exists() else None
+    if flags is not None:
+        wanted = {
+            "avx2": {"avx2", "fma"},
+            "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+            "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+            "amx": {"amx_tile", "amx_bf16"},
+        }
+        assert capability == {name: needed <= flags for name, needed in wanted.items()}
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert importlib.metadata.version("star-kernels") == sk.__version__
+
+
+def test_the_library_requires_torch_and_triton_only():
+    required = importlib.metadata.requires("star-kernels") or []
+    core = {re.split(r"[^\w-]", line)[0] for line in required if "extra ==" not in line}
+    assert core == {"torch", "triton"}
+    assert {"train", "ocr", "bench", "dev"} <= set(
+        importlib.metadata.metadata("star-kernels").get_all("Provides-Extra") or []
+    )
+
+
+def test_the_command_line_is_installed():
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="star-train")
+    assert entry.value == "star_trainer.cli:main"
+
+
+HIDE_TORCH = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version'];"
+
+
+def test_building_without_torch_says_what_to_do():
+    done = run_python(HIDE_TORCH + "runpy.run_path('setup.py', run_name='__main__')", STAR_KERNELS_BUILD_CPU="1")
+    assert done.returncode != 0
+    assert "--no-build-isolation" in done.stderr and "STAR_KERNELS_BUILD_CPU=0" in done.stderr
+
+
+def test_leaving_the_extension_out_needs_no_torch_to_build():
+    done = run_python(HIDE_TORCH + "runpy.run_path('setup.py', run_name='__main__')", STAR_KERNELS_BUILD_CPU="0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == sk.__version__
