@@ -1,0 +1,249 @@
+"""The trainer's configuration: typed, checked before any weights load, read from YAML presets and ``key=value`` overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = Path(__file__).parent / "presets"
+
+Method = Literal["star", "uniform", "uniform_position", "shuffled", "inverted"]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class Run(_Section):
+    """Where the run lives."""
+
+    folder: str = Field("runs/{preset}", description="output folder; {preset}, {method} and {seed} are filled in")
+    seed: int = Field(0, ge=0, description="seed of every random number of the run")
+    resume: bool = Field(True, description="go on from the newest whole checkpoint in the folder")
+    progress: bool = Field(True, description="show a progress bar")
+
+
+class Lora(_Section):
+    """Low-rank adapters, by peft."""
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"],
+        description="names of the linear layers that get an adapter",
+        min_length=1,
+    )
+
+
+class Model(_Section):
+    """The pipeline that is post-trained."""
+
+    pipeline: str = Field("tiny", description="'tiny' (comes with the package), a folder, or a name on a model hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen weights")
+    max_sequence_length: Positive = Field(256, description="T5 positions; the tiny pipeline was trained with 16")
+    lora: Lora | None = Field(Lora(), description="adapters, or null to train all weights of the transformer")
+    gradient_checkpointing: bool = False
+
+
+class Prompts(_Section):
+    """What is drawn, and for which prompts it is measured."""
+
+    source: str = Field("scenes", description="'scenes', or a JSON-lines file with prompt, units and metadata")
+    held_out: str | None = Field(None, description="JSON-lines file of the held-out prompts, where source is a file")
+
+
+class RolloutConfig(_Section):
+    """How samples are drawn for training."""
+
+    prompts: Positive = Field(8, description="prompts per iteration, over all processes")
+    samples: int = Field(8, ge=2, description="samples per prompt: the size of a group")
+    batch_size: Positive = Field(64, description="samples per forward pass")
+    steps: Positive = Field(10, description="denoising steps")
+    sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    eta: float = Field(0.7, gt=0.0, description="noise level of the sampler")
+    guidance_scale: float = Field(1.0, ge=1.0, description="classifier-free guidance; 1 is without")
+
+
+class Reward(_Section):
+    """What is rewarded: a weighted sum."""
+
+    terms: dict[str, float] = Field(
+        {"scene_graded": 1.0}, description="weight by name, or by module:function for one's own", min_length=1
+    )
+
+
+class Allocation(_Section):
+    """Where the advantage lands."""
+
+    strength: Share = Field(1.0, description="0 is uniform, 1 follows the map")
+    sharpness: float = Field(1.0, gt=0.0, description="exponent of the map")
+    combine: Literal["mean", "max"] = Field("mean", description="across the units of a prompt")
+    smooth: bool = Field(False, description="3x3 binomial filter")
+    clamp: tuple[float, float] | None = Field(None, description="smallest and largest weight")
+    layers: list[int] | None = Field(None, description="transformer blocks that are recorded, or null for all")
+
+
+class Train(_Section):
+    """The update."""
+
+    iterations: Positive = 30
+    updates: Positive = Field(2, description="optimiser steps per iteration, each on its share of the samples")
+    batch_size: Positive = Field(64, description="samples per backward pass")
+    step_fraction: float = Field(0.5, gt=0.0, le=1.0, description="share of the denoising steps that is trained on")
+    learning_rate: float = Field(3e-4, gt=0.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    max_gradient_norm: float = Field(1.0, gt=0.0)
+    clip_range: float = Field(
+        1e-4, ge=0.0, lt=1.0, description="of the image-level ratio; times sqrt(H*W) where ratios are per position"
+    )
+    kl_weight: float = Field(0.0, ge=0.0, description="weight of the KL to the model without adapters")
+    kl_scale: Literal["variance", "std_dev"] = "variance"
+    advantage_std: Literal["group", "batch"] = Field("group", description="over what the reward's spread is taken")
+    advantage_clip: float = Field(5.0, gt=0.0)
+    ema_decay: float = Field(0.9, ge=0.0, lt=1.0, description="of the weights that are evaluated and exported")
+    max_skipped_updates: Positive = Field(3, description="non-finite updates in a row after which the run ends")
+
+
+class Evaluation(_Section):
+    """Held-out prompts, fixed noise, no sampler noise."""
+
+    prompts: Positive = Field(256, description="held-out prompts, one image each")
+    every: Positive = Field(10, description="iterations between evaluations")
+    interim_prompts: Positive = Field(128, description="prompts of the evaluations between the first and the last")
+    steps: Positive = 20
+    guidance_scale: float = Field(1.0, ge=1.0)
+    pictures: Positive = Field(8, description="prompts shown in the pictures")
+
+
+class Checkpoints(_Section):
+    """What a killed run goes on from."""
+
+    every: Positive = Field(5, description="iterations between checkpoints")
+    keep: int = Field(2, ge=2, description="how many are kept; at least two, in case one is damaged")
+
+
+class Config(_Section):
+    """Everything that decides a run."""
+
+    method: Method = Field("star", description="star, or a control: " + ", ".join(get_args(Method)[1:]))
+    backend: Literal["auto", "triton", "cpu", "reference"] = Field("auto", description="of the library's operators")
+    run: Run = Run()
+    model: Model = Model()
+    prompts: Prompts = Prompts()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: Reward = Reward()
+    allocation: Allocation = Allocation()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Config:
+        trained = self.rollout.prompts * self.rollout.samples
+        if self.train.updates > trained:
+            raise ValueError(f"train.updates: expected at most the {trained} samples of an iteration")
+        if self.rollout.sampler == "cps" and self.rollout.eta > 1.0:
+            raise ValueError("rollout.eta: expected at most 1 for the sampler cps")
+        if self.rollout.sampler == "cps" and self.rollout.steps < 2:
+            raise ValueError("rollout.steps: expected at least 2 for the sampler cps, whose last step has no noise")
+        if self.train.kl_scale == "std_dev" and self.rollout.sampler == "cps":
+            raise ValueError("train.kl_scale: expected 'variance' for the sampler cps, which has no noise rate")
+        if self.method == "shuffled" and self.rollout.prompts < 2:
+            raise ValueError("rollout.prompts: expected at least 2 for the method shuffled, which exchanges maps")
+        clamp = self.allocation.clamp
+        if clamp is not None and not 0.0 <= clamp[0] <= 1.0 <= clamp[1]:
+            raise ValueError(f"allocation.clamp: expected low <= 1 <= high, both at least 0, got {list(clamp)}")
+        if (self.prompts.source == "scenes") != (self.prompts.held_out is None):
+            raise ValueError("prompts.held_out: expected a file exactly when prompts.source is a file")
+        return self
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a preset by name or a YAML file by path, and apply overrides like ``train.learning_rate=1e-4``.
+
+    Raises:
+        ConfigError: no such preset or file, malformed YAML, an unknown key, a value of the wrong type or
+            range, or settings that do not go together; the message names the key.
+    """
+    path = Path(source)
+    if source in preset_names():
+        path = PRESETS / f"{source}.yaml"
+    elif not path.is_file():
+        raise ConfigError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from error
+    folder = config.run.folder
+    for name, value in (("preset", path.stem), ("method", config.method), ("seed", str(config.run.seed))):
+        folder = folder.replace(f"{{{name}}}", value)
+    return config.model_copy(update={"run": config.run.model_copy(update={"folder": folder})})
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override}: expected an override like train.learning_rate=1e-4")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: the value {text!r} is not valid YAML") from error
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key")
+        elif key:
+            lines.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
+        else:
+            lines.append(problem["msg"].removeprefix("Value error, "))
+    return f"{path}: " + "; ".join(lines)
+
+
+def describe_keys() -> str:
+    """Every key with its default and meaning, for the help text."""
+    lines: list[str] = []
+
+    def show(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            key = f"{prefix}{name}"
+            if isinstance(default, _Section):
+                show(type(default), f"{key}.")
+            else:
+                shown = "null" if default is None else default
+                lines.append(f"  {f'{key}={shown}':<44} {field.description or ''}".rstrip())
+
+    show(Config, "")
+    return "\n".join(lines)

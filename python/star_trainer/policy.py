@@ -1,0 +1,187 @@
+"""The model that is post-trained: a diffusers pipeline, its adapters, and the calls that the trainer makes of it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from star_trainer.config import ConfigError, Model
+
+TINY_PIPELINE = Path(__file__).parent / "tiny_sd3" / "pipeline"
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What the transformer sees of B prompts: text tokens [B, N_text, D] and a pooled vector [B, P]."""
+
+    text: Tensor
+    pooled: Tensor
+
+    def __getitem__(self, rows: Any) -> Embeddings:
+        return Embeddings(self.text[rows], self.pooled[rows])
+
+    def repeat_interleave(self, repeats: int) -> Embeddings:
+        return Embeddings(self.text.repeat_interleave(repeats, 0), self.pooled.repeat_interleave(repeats, 0))
+
+    def expand(self, batch: int) -> Embeddings:
+        return Embeddings(self.text.expand(batch, -1, -1), self.pooled.expand(batch, -1))
+
+
+@dataclass
+class Policy:
+    """A pipeline with the transformer that is trained; `transformer` may be wrapped for distributed training."""
+
+    pipeline: Any
+    transformer: Any
+    config: Model
+    frozen_copy: Any = None
+    _cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def model(self) -> Any:
+        """The transformer without what distributed training wraps it in."""
+        return getattr(self.transformer, "module", self.transformer)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        size = self.model.config.sample_size
+        return self.model.config.in_channels, size, size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Image tokens per column and row."""
+        _, height, width = self.latent_shape
+        return height // self.model.config.patch_size, width // self.model.config.patch_size
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def schedule(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Noise levels [steps + 1] and timesteps [steps], as the pipeline's own scheduler sets them."""
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        options = {}
+        if scheduler.config.get("use_dynamic_shifting"):
+            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            options["mu"] = calculate_shift(self.grid[0] * self.grid[1], *(scheduler.config[name] for name in names))
+        scheduler.set_timesteps(steps, device=self.device, **options)
+        return scheduler.sigmas.to(self.device), scheduler.timesteps.to(self.device)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Embeddings:
+        """Text embeddings. Each text is encoded by itself and kept, so that a result depends on nothing else."""
+        for text in texts:
+            if text not in self._cache:
+                hidden, _, pooled, _ = self.pipeline.encode_prompt(
+                    text, None, None, do_classifier_free_guidance=False, max_sequence_length=self.config.max_sequence_length
+                )
+                self._cache[text] = (hidden[0], pooled[0])
+        entries = [self._cache[text] for text in texts]
+        return Embeddings(torch.stack([e[0] for e in entries]), torch.stack([e[1] for e in entries]))
+
+    def velocity(self, latents: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
+        """The transformer's prediction [B, C, H, W] for latents at one timestep (0-d tensor)."""
+        return self.transformer(
+            hidden_states=latents,
+            timestep=timestep.expand(len(latents)),
+            encoder_hidden_states=embeddings.text,
+            pooled_projections=embeddings.pooled,
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def reference_velocity(self, latents: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
+        """The prediction of the model that training started from."""
+        if self.frozen_copy is not None:
+            frozen = Policy(self.pipeline, self.frozen_copy, self.config)
+            return frozen.velocity(latents, timestep, embeddings)
+        with self.without_adapters():
+            return self.velocity(latents, timestep, embeddings)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        self.model.disable_adapters()
+        try:
+            yield
+        finally:
+            self.model.enable_adapters()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Images [B, H, W, 3] uint8 of latents [B, C, H, W]."""
+        vae = self.pipeline.vae
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        # A convolution over many images at once is slower on a CPU than over a few.
+        images = [vae.decode(chunk, return_dict=False)[0] for chunk in scaled.split(16)]
+        pixels = self.pipeline.image_processor.postprocess(torch.cat(images).float(), output_type="np")
+        return np.round(pixels * 255.0).astype(np.uint8)
+
+
+def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
+    """Load the pipeline and add what is trained: adapters, or all weights of the transformer.
+
+    Args:
+        config: the model section.
+        keep_reference: keep a frozen copy of the weights where there are no adapters to switch off.
+
+    Raises:
+        ConfigError: a pipeline that cannot be loaded or is not Stable Diffusion 3, or adapter targets
+            that match no layer.
+    """
+    from diffusers import StableDiffusion3Pipeline
+    from peft import LoraConfig
+
+    source = str(TINY_PIPELINE) if config.pipeline == "tiny" else config.pipeline
+    dtype = getattr(torch, config.dtype)
+    try:
+        with warnings.catch_warnings():
+            # The name of this argument changed between the diffusers releases that are supported.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.pipeline: {config.pipeline!r} cannot be loaded: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    for part in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer"):
+        module = getattr(pipeline, part)
+        if module is not None:
+            module.requires_grad_(False)
+            module.eval()
+    transformer = pipeline.transformer
+    frozen_copy = None
+    if config.lora is None:
+        frozen_copy = copy.deepcopy(transformer) if keep_reference else None
+        transformer.requires_grad_(True)
+    else:
+        adapter = LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            target_modules=list(config.lora.targets),
+            init_lora_weights="gaussian",
+        )
+        try:
+            transformer.add_adapter(adapter)
+        except ValueError as error:
+            raise ConfigError(f"model.lora.targets: {error}") from error
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return Policy(pipeline, transformer, config, frozen_copy)
+
