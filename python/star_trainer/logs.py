@@ -1,0 +1,248 @@
+"""What a run shows and leaves behind: terminal lines, metrics.jsonl, TensorBoard, pictures, the adapter and the summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from star_trainer import report
+from star_trainer.advantages import Advantages
+from star_trainer.evaluation import Evaluation, PairedDifference, evaluate, paired_difference
+from star_trainer.files import write_atomically
+from star_trainer.randomness import stream
+from star_trainer.rewards import RewardFunction, load_reward, scene_graded, scene_strict
+from star_trainer.rollout import Rollout, denoise, text_units
+from star_trainer.scenes import ScenePrompt
+from star_trainer.state import TrainingState
+
+
+class RunLog:
+    """Records of one run; all output goes through here. Only the main process writes."""
+
+    def __init__(self, state: TrainingState, held_out: Sequence[ScenePrompt], *, resumed: bool) -> None:
+        config = state.config
+        self.state = state
+        self.held_out = list(held_out)
+        self.folder = Path(config.run.folder)
+        self.scorers: dict[str, RewardFunction] = {"reward": load_reward(config.reward.terms)}
+        if config.prompts.source == "scenes":
+            self.scorers = {"strict": scene_strict, "graded": scene_graded}
+        self.history: list[dict[str, float]] = []
+        self.base: Evaluation | None = None
+        self.latest: Evaluation | None = None
+        self._started = time.monotonic()
+        self._main = state.accelerator.is_main_process
+        if self._main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "config.json", config.model_dump_json(indent=2).encode())
+            self._take_up_history(resumed)
+        state.accelerator.init_trackers("tensorboard", config=_flat(config.model_dump(mode="json")))
+        if resumed:
+            self.say(f"going on from iteration {state.iteration} in {self.folder}")
+        shown = self._main and config.run.progress
+        self._bar = tqdm(total=config.train.iterations, initial=state.iteration, disable=not shown, unit="iter")
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self.state.accelerator.end_training()
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar, once over all processes."""
+        if self._main:
+            tqdm.write(line)
+
+    def _take_up_history(self, resumed: bool) -> None:
+        """Keep what was logged up to the checkpoint; what came after it will be computed again."""
+        path = self.folder / "metrics.jsonl"
+        if resumed and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break
+                if entry["iteration"] <= self.state.iteration:
+                    self.history.append(entry)
+        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in self.history).encode())
+
+    def _record(self, entry: dict[str, float]) -> None:
+        self.history.append(entry)
+        if self._main:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        self.state.accelerator.log({k: v for k, v in entry.items() if k != "iteration"}, step=int(entry["iteration"]))
+
+    def base_evaluation(self) -> Evaluation:
+        """The evaluation of the model that training started from: made once, then read from the run's folder."""
+        path, state = self.folder / "base_evaluation.safetensors", self.state
+        if state.iteration > 0 and path.is_file():
+            self.base = Evaluation.load(path)
+        else:
+            self.say(f"measuring the base model on {len(self.held_out)} held-out prompts")
+            if state.iteration == 0:
+                self.base = evaluate(state.policy, state.config, self.held_out, self.scorers)
+            else:
+                with state.policy.without_adapters():
+                    self.base = evaluate(state.policy, state.config, self.held_out, self.scorers)
+            if self._main:
+                self.base.save(path)
+        return self.base
+
+    def evaluated(self, evaluation: Evaluation, *, final: bool) -> None:
+        """Log an evaluation (of all or the first held-out prompts) and draw the pictures."""
+        assert self.base is not None
+        self.latest = evaluation
+        count = len(evaluation.images)
+        if evaluation is not self.base or self.state.iteration == 0:
+            self._record(
+                {"iteration": self.state.iteration}
+                | {f"eval/{name}": value for name, value in evaluation.means().items()}
+                | {"eval/prompts": count}
+            )
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.means().items())
+        self.say(f"held-out after {self.state.iteration} iterations ({count} prompts): {scores}")
+        if evaluation is not self.base and self._main:
+            self._draw(evaluation)
+
+    def _draw(self, evaluation: Evaluation) -> None:
+        assert self.base is not None
+        shown = min(self.state.config.evaluation.pictures, len(evaluation.images))
+        texts = [prompt.text for prompt in self.held_out[:shown]]
+        name = list(self.scorers)[-1]
+        report.plot_curves(self.history, self.folder / "curves.png")
+        report.before_after_sheet(
+            texts,
+            self.base.images[:shown],
+            evaluation.images[:shown],
+            self.base.scores[name][:shown],
+            evaluation.scores[name][:shown],
+            self.folder / "before_after.png",
+        )
+        maps = self._draw_maps(shown)
+        for tracker in self.state.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                step = self.state.iteration
+                tracker.writer.add_images("samples", evaluation.images[:shown], step, dataformats="NHWC")
+                # One row of maps per prompt, one map per denoising step.
+                rows = np.concatenate([np.concatenate(list(row), axis=1) for row in maps], axis=0)
+                tracker.writer.add_image("allocation_maps", rows / max(rows.max(), 1e-6), step, dataformats="HW")
+
+    def _draw_maps(self, shown: int) -> np.ndarray:
+        """Allocation maps of the shown prompts by denoising step, drawn over the images; returns [N, T, h, w]."""
+        state, config = self.state, self.state.config
+        prompts = self.held_out[:shown]
+        with state.averaged_weights():
+            trajectory = denoise(
+                state.policy,
+                state.policy.encode([prompt.text for prompt in prompts]),
+                steps=config.rollout.steps,
+                kind="ode",
+                generator=stream(config.run.seed, "pictures"),
+                guidance_scale=config.evaluation.guidance_scale,
+                units=text_units(state.policy, prompts),
+                allocation=config.allocation,
+                backend=config.backend,
+            )
+            images = state.policy.decode(trajectory.latents[-1])
+        assert trajectory.weights is not None
+        maps = trajectory.weights.transpose(0, 1).cpu().numpy()
+        sigmas = state.policy.schedule(config.rollout.steps)[0][:-1].tolist()
+        report.allocation_sheet([p.text for p in prompts], images, maps, sigmas, self.folder / "allocation_maps.png")
+        return maps
+
+    def iteration(self, rollout: Rollout, advantages: Advantages, metrics: dict[str, float]) -> None:
+        """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in TensorBoard."""
+        seconds = rollout.seconds
+        groups = rollout.rewards.reshape(-1, self.state.config.rollout.samples)
+        busy = max(seconds["reward"], 1e-9)
+        entry = {
+            "iteration": self.state.iteration,
+            "reward/mean": float(rollout.rewards.mean()),
+            "reward/std": float(rollout.rewards.std()),
+            "reward/group_std": float(groups.std(axis=1).mean()),
+            "reward/groups_without_spread": advantages.dropped,
+            **{f"train/{name}": value for name, value in metrics.items()},
+            **{f"seconds/{name}": value for name, value in seconds.items()},
+            "seconds/reward_hidden_fraction": max(0.0, 1.0 - seconds["reward_wait"] / busy),
+        }
+        self._record(entry)
+        self._bar.update(1)
+        show = {name: metrics.get(name, float("nan")) for name in ("clip_fraction", "kl", "gradient_norm")}
+        self.say(
+            f"iter {self.state.iteration:>4} | reward {entry['reward/mean']:.3f} ± {entry['reward/std']:.3f} | "
+            f"no spread {advantages.dropped:4.0%} | clip {show['clip_fraction']:6.2%} | kl {show['kl']:.2e} | "
+            f"grad {show['gradient_norm']:.2e} | rollout {seconds['rollout']:.1f} s, reward {seconds['reward']:.1f} s, "
+            f"update {seconds['update']:.1f} s"
+        )
+
+    def finish(self) -> dict[str, object]:
+        """Write adapter and summary, print the comparison with the base model, and return the summary."""
+        assert self.base is not None and self.latest is not None
+        state = self.state
+        compared = {
+            name: paired_difference(self.base.scores[name][: len(after)], after)
+            for name, after in self.latest.scores.items()
+        }
+        summary: dict[str, object] = {
+            "method": state.config.method,
+            "seed": state.config.run.seed,
+            "iterations": state.iteration,
+            "held_out_prompts": len(self.latest.images),
+            "seconds": round(time.monotonic() - self._started, 1),
+            "base": {name: float(v[: len(self.latest.images)].mean()) for name, v in self.base.scores.items()},
+            "final": self.latest.means(),
+            "difference": {name: vars(difference) for name, difference in compared.items()},
+        }
+        if self._main:
+            with state.averaged_weights():
+                export(state, self.folder)
+            write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
+        self.say("")
+        for name, difference in compared.items():
+            before = float(self.base.scores[name][: len(self.latest.images)].mean())
+            self.say(_comparison(name, before, self.latest.means()[name], difference))
+        self.say(f"pictures, metrics and the adapter are in {self.folder}")
+        return summary
+
+
+def _comparison(name: str, before: float, after: float, difference: PairedDifference) -> str:
+    verdict = "better" if difference.low > 0 else "worse" if difference.high < 0 else "no clear difference"
+    return (
+        f"held-out {name:<7} before {before:.4f}  after {after:.4f}  difference {difference.mean:+.4f}, "
+        f"95 % interval [{difference.low:+.4f}, {difference.high:+.4f}], p = {difference.p_value:.1e}: {verdict}"
+    )
+
+
+def export(state: TrainingState, folder: Path) -> None:
+    """Save what was learnt in diffusers' formats: LoRA weights for `load_lora_weights`, or the whole transformer."""
+    model: Any = state.policy.model
+    if state.config.model.lora is None:
+        model.save_pretrained(folder / "transformer", safe_serialization=True)
+        return
+    from peft.utils import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(model)
+    type(state.policy.pipeline).save_lora_weights(folder / "adapter", transformer_lora_layers=layers)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `section.key`, with values that TensorBoard takes."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

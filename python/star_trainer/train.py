@@ -1,0 +1,184 @@
+"""The training loop: sample, reward, allocate, update (docs/method.md, sections 1 to 5)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import star_kernels as sk
+from star_trainer.advantages import Advantages, control_weights, group_advantages
+from star_trainer.config import Config
+from star_trainer.evaluation import evaluate
+from star_trainer.logs import RunLog
+from star_trainer.prompts import load_prompts
+from star_trainer.randomness import numpy_stream
+from star_trainer.rewards import load_reward
+from star_trainer.rollout import NonFiniteError, Rollout, collect
+from star_trainer.state import TrainingState, build_state
+
+
+def train(config: Config) -> dict[str, object]:
+    """Run `config` to its end, or go on with it where it was stopped, and return its summary.
+
+    Raises:
+        ConfigError: what can be seen of a bad configuration, before any weights load.
+        CheckpointError: a run folder whose checkpoints cannot be used.
+        NonFiniteError: too many updates in a row with NaN or infinity.
+    """
+    draw_training, draw_held_out = load_prompts(config.prompts)
+    reward = load_reward(config.reward.terms)
+    held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
+    state = build_state(config)
+    folder = Path(config.run.folder)
+    resumed = config.run.resume and state.restore(folder / "checkpoints")
+    rank, processes = state.accelerator.process_index, state.accelerator.num_processes
+
+    with RunLog(state, held_out, resumed=resumed) as log, ThreadPoolExecutor(1) as worker:
+        log.evaluated(log.base_evaluation(), final=False)
+        for iteration in range(state.iteration, config.train.iterations):
+            prompts = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
+            rollout = collect(state.policy, config, prompts[rank::processes], reward, worker, iteration, rank)
+            advantages = group_advantages(
+                rollout.rewards,
+                config.rollout.samples,
+                std=config.train.advantage_std,
+                clip=config.train.advantage_clip,
+            )
+            start = time.perf_counter()
+            metrics = update(state, rollout, advantages, iteration)
+            rollout.seconds["update"] = time.perf_counter() - start
+            state.iteration = iteration + 1
+            log.iteration(rollout, advantages, metrics)
+
+            last = state.iteration == config.train.iterations
+            if last or state.iteration % config.evaluation.every == 0:
+                count = None if last else config.evaluation.interim_prompts
+                with state.averaged_weights():
+                    log.evaluated(evaluate(state.policy, config, held_out[:count], log.scorers), final=last)
+            if last or state.iteration % config.checkpoints.every == 0:
+                state.save(folder / "checkpoints")
+        return log.finish()
+
+
+def update(state: TrainingState, rollout: Rollout, advantages: Advantages, iteration: int) -> dict[str, float]:
+    """`train.updates` optimiser steps, each on its share of the samples and on the same chosen denoising steps."""
+    config, trajectory = state.config, rollout.trajectory
+    rng = numpy_stream(config.run.seed, "update", iteration, state.accelerator.process_index)
+    steps = choose_steps(trajectory.coefficients, config.train.step_fraction, numpy_stream(config.run.seed, "steps", iteration))
+    weights = control_weights(config.method, trajectory.weights, config.rollout.samples, rng)
+    kept = rng.permutation(len(advantages.kept))
+    kept = kept[advantages.kept[kept]]
+    totals: list[dict[str, float]] = []
+    for part in np.array_split(kept, config.train.updates):
+        if len(part) == 0:
+            continue
+        state.policy.transformer.train()
+        state.optimizer.zero_grad()
+        metrics: list[dict[str, Tensor]] = []
+        for rows in np.array_split(part, math.ceil(len(part) / config.train.batch_size)):
+            for step in steps:
+                result = step_loss(state, rollout, advantages, weights, step, torch.from_numpy(rows))
+                state.accelerator.backward(result.loss * (len(rows) / len(part) / len(steps)))
+                metrics.append({**result.metrics, "loss": result.loss.detach()})
+        state.policy.transformer.eval()
+        parameters = list(state.policy.trainable().values())
+        norm = state.accelerator.clip_grad_norm_(parameters, config.train.max_gradient_norm)
+        summary = summarise(metrics, norm)
+        if summary["non_finite"] or not math.isfinite(summary["loss"] + summary["gradient_norm"]):
+            skip_update(state, metrics, steps, part, summary)
+        else:
+            state.optimizer.step()
+            state.average.step(parameters)
+            state.skipped_in_a_row = 0
+            totals.append(summary)
+    if not totals:
+        return {"updates": 0.0}
+    return {"updates": float(len(totals))} | {name: float(np.mean([t[name] for t in totals])) for name in totals[0]}
+
+
+def step_loss(
+    state: TrainingState, rollout: Rollout, advantages: Advantages, weights: Tensor | None, step: int, rows: Tensor
+) -> sk.PolicyLoss:
+    """The clipped objective of one denoising step on some of the samples."""
+    config, policy, trajectory = state.config, state.policy, rollout.trajectory
+    assert trajectory.log_prob is not None, "rollouts are drawn with noise"
+    sample, embeddings, timestep = trajectory.latents[step, rows], rollout.embeddings[rows], rollout.timesteps[step]
+    guidance_scale, unconditional = config.rollout.guidance_scale, None
+    if guidance_scale > 1.0:
+        with torch.no_grad():
+            unconditional = policy.velocity(sample, timestep, policy.encode([""]).expand(len(rows)))
+    reference = None
+    if config.train.kl_weight > 0.0:
+        reference = policy.reference_velocity(sample, timestep, embeddings)
+        if guidance_scale > 1.0:
+            empty = policy.reference_velocity(sample, timestep, policy.encode([""]).expand(len(rows)))
+            reference = empty + guidance_scale * (reference - empty)
+    granularity = "image" if config.method == "uniform" else "position"
+    # An image's log-ratio averages H*W times as many numbers, so that its spread is sqrt(H*W) times smaller.
+    widen = 1.0 if granularity == "image" else math.sqrt(sample.shape[-2] * sample.shape[-1])
+    return sk.policy_loss(
+        policy.velocity(sample, timestep, embeddings),
+        sample,
+        trajectory.latents[step + 1, rows],
+        trajectory.log_prob[step, rows],
+        torch.from_numpy(advantages.values).float().to(sample.device)[rows],
+        trajectory.coefficients[step],
+        weights=None if weights is None else weights[step, rows],
+        clip_range=min(config.train.clip_range * widen, 0.999),
+        granularity=granularity,
+        reference_velocity=reference,
+        kl_weight=config.train.kl_weight,
+        kl_scale=config.train.kl_scale,
+        unconditional_velocity=unconditional,
+        guidance_scale=guidance_scale,
+        backend=config.backend,
+    )
+
+
+def choose_steps(
+    coefficients: list[sk.TransitionCoefficients], fraction: float, rng: np.random.Generator
+) -> list[int]:
+    """The denoising steps of this iteration: a share of those with noise, drawn without repetition, in order."""
+    noisy = [step for step, row in enumerate(coefficients) if row.stochastic]
+    count = max(1, round(fraction * len(noisy)))
+    return sorted(rng.choice(noisy, count, replace=False).tolist())
+
+
+def summarise(metrics: list[dict[str, Tensor]], norm: Tensor) -> dict[str, float]:
+    """Means over the backward passes of one update (sums of counts, extremes of extremes); reads the device once."""
+
+    def combine(name: str) -> Tensor:
+        values = torch.stack([entry[name].float() for entry in metrics])
+        if name == "non_finite":
+            return values.sum()
+        return values.amin() if name == "ratio_min" else values.amax() if name == "ratio_max" else values.mean()
+
+    names = list(metrics[0])
+    values = torch.stack([*(combine(name) for name in names), norm.float()]).tolist()
+    return dict(zip([*names, "gradient_norm"], values, strict=True))
+
+
+def skip_update(
+    state: TrainingState, metrics: list[dict[str, Tensor]], steps: list[int], part: np.ndarray, summary: dict[str, float]
+) -> None:
+    """Leave the weights as they are, say which step and samples were bad, and end the run when it keeps happening."""
+    state.optimizer.zero_grad()
+    state.skipped_in_a_row += 1
+    bad = [i for i, entry in enumerate(metrics) if entry["non_finite"] > 0 or not torch.isfinite(entry["loss"])]
+    chunks = np.array_split(part, max(1, len(metrics) // len(steps)))
+    where = [f"step {steps[i % len(steps)]}, samples {chunks[i // len(steps)].tolist()[:8]}" for i in bad[:3]]
+    message = (
+        f"update skipped ({state.skipped_in_a_row} in a row): loss {summary['loss']}, gradient norm "
+        f"{summary['gradient_norm']}, {summary['non_finite']:.0f} non-finite positions; "
+        + ("; ".join(where) or "the loss was finite, its gradient was not")
+    )
+    state.accelerator.print(message)
+    if state.skipped_in_a_row >= state.config.train.max_skipped_updates:
+        raise NonFiniteError(f"{message}. Training ends here: lower train.learning_rate or use a wider model.dtype")
