@@ -1,4 +1,7 @@
-"""Group-relative advantages, and the maps that the controls put in the place of STAR's (docs/method.md, sections 1 and 7)."""
+"""Group-relative advantages, and the maps that the controls put in the place of STAR's.
+
+See docs/method.md, sections 1 and 7.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,9 @@ def group_advantages(
     values = (groups - groups.mean(axis=1, keepdims=True)) / (scale + EPSILON)
     has_spread = np.broadcast_to(spread > MINIMUM_SPREAD, groups.shape)
     return Advantages(
-        np.clip(values, -clip, clip).reshape(-1), has_spread.reshape(-1).copy(), float((spread <= MINIMUM_SPREAD).mean())
+        np.clip(values, -clip, clip).reshape(-1),
+        has_spread.reshape(-1).copy(),
+        float((spread <= MINIMUM_SPREAD).mean()),
     )
 
 

@@ -1,4 +1,4 @@
-"""The trainer's configuration: typed, checked before any weights load, read from YAML presets and ``key=value`` overrides."""
+"""The trainer's configuration: typed, checked before any weights load, read from YAML and ``key=value`` overrides."""
 
 from __future__ import annotations
 

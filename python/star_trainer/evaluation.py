@@ -92,7 +92,9 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> PairedDifference
         ValueError: fewer than two pairs, or lengths that differ.
     """
     if before.shape != after.shape or before.ndim != 1 or len(before) < 2:
-        raise ValueError(f"after: expected the shape of before, [N >= 2], got {list(before.shape)}, {list(after.shape)}")
+        raise ValueError(
+            f"after: expected the shape of before, [N >= 2], got {list(before.shape)}, {list(after.shape)}"
+        )
     difference = after.astype(np.float64) - before
     if np.ptp(difference) == 0.0:
         # Without any spread the t statistic is 0/0; the interval is the point itself.

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: terminal lines, metrics.jsonl, TensorBoard, pictures, the adapter and the summary."""
+"""What a run shows and leaves behind: terminal lines, metrics, TensorBoard, pictures, the adapter and the summary."""
 
 from __future__ import annotations
 

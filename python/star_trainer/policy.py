@@ -89,7 +89,11 @@ class Policy:
         for text in texts:
             if text not in self._cache:
                 hidden, _, pooled, _ = self.pipeline.encode_prompt(
-                    text, None, None, do_classifier_free_guidance=False, max_sequence_length=self.config.max_sequence_length
+                    text,
+                    None,
+                    None,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self.config.max_sequence_length,
                 )
                 self._cache[text] = (hidden[0], pooled[0])
         entries = [self._cache[text] for text in texts]
@@ -184,4 +188,3 @@ def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return Policy(pipeline, transformer, config, frozen_copy)
-

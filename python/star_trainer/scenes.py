@@ -200,7 +200,9 @@ def sample_prompt(rng: np.random.Generator, category: str | None = None) -> Scen
     return ScenePrompt(text, metadata, tuple(phrases))
 
 
-def sample_prompts(rng: np.random.Generator, count: int, *, held_out: bool, distinct: bool = False) -> list[ScenePrompt]:
+def sample_prompts(
+    rng: np.random.Generator, count: int, *, held_out: bool, distinct: bool = False
+) -> list[ScenePrompt]:
     """Draw `count` prompts of one split, categories by their shares; with `distinct` no text comes twice.
 
     A category whose prompts are used up (there are only four single objects) gives way to the others.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,7 +70,9 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
     """`train.updates` optimiser steps, each on its share of the samples and on the same chosen denoising steps."""
     config, trajectory = state.config, rollout.trajectory
     rng = numpy_stream(config.run.seed, "update", iteration, state.accelerator.process_index)
-    steps = choose_steps(trajectory.coefficients, config.train.step_fraction, numpy_stream(config.run.seed, "steps", iteration))
+    steps = choose_steps(
+        trajectory.coefficients, config.train.step_fraction, numpy_stream(config.run.seed, "steps", iteration)
+    )
     weights = control_weights(config.method, trajectory.weights, config.rollout.samples, rng)
     kept = rng.permutation(len(advantages.kept))
     kept = kept[advantages.kept[kept]]
@@ -142,9 +143,7 @@ def step_loss(
     )
 
 
-def choose_steps(
-    coefficients: list[sk.TransitionCoefficients], fraction: float, rng: np.random.Generator
-) -> list[int]:
+def choose_steps(coefficients: list[sk.TransitionCoefficients], fraction: float, rng: np.random.Generator) -> list[int]:
     """The denoising steps of this iteration: a share of those with noise, drawn without repetition, in order."""
     noisy = [step for step, row in enumerate(coefficients) if row.stochastic]
     count = max(1, round(fraction * len(noisy)))
@@ -166,7 +165,11 @@ def summarise(metrics: list[dict[str, Tensor]], norm: Tensor) -> dict[str, float
 
 
 def skip_update(
-    state: TrainingState, metrics: list[dict[str, Tensor]], steps: list[int], part: np.ndarray, summary: dict[str, float]
+    state: TrainingState,
+    metrics: list[dict[str, Tensor]],
+    steps: list[int],
+    part: np.ndarray,
+    summary: dict[str, float],
 ) -> None:
     """Leave the weights as they are, say which step and samples were bad, and end the run when it keeps happening."""
     state.optimizer.zero_grad()

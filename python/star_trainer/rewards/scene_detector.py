@@ -1,4 +1,4 @@
-"""Find the coloured shapes of the scenes world in any image: segment by hue, label, match each piece with the shapes."""
+"""Find the coloured shapes of the scenes world in any image: segment by hue, label, match pieces with the shapes."""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ def clip_tokenizer(corpus: list[str]) -> CLIPTokenizer:
     """A byte-level BPE with CLIP's conventions whose merges cover `corpus`; any other text falls to bytes."""
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    learner.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", show_progress=False))
+    learner.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", show_progress=False)
+    )
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = alphabet + [f"{byte}</w>" for byte in alphabet] + ["".join(pair) for pair in merges]
@@ -290,18 +292,21 @@ def model_card(log: list[dict[str, Any]], options: argparse.Namespace) -> str:
         for entry in log
         if entry["stage"] == "measure"
     )
+    command = f"--seed {options.seed} --autoencoder-steps {options.autoencoder_steps} --target {options.target}"
     last = next(entry for entry in reversed(log) if entry["stage"] == "flow")
     return f"""# Tiny Stable Diffusion 3
 
-A Stable Diffusion 3 pipeline small enough for a test suite: the real diffusers and transformers classes (SD3 transformer
-with dual attention and RMS-normed queries and keys, autoencoder, two CLIP text encoders, a T5 encoder, CLIP and T5
-tokenizers, flow-matching Euler scheduler), trained from nothing on the scenes world of `star_trainer.scenes`.
+A Stable Diffusion 3 pipeline small enough for a test suite: the real diffusers and transformers classes (SD3
+transformer with dual attention and RMS-normed queries and keys, autoencoder, two CLIP text encoders, a T5 encoder, CLIP
+and T5 tokenizers, flow-matching Euler scheduler), trained from nothing on the scenes world of `star_trainer.scenes`.
 
     pipe = StableDiffusion3Pipeline.from_pretrained("python/star_trainer/tiny_sd3/pipeline", torch_dtype=torch.float32)
-    pipe("a photo of a red circle left of a blue square", guidance_scale=1.0, max_sequence_length={T5_LENGTH}).images[0]
+    image = pipe("a photo of a red circle left of a blue square",
+                 guidance_scale=1.0, max_sequence_length={T5_LENGTH}).images[0]
 
-Text lengths are {CLIP_LENGTH} CLIP and {T5_LENGTH} T5 positions: always pass `max_sequence_length={T5_LENGTH}`, the length it was trained with.
-Images are 64x64, latents {LATENT_CHANNELS}x16x16, 8x8 image tokens. Weights are stored as fp16.
+Text lengths are {CLIP_LENGTH} CLIP and {T5_LENGTH} T5 positions: always pass `max_sequence_length={T5_LENGTH}`, the
+length it was trained with. Images are 64x64, latents {LATENT_CHANNELS}x16x16, 8x8 image tokens. Weights are stored as
+fp16.
 
 Mean reward on 256 held-out prompts, 20 Euler steps, measured on the stored weights:
 
@@ -309,16 +314,19 @@ Mean reward on 256 held-out prompts, 20 Euler steps, measured on the stored weig
 |---|---|---|
 {rows}
 
-Made by `python -m star_trainer.tiny_sd3.build --seed {options.seed}`, {last["step"]} flow-matching steps. The log of the run is `build_log.jsonl`.
+Made by `python -m star_trainer.tiny_sd3.build {command}` with {last["step"]} flow-matching steps.
+The log of the run is `build_log.jsonl`.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder that gets pipeline/, the log and the README")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent, help="folder that gets pipeline/, the log and the README"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=24000)
-    parser.add_argument("--autoencoder-steps", type=int, default=2500)
+    parser.add_argument("--autoencoder-steps", type=int, default=1800)
     parser.add_argument("--flow-steps", type=int, default=8000, help="the most; training ends at the target reward")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -327,7 +335,9 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    log: list[dict[str, Any]] = [{"stage": "options", **{key: str(value) for key, value in vars(options).items() if key != "out"}}]
+    log: list[dict[str, Any]] = [
+        {"stage": "options", **{key: str(value) for key, value in vars(options).items() if key != "out"}}
+    ]
     prompts, images = make_scenes(options.scenes, rng)
     texts = [prompt.text for prompt in prompts]
     modules = build_modules(texts)
@@ -336,7 +346,9 @@ def main() -> None:
     tqdm.write(json.dumps(log[-1]))
     latents = (encode_images(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
     del images
-    train_flow(modules, latents, texts, options.flow_steps, options.batch_size, options.learning_rate, options.target, log)
+    train_flow(
+        modules, latents, texts, options.flow_steps, options.batch_size, options.learning_rate, options.target, log
+    )
 
     folder = options.out / "pipeline"
     StableDiffusion3Pipeline(**modules).to(torch.float16).save_pretrained(folder)
