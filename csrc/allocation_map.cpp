@@ -1,4 +1,4 @@
-// Mass to allocation map on the CPU, docs/method.md section 4.
+// Mass to allocation map on the CPU, docs/method.md, section 4.
 //
 // Floor: one read of the mass [N, K] from memory (N = h w) and one write of the weights [N]. Everything between is a
 // few passes over N doubles, which stay in the first levels of cache, so the mass is read twice (once for the totals of the

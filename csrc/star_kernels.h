@@ -11,7 +11,7 @@ namespace star_kernels {
 
 enum class Combine { mean, max };
 
-// Mass to allocation map, docs/method.md section 4. See allocation_map.cpp.
+// Mass to allocation map, docs/method.md, section 4. See allocation_map.cpp.
 at::Tensor allocation_map(const at::Tensor& mass, const std::optional<at::Tensor>& mask, int64_t height, int64_t width,
                           Combine combine, double sharpness, bool smooth, double strength,
                           std::optional<std::array<double, 2>> clamp);

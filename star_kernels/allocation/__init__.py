@@ -1,4 +1,4 @@
-"""From attention mass to the weights that move the advantage over the image, docs/method.md section 4."""
+"""From attention mass to the weights that move the advantage over the image, docs/method.md, section 4."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def allocation_map(
     mask: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Turn attention mass into weights with mean 1 over the token grid (docs/method.md section 4).
+    """Turn attention mass into weights with mean 1 over the token grid (docs/method.md, section 4).
 
     Each unit's mass is divided by its mean over the grid, the units are combined, sharpened, smoothed, mixed with the
     uniform map, clamped, and normalised. The weights say how many times its uniform share of the advantage a
@@ -77,6 +77,8 @@ def allocation_map(
     if mask is not None:
         check_tensor("mask", mask, (mass.shape[0], height, width), dtypes=_MASK_DTYPES, device=mass.device)
         mask = mask.detach()
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
     return _allocation_map(mass.detach(), height, width, combine, sharpness, smooth, strength, limits, mask, backend)
 
 

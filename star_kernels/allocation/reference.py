@@ -1,4 +1,4 @@
-"""The definition of the allocation map in plain PyTorch, docs/method.md section 4."""
+"""The definition of the allocation map in plain PyTorch, docs/method.md, section 4."""
 
 from __future__ import annotations
 

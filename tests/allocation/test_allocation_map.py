@@ -1,4 +1,4 @@
-"""Properties of the allocation map, docs/method.md sections 4 and 6, for every implementation that runs on this CPU."""
+"""Properties of the allocation map, docs/method.md, sections 4 and 6, for every implementation that runs on this CPU."""
 
 from __future__ import annotations
 
@@ -325,6 +325,7 @@ BAD_CALLS: list[tuple[str, dict[str, Any], type[Exception]]] = [
     ("mask", {"mask": torch.full((2, 2, 3), 0.5)}, ValueError),
     ("mask", {"mask": torch.ones(2, 2, 3, dtype=torch.complex64)}, TypeError),
     ("mask", {"mask": torch.ones(2, 2, 3, device="meta")}, ValueError),
+    ("backend", {"backend": None}, TypeError),
     ("backend", {"backend": "gpu"}, ValueError),
     ("backend", {"backend": "triton"}, RuntimeError),
 ]
