@@ -1,4 +1,4 @@
-"""Properties of the allocation map, docs/method.md, sections 4 and 6, for every implementation that runs on this CPU."""
+"""Properties of the allocation map (docs/method.md, sections 4 and 6) in every implementation that runs on this CPU."""
 
 from __future__ import annotations
 
