@@ -31,7 +31,7 @@ COLOURS = {
 RELATIONS = ("left of", "right of", "above", "below")
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 NUMBER_WORDS = {2: "two", 3: "three"}
-RADIUS_RANGE = (6.0, 10.0)
+RADIUS_RANGE = (7.0, 11.0)
 HELD_OUT_FRACTION = 0.2
 
 # Chosen so that every category, also those of few prompts, has some on either side of the split.
@@ -81,15 +81,17 @@ def shape_mask(shape: str, x: float, y: float, radius: float, size: int = IMAGE_
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
-def _muted(rng: np.random.Generator) -> np.ndarray:
-    """A colour of low chroma, so that no background can be taken for an object."""
-    grey = rng.uniform(0.2, 0.85)
-    return np.clip(grey + rng.uniform(-0.06, 0.06, 3), 0.0, 1.0).astype(np.float32)
+def _muted_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two colours of low chroma, which cannot be taken for an object's, and of a contrast that leaves objects clear."""
+    grey = rng.uniform(0.3, 0.8)
+    first = grey + rng.uniform(-0.06, 0.06, 3)
+    second = first + rng.uniform(0.1, 0.22) * rng.choice((-1.0, 1.0)) + rng.uniform(-0.03, 0.03, 3)
+    return np.clip(first, 0.0, 1.0).astype(np.float32), np.clip(second, 0.0, 1.0).astype(np.float32)
 
 
 def render_background(rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
     """A background without objects, [size, size, 3] float32 in [0, 1]."""
-    first, second = _muted(rng), _muted(rng)
+    first, second = _muted_pair(rng)
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32) / size
     angle = rng.uniform(0.0, 2.0 * math.pi)
     along = math.cos(angle) * columns + math.sin(angle) * rows

@@ -37,7 +37,7 @@ from star_trainer.scenes import IMAGE_SIZE, ScenePrompt, render, sample_prompts,
 
 CLIP_LENGTH = 16
 T5_LENGTH = 16
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 4
 CAPTION_DROPOUT = 0.1
 
 
@@ -146,10 +146,28 @@ def _cosine(step: int, steps: int, warmup: int = 100) -> float:
     return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
 
 
-def train_autoencoder(vae: AutoencoderKL, images: torch.Tensor, steps: int, log: list[dict[str, Any]]) -> None:
+class BuildLog:
+    """Records of the run: kept, printed, and written to a JSON-lines file as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        self._start = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+    def record(self, stage: str, **values: Any) -> None:
+        self.entries.append({"stage": stage, **values, "seconds": round(time.monotonic() - self._start, 1)})
+        line = json.dumps(self.entries[-1])
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+        tqdm.write(line)
+
+
+def train_autoencoder(vae: AutoencoderKL, images: torch.Tensor, steps: int, log: BuildLog) -> None:
     """Fit the autoencoder (L1 and squared error, a light KL term) and set its latent scale and shift."""
     optimiser = torch.optim.AdamW(vae.parameters(), lr=3e-3, weight_decay=1e-4, betas=(0.9, 0.99))
-    start, progress = time.monotonic(), tqdm(range(steps), desc="autoencoder")
+    progress = tqdm(range(steps), desc="autoencoder")
     for step in progress:
         for group in optimiser.param_groups:
             group["lr"] = 3e-3 * _cosine(step, steps)
@@ -164,9 +182,7 @@ def train_autoencoder(vae: AutoencoderKL, images: torch.Tensor, steps: int, log:
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
         if step % 200 == 0 or step == steps - 1:
-            record = {"stage": "autoencoder", "step": step, "loss": loss.item(), "l1": error.abs().mean().item()}
-            log.append({**record, "seconds": round(time.monotonic() - start, 1)})
-            progress.set_postfix(loss=f"{record['loss']:.4f}", l1=f"{record['l1']:.4f}")
+            log.record("autoencoder", step=step, loss=loss.item(), l1=error.abs().mean().item())
     vae.requires_grad_(False)
     latents = encode_images(vae, images[:2048])
     shift = latents.mean().item()
@@ -177,6 +193,17 @@ def train_autoencoder(vae: AutoencoderKL, images: torch.Tensor, steps: int, log:
 def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Posterior means, not yet shifted and scaled: [N, 8, 16, 16] float32."""
     return torch.cat([vae.encode(_to_model_range(chunk)).latent_dist.mean for chunk in images.split(256)])
+
+
+def reconstruction_reward(vae: AutoencoderKL, rng: np.random.Generator, count: int = 256) -> float:
+    """Strict reward of ground-truth renders after the autoencoder: what the best transformer could reach."""
+    prompts = sample_prompts(rng, count, held_out=True)
+    images = np.stack([render(sample_scene(prompt.metadata, rng), rng) for prompt in prompts])
+    latents = encode_images(vae, torch.from_numpy(images).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        decoded = torch.cat([vae.decode(chunk).sample for chunk in latents.split(64)])
+    decoded = (decoded.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).numpy()
+    return float(np.mean([judge(detect(i), p.metadata).strict for i, p in zip(decoded, prompts, strict=True)]))
 
 
 class TextStack(torch.nn.Module):
@@ -211,7 +238,8 @@ def train_flow(
     batch_size: int,
     rate: float,
     target: float,
-    log: list[dict[str, Any]],
+    snapshots: Path | None,
+    log: BuildLog,
 ) -> None:
     """Flow matching of the transformer and the text encoders; what stays is the moving average of the weights.
 
@@ -225,7 +253,7 @@ def train_flow(
     average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
     clip_ids, t5_ids = tokenize(modules, texts)
     empty_clip, empty_t5 = tokenize(modules, [""])
-    start, smooth, progress = time.monotonic(), 1.0, tqdm(range(steps), desc="flow matching")
+    smooth, progress = 1.0, tqdm(range(steps), desc="flow matching")
     for step in progress:
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 300)
@@ -252,10 +280,11 @@ def train_flow(
         if (step + 1) % 500 == 0 or step == steps - 1:
             average.store(parameters)
             average.copy_to(parameters)
-            reward = measure(StableDiffusion3Pipeline(**modules), 128, guidance_scale=1.0)
-            record = {"stage": "flow", "step": step + 1, "loss": smooth, "gradient_norm": norm.item(), **reward}
-            log.append({**record, "seconds": round(time.monotonic() - start, 1)})
-            tqdm.write(json.dumps(log[-1]))
+            pipeline = StableDiffusion3Pipeline(**modules)
+            reward = measure(pipeline, 128, guidance_scale=1.0)
+            if snapshots is not None:
+                pipeline.save_pretrained(snapshots / f"flow_{step + 1}")
+            log.record("flow", step=step + 1, loss=smooth, gradient_norm=norm.item(), **reward)
             if reward["strict"] >= target or step == steps - 1:
                 return
             average.restore(parameters)
@@ -328,36 +357,42 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=24000)
     parser.add_argument("--autoencoder-steps", type=int, default=1800)
     parser.add_argument("--flow-steps", type=int, default=8000, help="the most; training ends at the target reward")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--snapshots", type=Path, help="folder for a pipeline at every measurement, to look at")
     parser.add_argument("--target", type=float, default=0.4, help="held-out strict reward at which training ends")
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    log: list[dict[str, Any]] = [
-        {"stage": "options", **{key: str(value) for key, value in vars(options).items() if key != "out"}}
-    ]
+    log = BuildLog(options.out / "build_log.jsonl")
+    log.record("options", **{key: value for key, value in vars(options).items() if key not in ("out", "snapshots")})
     prompts, images = make_scenes(options.scenes, rng)
     texts = [prompt.text for prompt in prompts]
     modules = build_modules(texts)
     vae = modules["vae"]
     train_autoencoder(vae, images, options.autoencoder_steps, log)
-    tqdm.write(json.dumps(log[-1]))
+    log.record("reconstruction", strict=reconstruction_reward(vae, rng))
     latents = (encode_images(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
     del images
     train_flow(
-        modules, latents, texts, options.flow_steps, options.batch_size, options.learning_rate, options.target, log
+        modules,
+        latents,
+        texts,
+        options.flow_steps,
+        options.batch_size,
+        options.learning_rate,
+        options.target,
+        options.snapshots,
+        log,
     )
 
     folder = options.out / "pipeline"
     StableDiffusion3Pipeline(**modules).to(torch.float16).save_pretrained(folder)
     stored = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
     for guidance_scale in (1.0, 3.0):
-        log.append({"stage": "measure", "guidance_scale": guidance_scale, **measure(stored, 256, guidance_scale)})
-        tqdm.write(json.dumps(log[-1]))
-    (options.out / "build_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
-    (options.out / "README.md").write_text(model_card(log, options))
+        log.record("measure", guidance_scale=guidance_scale, **measure(stored, 256, guidance_scale))
+    (options.out / "README.md").write_text(model_card(log.entries, options))
 
 
 if __name__ == "__main__":
