@@ -5,6 +5,9 @@ from star_kernels.attention import joint_attention as joint_attention
 from star_kernels.backends import available_backends as available_backends
 from star_kernels.policy_loss import PolicyLoss as PolicyLoss
 from star_kernels.policy_loss import policy_loss as policy_loss
+from star_kernels.recorder import AttentionRecorder as AttentionRecorder
+from star_kernels.recorder import record_attention as record_attention
+from star_kernels.text_units import TextUnits as TextUnits
 from star_kernels.transition import TransitionCoefficients as TransitionCoefficients
 from star_kernels.transition import TransitionStep as TransitionStep
 from star_kernels.transition import transition_coefficients as transition_coefficients
