@@ -100,7 +100,7 @@ class RunLog:
         return self.base
 
     def evaluated(self, evaluation: Evaluation, *, final: bool) -> None:
-        """Log an evaluation (of all or the first held-out prompts) and draw the pictures."""
+        """Log an evaluation and draw the pictures; the policy must still have the weights that were evaluated."""
         assert self.base is not None
         self.latest = evaluation
         count = len(evaluation.images)
@@ -142,19 +142,18 @@ class RunLog:
         """Allocation maps of the shown prompts by denoising step, drawn over the images; returns [N, T, h, w]."""
         state, config = self.state, self.state.config
         prompts = self.held_out[:shown]
-        with state.averaged_weights():
-            trajectory = denoise(
-                state.policy,
-                state.policy.encode([prompt.text for prompt in prompts]),
-                steps=config.rollout.steps,
-                kind="ode",
-                generator=stream(config.run.seed, "pictures"),
-                guidance_scale=config.evaluation.guidance_scale,
-                units=text_units(state.policy, prompts),
-                allocation=config.allocation,
-                backend=config.backend,
-            )
-            images = state.policy.decode(trajectory.latents[-1])
+        trajectory = denoise(
+            state.policy,
+            state.policy.encode([prompt.text for prompt in prompts]),
+            steps=config.rollout.steps,
+            kind="ode",
+            generator=stream(config.run.seed, "pictures"),
+            guidance_scale=config.evaluation.guidance_scale,
+            units=text_units(state.policy, prompts),
+            allocation=config.allocation,
+            backend=config.backend,
+        )
+        images = state.policy.decode(trajectory.latents[-1])
         assert trajectory.weights is not None
         maps = trajectory.weights.transpose(0, 1).cpu().numpy()
         sigmas = state.policy.schedule(config.rollout.steps)[0][:-1].tolist()

@@ -134,7 +134,7 @@ class Policy:
         # A convolution over many images at once is slower on a CPU than over a few.
         images = [vae.decode(chunk, return_dict=False)[0] for chunk in scaled.split(16)]
         pixels = self.pipeline.image_processor.postprocess(torch.cat(images).float(), output_type="np")
-        return np.round(pixels * 255.0).astype(np.uint8)
+        return np.ascontiguousarray(np.round(pixels * 255.0).astype(np.uint8))
 
 
 def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:

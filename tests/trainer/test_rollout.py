@@ -1,0 +1,143 @@
+"""Denoising: parity with diffusers' pipeline, what is recorded, and independence of everything but the seed."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from star_trainer.config import Config, Model, load_config
+from star_trainer.policy import Policy, load_policy
+from star_trainer.randomness import numpy_stream, stream
+from star_trainer.rewards import load_reward
+from star_trainer.rollout import NonFiniteError, collect, denoise, text_units
+from star_trainer.scenes import sample_prompts
+
+LORA = load_config("tiny").model
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    torch.manual_seed(0)
+    return load_policy(Model(pipeline="tiny", max_sequence_length=16, lora=LORA.lora))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return sample_prompts(np.random.default_rng(0), 4, held_out=True)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+@pytest.mark.parametrize("steps", [4, 10])
+def test_denoising_without_noise_equals_the_pipeline(
+    policy: Policy, prompts, guidance_scale: float, steps: int
+) -> None:
+    texts = [prompt.text for prompt in prompts]
+    trajectory = denoise(
+        policy,
+        policy.encode(texts),
+        steps=steps,
+        kind="ode",
+        generator=stream(0, "test"),
+        guidance_scale=guidance_scale,
+    )
+    expected = policy.pipeline(
+        texts,
+        latents=trajectory.latents[0].clone(),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        max_sequence_length=16,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(trajectory.latents[-1], expected, rtol=1e-4, atol=1e-4)
+    images = policy.decode(trajectory.latents[-1])
+    from_pipeline = policy.pipeline(
+        texts,
+        latents=trajectory.latents[0].clone(),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        max_sequence_length=16,
+        output_type="np",
+    ).images
+    assert np.abs(images / 255.0 - from_pipeline).max() < 1e-4 * 10 + 0.5 / 255.0
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+def test_a_training_rollout_records_log_probs_and_maps_of_every_step(
+    policy: Policy, prompts, guidance_scale: float
+) -> None:
+    config = load_config("tiny")
+    trajectory = denoise(
+        policy,
+        policy.encode([prompt.text for prompt in prompts]),
+        steps=3,
+        kind="flow_sde",
+        generator=stream(0, "test"),
+        eta=0.7,
+        guidance_scale=guidance_scale,
+        units=text_units(policy, prompts),
+        allocation=config.allocation,
+    )
+    assert trajectory.latents.shape == (4, 4, *policy.latent_shape)
+    assert trajectory.log_prob is not None and trajectory.log_prob.shape == (3, 4, 16, 16)
+    assert trajectory.weights is not None and trajectory.weights.shape == (3, 4, 8, 8)
+    torch.testing.assert_close(trajectory.weights.mean((-1, -2)), torch.ones(3, 4), rtol=0, atol=1e-6)
+    assert trajectory.weights.std() > 0
+
+
+def test_recording_changes_the_samples_by_rounding_only(policy: Policy, prompts) -> None:
+    embeddings = policy.encode([prompt.text for prompt in prompts])
+    options = {"steps": 3, "kind": "flow_sde", "eta": 0.7}
+    plain = denoise(policy, embeddings, generator=stream(0, "test"), **options)
+    recorded = denoise(
+        policy,
+        embeddings,
+        generator=stream(0, "test"),
+        units=text_units(policy, prompts),
+        allocation=load_config("tiny").allocation,
+        **options,
+    )
+    torch.testing.assert_close(recorded.latents, plain.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_the_embedding_of_a_text_does_not_depend_on_the_others(policy: Policy, prompts) -> None:
+    texts = [prompt.text for prompt in prompts]
+    together = policy.encode(texts).text.clone()
+    policy._cache.clear()
+    assert torch.equal(policy.encode([texts[2]]).text[0], together[2])
+
+
+def test_nan_in_the_latents_ends_the_rollout_with_step_and_sample(policy: Policy, prompts) -> None:
+    embeddings = policy.encode([prompt.text for prompt in prompts])
+    embeddings.text[1] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"step 0, in samples \[1\]"):
+        denoise(policy, embeddings, steps=2, kind="ode", generator=stream(0, "test"))
+
+
+def test_collecting_in_batches_keeps_groups_in_order_and_uses_the_worker(policy: Policy) -> None:
+    config: Config = load_config(
+        "tiny", ["rollout.prompts=2", "rollout.samples=3", "rollout.batch_size=4", "rollout.steps=2"]
+    )
+    prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
+    seen: list[int] = []
+    real = load_reward({"scene_graded": 1.0})
+
+    def reward(images, batch):
+        seen.append(len(images))
+        return real(images, batch)
+
+    with ThreadPoolExecutor(1) as worker:
+        rollout = collect(policy, config, prompts, reward, worker, iteration=0, rank=0)
+    assert seen == [4, 2]
+    assert [p.text for p in rollout.prompts] == [prompts[0].text] * 3 + [prompts[1].text] * 3
+    assert rollout.rewards.shape == (6,) and rollout.images.shape == (6, 64, 64, 3)
+    assert rollout.trajectory.latents.shape[1] == 6
+    np.testing.assert_array_equal(rollout.rewards, real(rollout.images, rollout.prompts))
+
+
+def test_streams_are_told_apart_by_every_part_of_their_place() -> None:
+    places = [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1), (0, "a", 0, 0)]
+    draws = {torch.randn(1, generator=stream(*place)).item() for place in places}
+    assert len(draws) == len(places)
+    assert torch.equal(torch.randn(3, generator=stream(0, "a", 4)), torch.randn(3, generator=stream(0, "a", 4)))

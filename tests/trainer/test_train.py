@@ -1,0 +1,210 @@
+"""The loop: it runs to its end, survives SIGKILL bit for bit, and does not go on with NaN."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import star_trainer.train as loop
+import torch
+from safetensors.torch import load_file
+from star_trainer.checkpoint import CheckpointError
+from star_trainer.cli import main
+from star_trainer.config import load_config
+from star_trainer.evaluation import paired_difference
+from star_trainer.rollout import NonFiniteError
+from star_trainer.train import train
+
+SMALL = [
+    "run.progress=false",
+    "train.iterations=4",
+    "train.step_fraction=1.0",
+    "train.batch_size=4",
+    "train.kl_weight=0.01",
+    "rollout.prompts=2",
+    "rollout.samples=4",
+    "rollout.batch_size=8",
+    "rollout.steps=2",
+    "evaluation.prompts=4",
+    "evaluation.interim_prompts=4",
+    "evaluation.steps=2",
+    "evaluation.every=2",
+    "evaluation.pictures=2",
+    "checkpoints.every=1",
+    # Rewards of so few and so coarse samples often have no spread, and a run that updates nothing shows nothing.
+    "reward.terms={'reward_for_tests:brightness': 1.0}",
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(folder: Path, *overrides: str) -> dict[str, object]:
+    return train(load_config("tiny", [f"run.folder={folder}", *SMALL, *overrides]))
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").glob("iteration_*"))
+    return {
+        f"{name}/{key}": tensor
+        for name in ("policy", "average", "optimizer")
+        for key, tensor in load_file(newest / f"{name}.safetensors").items()
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        torch.set_num_threads(1)
+        run(folder)
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(uninterrupted: Path) -> None:
+    for name in ("metrics.jsonl", "summary.json", "config.json", "curves.png", "before_after.png"):
+        assert (uninterrupted / name).stat().st_size > 0, name
+    assert (uninterrupted / "allocation_maps.png").stat().st_size > 0
+    assert (uninterrupted / "adapter" / "pytorch_lora_weights.safetensors").stat().st_size > 0
+    assert list(uninterrupted.rglob("events.out.tfevents.*"))
+    records = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    iterations = [record for record in records if "reward/mean" in record]
+    assert [record["iteration"] for record in iterations] == [1, 2, 3, 4]
+    for key in ("train/clip_fraction", "train/kl", "train/gradient_norm", "seconds/rollout", "seconds/reward"):
+        assert all(np.isfinite(record[key]) for record in iterations), key
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["iterations"] == 4 and summary["held_out_prompts"] == 4
+
+
+def test_training_moves_the_weights(uninterrupted: Path) -> None:
+    tensors = final_weights(uninterrupted)
+    moved = [tensor for key, tensor in tensors.items() if key.startswith("policy/") and "lora_B" in key]
+    assert moved and any(tensor.abs().max() > 0 for tensor in moved)
+
+
+@pytest.mark.parametrize("point", ["rollout", "update", "checkpoint"])
+def test_a_killed_run_ends_in_the_same_weights_bit_for_bit(point: str, uninterrupted: Path, tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    path = ":".join([str(here), *(entry for entry in sys.path if entry)])
+    killed = subprocess.run(
+        [sys.executable, str(here / "kill_run.py"), point, str(tmp_path), *SMALL],
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "summary.json").exists()
+    run(tmp_path)
+    expected, resumed = final_weights(uninterrupted), final_weights(tmp_path)
+    assert expected.keys() == resumed.keys()
+    different = [key for key in expected if not torch.equal(expected[key], resumed[key])]
+    assert not different
+
+    def rewards(folder: Path) -> list[float]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [line["reward/mean"] for line in lines if "reward/mean" in line]
+
+    assert rewards(tmp_path) == rewards(uninterrupted)
+
+
+@pytest.mark.parametrize("method", ["uniform", "uniform_position", "shuffled", "inverted"])
+def test_methods_draw_the_same_random_numbers(method: str, uninterrupted: Path, tmp_path: Path) -> None:
+    run(tmp_path, f"method={method}", "train.iterations=1")
+
+    def first_reward(folder: Path) -> float:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return next(line["reward/mean"] for line in lines if "reward/mean" in line)
+
+    # Before the first update the policy is the base model, whatever the method.
+    assert first_reward(tmp_path) == pytest.approx(first_reward(uninterrupted), abs=1e-3)
+    star = load_file(uninterrupted / "base_evaluation.safetensors")["images"]
+    assert torch.equal(load_file(tmp_path / "base_evaluation.safetensors")["images"], star)
+
+
+def test_full_training_with_guidance_runs_and_exports_the_transformer(tmp_path: Path) -> None:
+    run(tmp_path, "model.lora=null", "rollout.guidance_scale=2.0", "train.iterations=1", "train.learning_rate=1e-5")
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size > 0
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_the_key(uninterrupted: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"train\.learning_rate"):
+        run(uninterrupted, "train.learning_rate=1e-5")
+
+
+def test_nan_in_the_update_is_skipped_logged_and_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys.modules["star_trainer.policy"].Policy,
+        "velocity",
+        _poison(sys.modules["star_trainer.policy"].Policy.velocity),
+    )
+    with pytest.raises(NonFiniteError, match="in a row"):
+        run(tmp_path, "train.max_skipped_updates=3")
+    out = capsys.readouterr().out
+    assert "update skipped (1 in a row)" in out and "step " in out and "samples" in out
+
+
+def _poison(velocity):
+    """NaN in one latent of whatever is predicted with gradients: in the update, not in the rollout."""
+
+    def poisoned(self, latents, timestep, embeddings):
+        result = velocity(self, latents, timestep, embeddings)
+        if torch.is_grad_enabled():
+            result = result.clone()
+            result[0, 0, 0, 0] = float("nan")
+        return result
+
+    return poisoned
+
+
+def test_one_bad_update_leaves_weights_and_optimiser_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    real_build, real_loss = loop.build_state, loop.step_loss
+
+    def build(config):
+        states.append(real_build(config))
+        return states[-1]
+
+    def bad_loss(*args):
+        result = real_loss(*args)
+        return result._replace(loss=result.loss * float("inf"))
+
+    monkeypatch.setattr(loop, "build_state", build)
+    monkeypatch.setattr(loop, "step_loss", bad_loss)
+    run(tmp_path, "train.iterations=1", "train.updates=1")
+    (state,) = states
+    assert state.skipped_in_a_row == 1
+    assert all(p.abs().max() == 0 for name, p in state.policy.trainable().items() if "lora_B" in name)
+    assert not state.optimizer.state
+
+
+def test_the_command_reports_a_run_that_cannot_go_on_with_status_2(
+    uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tiny", f"run.folder={uninterrupted}", *SMALL, "method=uniform"]) == 2
+    assert "method was 'star'" in capsys.readouterr().err
+
+
+def test_paired_differences() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.random(200)
+    better = paired_difference(before, before + 0.1 + 0.05 * rng.standard_normal(200))
+    assert better.low < 0.1 < better.high and better.low > 0
+    same = paired_difference(before, before)
+    assert (same.mean, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
+    with pytest.raises(ValueError, match="after"):
+        paired_difference(before, before[:5])
