@@ -13,7 +13,8 @@ import torch
 
 
 def _entropy(seed: int, purpose: str, *place: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *place])
+    # A seed sequence takes trailing zeros for nothing; the length tells (0,) from (0, 0).
+    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), len(place), *place])
 
 
 def stream(seed: int, purpose: str, *place: int) -> torch.Generator:
