@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 # Processes that share the tests, each with one thread.
 WORKERS ?= auto
+# Further settings, as in make demo DEMO_ARGS="run.seed=1"
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Byte code is made on first use: doing it for every module of every package takes longer than the download.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
 
 .DEFAULT_GOAL := help
@@ -20,7 +22,7 @@ help: ## Show this list
 	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu before the first run gets the smaller build for the CPU."
 
 demo: $(VENV)/.built ## Post-train a small Stable Diffusion 3 pipeline with STAR and show what it gained
-	$(BIN)/star-train tiny $(DEMO_ARGS)
+	$(BIN)/star-train tiny run.folder=runs/demo $(DEMO_ARGS)
 
 test: $(VENV)/.built-dev ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 tests
@@ -42,17 +44,17 @@ $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "star-kernels needs Python 3.10 or newer (make PYTHON=...)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $(TORCH) and the packages of requirements.txt into $(VENV) (once; some minutes)"
-	$(PIP) install -q $(TORCH)
-	$(PIP) install -q -r requirements.txt
+	$(INSTALL) $(TORCH)
+	$(INSTALL) -r requirements.txt
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(PIP) install -q -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)
 	@echo "Building the C++ extension (about a minute)"
-	$(PIP) install -q --no-build-isolation --no-deps -e .
+	$(INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
 $(VENV)/.built-dev: $(VENV)/.built $(VENV)/.installed-dev
