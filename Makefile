@@ -22,7 +22,7 @@ help: ## Show this list
 	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu before the first run gets the smaller build for the CPU."
 
 demo: $(VENV)/.built ## Post-train a small Stable Diffusion 3 pipeline with STAR and show what it gained
-	$(BIN)/star-train tiny run.folder=runs/demo $(DEMO_ARGS)
+	$(BIN)/star-train tiny $(DEMO_ARGS)
 
 test: $(VENV)/.built-dev ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 tests

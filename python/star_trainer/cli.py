@@ -59,8 +59,10 @@ def _quieten() -> None:
     """Leave the terminal to the run: other libraries' progress bars and notices about optional parts stay out."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for name in ("transformers", "diffusers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # The run's first line names the backends; a line per operator that has no kernel yet would repeat it.
+    logging.getLogger("star_kernels").setLevel(logging.ERROR)
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import star_kernels as sk
 from star_trainer import report
 from star_trainer.advantages import Advantages
 from star_trainer.evaluation import Evaluation, PairedDifference, evaluate, paired_difference
@@ -44,6 +45,9 @@ class RunLog:
             write_atomically(self.folder / "config.json", config.model_dump_json(indent=2).encode())
             self._take_up_history(resumed)
         state.accelerator.init_trackers("tensorboard", config=_flat(config.model_dump(mode="json")))
+        missing = [f"{name} ({reason})" for name, reason in sk.available_backends().items() if reason]
+        here = [name for name, reason in sk.available_backends().items() if reason is None]
+        self.say(f"backends: {', '.join(here)}" + (f"; not here: {', '.join(missing)}" if missing else ""))
         if resumed:
             self.say(f"going on from iteration {state.iteration} in {self.folder}")
         shown = self._main and config.run.progress
