@@ -42,27 +42,29 @@ class TrainingState:
 
     def save(self, root: Path) -> None:
         """Write a checkpoint of this state, whole or not at all; every process must call it."""
-        optimizer_tensors, optimizer_values = checkpoint.optimizer_state(self.optimizer)
-        parameters = self.policy.trainable()
+        rank, main = self.accelerator.process_index, self.accelerator.is_main_process
+        partial = checkpoint.begin(root, self.iteration) if main else checkpoint.partial_folder(root, self.iteration)
+        self.accelerator.wait_for_everyone()
         rng_tensors, rng_values = checkpoint.rng_state()
-        checkpoint.save_checkpoint(
-            root,
-            self.iteration,
-            {
-                "policy": {name: parameter.detach() for name, parameter in parameters.items()},
-                "average": dict(zip(parameters, self.average.shadow_params, strict=True)),
-                "optimizer": optimizer_tensors,
-                "rng": rng_tensors,
-            },
-            {
+        checkpoint.add(partial, f"rng_{rank:04d}", rng_tensors)
+        optimizer_tensors, optimizer_values = checkpoint.optimizer_state(self.optimizer)
+        if main:
+            parameters = self.policy.trainable()
+            checkpoint.add(partial, "policy", parameters)
+            checkpoint.add(partial, "average", dict(zip(parameters, self.average.shadow_params, strict=True)))
+            checkpoint.add(partial, "optimizer", optimizer_tensors)
+        self.accelerator.wait_for_everyone()
+        if main:
+            values = {
                 "config": self.config.model_dump(mode="json"),
+                "processes": self.accelerator.num_processes,
                 "optimizer": optimizer_values,
                 "rng": rng_values,
                 "average_steps": self.average.optimization_step,
                 "skipped_in_a_row": self.skipped_in_a_row,
-            },
-            keep=self.config.checkpoints.keep,
-        )
+            }
+            checkpoint.commit(partial, values, keep=self.config.checkpoints.keep)
+        self.accelerator.wait_for_everyone()
 
     def restore(self, root: Path) -> bool:
         """Take up the newest whole checkpoint under `root`; False if there is none.
@@ -82,7 +84,10 @@ class TrainingState:
                 shadow.copy_(found.tensors["average"][name])
         self.average.optimization_step = found.values["average_steps"]
         checkpoint.load_optimizer_state(self.optimizer, found.tensors["optimizer"], found.values["optimizer"])
-        checkpoint.set_rng_state(found.tensors["rng"], found.values["rng"])
+        # With fewer or more processes than before, a process without a state of its own keeps the one it started with.
+        own = found.tensors.get(f"rng_{self.accelerator.process_index:04d}")
+        if own is not None:
+            checkpoint.set_rng_state(own, found.values["rng"])
         self.iteration = found.iteration
         self.skipped_in_a_row = found.values["skipped_in_a_row"]
         return True
