@@ -114,7 +114,7 @@ def build_modules(corpus: list[str]) -> dict[str, Any]:
         joint_attention_dim=96,
         caption_projection_dim=128,
         pooled_projection_dim=96,
-        pos_embed_max_size=16,
+        pos_embed_max_size=8,
         dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     )
@@ -193,6 +193,28 @@ def train_autoencoder(vae: AutoencoderKL, images: torch.Tensor, steps: int, log:
 def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Posterior means, not yet shifted and scaled: [N, 8, 16, 16] float32."""
     return torch.cat([vae.encode(_to_model_range(chunk)).latent_dist.mean for chunk in images.split(256)])
+
+
+def refine_decoder(vae: AutoencoderKL, images: torch.Tensor, steps: int, log: BuildLog) -> None:
+    """Train the decoder further on the latents as they are, so that what was trained on the latents stays valid."""
+    decoder = vae.decoder.requires_grad_(True)
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    for step in tqdm(range(steps), desc="decoder"):
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * _cosine(step, steps)
+        batch = _to_model_range(images[torch.randint(len(images), (8,))])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(batch).latent_dist.sample()
+            error = vae.decode(latents).sample.float() - batch
+        loss = error.abs().mean() + error.square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimiser.step()
+        if step % 200 == 0 or step == steps - 1:
+            log.record("decoder", step=step, loss=loss.item(), l1=error.abs().mean().item())
+    decoder.requires_grad_(False)
 
 
 def reconstruction_reward(vae: AutoencoderKL, rng: np.random.Generator, count: int = 256) -> float:
@@ -354,8 +376,10 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).parent, help="folder that gets pipeline/, the log and the README"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=24000)
-    parser.add_argument("--autoencoder-steps", type=int, default=1800)
+    parser.add_argument("--scenes", type=int, default=16000)
+    parser.add_argument("--autoencoder-steps", type=int, default=1200)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--autoencoder", type=Path, help="folder of a trained autoencoder, to leave its training out")
     parser.add_argument("--flow-steps", type=int, default=8000, help="the most; training ends at the target reward")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -366,12 +390,16 @@ def main() -> None:
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     log = BuildLog(options.out / "build_log.jsonl")
-    log.record("options", **{key: value for key, value in vars(options).items() if key not in ("out", "snapshots")})
+    log.record("options", **{k: v for k, v in vars(options).items() if k not in ("out", "snapshots", "autoencoder")})
     prompts, images = make_scenes(options.scenes, rng)
     texts = [prompt.text for prompt in prompts]
     modules = build_modules(texts)
     vae = modules["vae"]
-    train_autoencoder(vae, images, options.autoencoder_steps, log)
+    if options.autoencoder is None:
+        train_autoencoder(vae, images, options.autoencoder_steps, log)
+        refine_decoder(vae, images, options.decoder_steps, log)
+    else:
+        vae = modules["vae"] = AutoencoderKL.from_pretrained(options.autoencoder).requires_grad_(False)
     log.record("reconstruction", strict=reconstruction_reward(vae, rng))
     latents = (encode_images(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
     del images
