@@ -146,7 +146,7 @@ def _float64_levels(given: dict[str, Tensor | float]) -> dict[str, Tensor]:
     device = device or torch.device("cpu")
     return {
         name: (
-            value.detach().to(device=device, dtype=torch.float64).expand(size)
+            value.detach().to(device=device, dtype=torch.float64, non_blocking=True).expand(size)
             if isinstance(value, torch.Tensor)
             else torch.full((size,), float(value), dtype=torch.float64, device=device)
         )

@@ -1,0 +1,188 @@
+"""The analytic gradient against autograd, registration, and compilation of a model that trains through the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import star_kernels as sk
+from star_kernels.policy_loss import reference
+from tests.policy_loss.cases import make_case
+
+
+def reference_inputs(case: dict[str, Any], **options: Any) -> reference.Inputs:
+    c = case["coefficients"]
+    low, high = case["clip_range"]
+    values = {
+        **{name: value for name, value in case.items() if name in reference.Inputs._fields},
+        "sample_drift": c.sample_drift,
+        "velocity_scale": c.velocity_scale,
+        "std": c.std,
+        "kl_std": c.std,
+        "unconditional_velocity": None,
+        "clip_low": low,
+        "clip_high": high,
+        "granularity": "position",
+        "guidance_scale": 1.0,
+    }
+    return reference.Inputs(**(values | options))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 999),
+    channels=st.integers(1, 5),
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    granularity=st.sampled_from(["position", "image"]),
+    move=st.sampled_from([0.0, 1e-2, 1.0]),
+    masked=st.booleans(),
+    weighted=st.booleans(),
+    kl=st.sampled_from(["none", "variance", "std_dev"]),
+    guidance=st.sampled_from([None, 1.0, 4.5]),
+)
+def test_the_analytic_gradient_is_that_of_autograd(
+    seed: int,
+    channels: int,
+    grid: tuple[int, int],
+    granularity: str,
+    move: float,
+    masked: bool,
+    weighted: bool,
+    kl: str,
+    guidance: float | None,
+) -> None:
+    case = make_case(seed=seed, channels=channels, grid=grid, dtype=torch.float64, move=move, masked=masked)
+    options: dict[str, Any] = {"granularity": granularity}
+    if not weighted:
+        options["weights"] = None
+    if kl == "none":
+        options |= {"reference_velocity": None, "kl_weight": 0.0}
+    elif kl == "std_dev":
+        options["kl_std"] = case["coefficients"].noise_rate
+    if guidance is not None:
+        options |= {"unconditional_velocity": case["velocity"] + 0.01, "guidance_scale": guidance}
+    inputs = reference_inputs(case, **options)
+    velocity = inputs.velocity.clone().requires_grad_()
+    defined, _ = reference.policy_loss(inputs._replace(velocity=velocity))
+    (by_autograd,) = torch.autograd.grad(defined, velocity)
+    loss, _, gradient = reference.policy_loss_and_gradient(inputs)
+    assert torch.equal(loss, defined.detach())
+    torch.testing.assert_close(gradient, by_autograd, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("granularity", ["position", "image"])
+@pytest.mark.parametrize("guidance", [None, 2.5])
+def test_gradcheck(granularity: str, guidance: float | None) -> None:
+    case = make_case(batch=2, channels=2, grid=(2, 2), dtype=torch.float64, move=0.3)
+    case |= {"granularity": granularity, "kl_scale": "std_dev", "clip_range": 0.05}
+    if guidance is not None:
+        case |= {"unconditional_velocity": case["velocity"] + 0.1, "guidance_scale": guidance}
+
+    def loss(velocity: Tensor) -> Tensor:
+        return sk.policy_loss(**(case | {"velocity": velocity})).loss
+
+    assert torch.autograd.gradcheck(loss, case["velocity"].requires_grad_(), eps=1e-7)
+
+
+def test_the_upstream_gradient_scales_the_saved_one() -> None:
+    case = make_case()
+    velocity = case["velocity"].requires_grad_()
+    (plain,) = torch.autograd.grad(sk.policy_loss(**case).loss, velocity)
+    (scaled,) = torch.autograd.grad(-8 * sk.policy_loss(**case).loss, velocity)
+    assert plain.any() and torch.equal(scaled, -8 * plain)
+
+
+def test_a_loss_scale_saves_float16_gradients_from_underflow() -> None:
+    case = make_case(batch=2, dtype=torch.float16, channels=16, grid=(64, 64)) | {"kl_weight": 0.0}
+    velocity = case["velocity"].requires_grad_()
+    scale = 2.0**14
+    (scaled,) = torch.autograd.grad(scale * sk.policy_loss(**case).loss, velocity)
+    case["velocity"] = velocity.detach().float().requires_grad_()
+    (exact,) = torch.autograd.grad(scale * sk.policy_loss(**case).loss, case["velocity"])
+    assert scaled.dtype == torch.float16
+    unscaled = (exact / scale).half().float() * scale
+    assert (scaled.float() - exact).norm() <= 1e-3 * exact.norm() < 0.1 * (unscaled - exact).norm()
+
+
+def test_only_the_velocity_gets_a_gradient() -> None:
+    case = make_case()
+    case["unconditional_velocity"], case["guidance_scale"] = case["velocity"] * 0.5, 2.0
+    tensors = {name: value for name, value in case.items() if isinstance(value, Tensor) and name != "mask"}
+    for value in tensors.values():
+        value.requires_grad_()
+    sk.policy_loss(**case).loss.backward()
+    assert [name for name, value in tensors.items() if value.grad is not None] == ["velocity"]
+
+
+def test_the_loss_without_a_gradient_is_the_same() -> None:
+    case = make_case()
+    with torch.no_grad():
+        untracked = sk.policy_loss(**case)
+    case["velocity"].requires_grad_()
+    tracked = sk.policy_loss(**case)
+    assert not untracked.loss.requires_grad and tracked.loss.requires_grad
+    assert torch.equal(untracked.loss, tracked.loss)
+
+
+@pytest.mark.parametrize(("dtype", "full"), [(torch.float32, True), (torch.bfloat16, False), (torch.float64, True)])
+def test_opcheck(dtype: torch.dtype, full: bool) -> None:
+    case = make_case(dtype=dtype)
+    inputs = reference_inputs(case, granularity="position" if full else "image")
+    inputs = inputs._replace(velocity=inputs.velocity.requires_grad_())
+    if not full:
+        inputs = inputs._replace(weights=None, mask=None, reference_velocity=None, kl_weight=0.0)
+    op = torch.ops.star_kernels.policy_loss.default
+    torch.library.opcheck(op, (*inputs, True, "reference"))
+    inputs = inputs._replace(velocity=inputs.velocity.detach())
+    torch.library.opcheck(op, (*inputs, False, "reference"))
+
+
+class Denoiser(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, case: dict[str, Any], noise: Tensor, guidance: float) -> sk.PolicyLoss:
+        arguments = dict(case)
+        sample, coefficients = arguments["sample"], arguments["coefficients"]
+        velocity = self.layer(sample)
+        step = sk.transition_step(velocity.detach(), sample, coefficients, noise=noise)
+        old = sk.transition_log_prob(velocity.detach(), sample, step.next_sample, coefficients)
+        return sk.policy_loss(
+            **(arguments | {"velocity": velocity, "next_sample": step.next_sample, "old_log_prob": old}),
+            unconditional_velocity=arguments["reference_velocity"],
+            guidance_scale=guidance,
+        )
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_model_that_trains_through_the_loss_compiles_without_a_graph_break(compiler: str) -> None:
+    torch.manual_seed(0)
+    model = Denoiser()
+    case = make_case()
+    del case["velocity"], case["old_log_prob"], case["next_sample"]
+    noise = torch.randn_like(case["sample"])
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    for guidance in (1.0, 4.5) if compiler == "aot_eager" else (4.5,):
+        results = []
+        for function in (model, compiled):
+            model.zero_grad()
+            result = function(case, noise, guidance)
+            result.loss.backward()
+            gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+            results.append([result.loss.detach(), *result.metrics.values(), *gradients])
+        assert len(results[0]) == 1 + 8 + 2
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_loss_takes_other_batch_sizes_clip_ranges_and_granularities() -> None:
+    compiled = torch.compile(sk.policy_loss, fullgraph=True, backend="aot_eager")
+    for batch, clip, granularity in ((2, 1e-4, "position"), (3, (1e-3, 2e-3), "image"), (5, 0.1, "position")):
+        case = make_case(batch=batch) | {"clip_range": clip, "granularity": granularity}
+        torch.testing.assert_close(compiled(**case).loss, sk.policy_loss(**case).loss)
