@@ -224,8 +224,8 @@ def reconstruction_reward(vae: AutoencoderKL, rng: np.random.Generator, count: i
     latents = encode_images(vae, torch.from_numpy(images).permute(0, 3, 1, 2))
     with torch.no_grad():
         decoded = torch.cat([vae.decode(chunk).sample for chunk in latents.split(64)])
-    decoded = (decoded.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).numpy()
-    return float(np.mean([judge(detect(i), p.metadata).strict for i, p in zip(decoded, prompts, strict=True)]))
+    pixels = (decoded.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).numpy()
+    return float(np.mean([judge(detect(i), p.metadata).strict for i, p in zip(pixels, prompts, strict=True)]))
 
 
 class TextStack(torch.nn.Module):
