@@ -38,17 +38,17 @@ class Verdict:
 def relative_positions(first: DetectedObject, second: DetectedObject) -> set[str]:
     """Relations in which `first` stands to `second`; empty when their centres are too close to tell.
 
-    The offset of the centres is shortened by a margin of 0.1 of both boxes' extents; of what is left,
-    a direction counts when it makes up more than half of the length.
+    The offset of the centres is shortened by a margin of 0.1 of both boxes' extents; a direction counts when what
+    is left of it makes up more than half of the centres' distance. Next to a corner, two directions can count.
     """
     a, b = np.array(first.box), np.array(second.box)
     extent = (a[2:] - a[:2]) + (b[2:] - b[:2])
     offset = (a[:2] + a[2:]) / 2 - (b[:2] + b[2:]) / 2
-    offset = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_MARGIN * extent, 0.0)
-    length = float(np.hypot(*offset))
-    if length < 1e-3:
+    clear = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_MARGIN * extent, 0.0)
+    if (np.abs(clear) < 1e-3).all():
         return set()
-    dx, dy = offset / length
+    # Relative to the whole offset, not to what is left of it: boxes that mostly overlap stand in no relation.
+    dx, dy = clear / np.hypot(*offset)
     named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
     return {name for name, holds in named.items() if holds}
 

@@ -59,17 +59,21 @@ def detect(image: np.ndarray) -> list[DetectedObject]:
     """Detect objects in an image.
 
     Args:
-        image: [H, W, 3], uint8, or float in [0, 1]. Areas scale with the image: thresholds are for 64x64.
+        image: [H, W, 3], uint8, or float in [0, 1]. Values outside are clipped. Areas scale with the
+            image: thresholds are for 64x64.
 
     Returns:
         Detections with class = shape, confidence = overlap with the ideal shape (at least 0.7).
 
     Raises:
         ValueError: not [H, W, 3], or not finite.
+        TypeError: neither uint8 nor float.
     """
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"image: expected shape [H, W, 3], got {list(image.shape)}")
+    if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
+        raise TypeError(f"image: expected uint8, or float in [0, 1], got {image.dtype}")
     pixels = image.astype(np.float32) / 255.0 if image.dtype == np.uint8 else image.astype(np.float32)
     if not np.isfinite(pixels).all():
         raise ValueError("image: expected finite values, got NaN or infinity")
@@ -80,11 +84,11 @@ def detect(image: np.ndarray) -> list[DetectedObject]:
     detections = []
     for index, colour in enumerate(COLOURS):
         labels, count = ndimage.label((chroma > CHROMA_THRESHOLD) & (nearest == index))
-        for label, window in enumerate(ndimage.find_objects(labels, count), start=1):
-            piece = labels[window] == label
-            if piece.sum() < minimum_area:
-                continue
-            shape, score = _match(piece)
+        windows = ndimage.find_objects(labels, count)
+        # Areas of all pieces at once: a noisy picture has thousands.
+        for label in np.flatnonzero(np.bincount(labels.ravel(), minlength=1)[1:] >= minimum_area) + 1:
+            window = windows[label - 1]
+            shape, score = _match(labels[window] == label)
             if score >= SCORE_THRESHOLD:
                 rows, columns = window
                 box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
