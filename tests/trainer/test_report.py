@@ -88,7 +88,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[flo
 
 HISTORIES: dict[str, list[dict[str, float]]] = {
     "a run": history(20),
-    "a long run": history(3000),
+    "a long run": history(700),
     "one iteration": history(1),
     "before the first iteration": history(0),
     "without evaluations": [entry for entry in history(5) if "reward/mean" in entry],
