@@ -251,10 +251,13 @@ def sample_scene(metadata: dict[str, Any], rng: np.random.Generator, size: int =
     """Draw a scene that meets a prompt's requirements and holds nothing else; what they leave open is random.
 
     Centres lie on a grid of 8 pixels and sizes are three, so that a small model learns the shapes in minutes.
+
+    Raises:
+        ValueError: 1000 attempts found no such scene, as for a dozen objects.
     """
     required = _required_objects(metadata)
     gap = 3.0
-    while True:
+    for _ in range(1000):
         placed: list[SceneObject] = []
         for shape, colour in required:
             for _ in range(40):
@@ -276,3 +279,4 @@ def sample_scene(metadata: dict[str, Any], rng: np.random.Generator, size: int =
         ]
         if all(_in_relation(placed[index], placed[target], relation) for index, (relation, target) in relations):
             return placed
+    raise ValueError(f"metadata: found no scene of {size}x{size} pixels for {metadata['include']}")

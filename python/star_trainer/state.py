@@ -62,6 +62,7 @@ class TrainingState:
                 "rng": rng_values,
                 "average_steps": self.average.optimization_step,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             }
             checkpoint.commit(partial, values, keep=self.config.checkpoints.keep)
         self.accelerator.wait_for_everyone()
@@ -88,6 +89,8 @@ class TrainingState:
         own = found.tensors.get(f"rng_{self.accelerator.process_index:04d}")
         if own is not None:
             checkpoint.set_rng_state(own, found.values["rng"])
+        if self.accelerator.scaler is not None and found.values["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(found.values["scaler"])
         self.iteration = found.iteration
         self.skipped_in_a_row = found.values["skipped_in_a_row"]
         return True

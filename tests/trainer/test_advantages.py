@@ -77,9 +77,7 @@ def test_shuffled_maps_come_from_another_prompt_and_each_is_used_once(seed: int)
     maps = _maps()
     shuffled = control_weights("shuffled", maps, 4, np.random.default_rng(seed))
     assert shuffled is not None
-    sources = [
-        next(j for j in range(12) if torch.equal(shuffled[:, i], maps[:, j])) for i in range(12)
-    ]
+    sources = [next(j for j in range(12) if torch.equal(shuffled[:, i], maps[:, j])) for i in range(12)]
     assert sorted(sources) == list(range(12))
     assert all(source // 4 != i // 4 for i, source in enumerate(sources))
 

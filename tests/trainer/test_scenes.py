@@ -258,3 +258,9 @@ def test_everything_is_a_function_of_the_generator() -> None:
 
     assert world(0) == world(0)
     assert all(a != b for a, b in zip(world(0), world(1), strict=True))
+
+
+def test_metadata_that_no_scene_can_meet_is_refused() -> None:
+    crowd = {"include": [{"class": "circle", "count": 20}]}
+    with pytest.raises(ValueError, match="^metadata: found no scene"):
+        sample_scene(crowd, np.random.default_rng(0))
