@@ -71,6 +71,11 @@ class RolloutConfig(_Section):
     steps: Positive = Field(10, description="denoising steps")
     sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     eta: float = Field(0.7, gt=0.0, description="noise level of the sampler")
+    sde_steps: Positive | None = Field(
+        None,
+        description="how many of the first steps draw noise and are trained on, or null for all; the rest is Euler",
+    )
+    shared_noise: bool = Field(False, description="start all samples of a group from the same noise, as DanceGRPO does")
     guidance_scale: float = Field(1.0, ge=1.0, description="classifier-free guidance; 1 is without")
 
 
@@ -156,6 +161,8 @@ class Config(_Section):
             raise ValueError("rollout.eta: expected at most 1 for the sampler cps")
         if self.rollout.sampler == "cps" and self.rollout.steps < 2:
             raise ValueError("rollout.steps: expected at least 2 for the sampler cps, whose last step has no noise")
+        if (self.rollout.sde_steps or 0) > self.rollout.steps:
+            raise ValueError(f"rollout.sde_steps: expected at most the {self.rollout.steps} of rollout.steps")
         if self.train.kl_scale == "std_dev" and self.rollout.sampler == "cps":
             raise ValueError("train.kl_scale: expected 'variance' for the sampler cps, which has no noise rate")
         if self.method == "shuffled" and self.rollout.prompts < 2:

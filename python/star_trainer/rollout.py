@@ -28,8 +28,8 @@ class NonFiniteError(RuntimeError):
 class Trajectory:
     """One batch of denoising.
 
-    latents [T+1, B, C, H, W]; log_prob [T, B, H, W], or None without noise; weights [T, B, h, w], or None
-    if attention was not recorded; coefficients of the T steps, one row each.
+    latents [T+1, B, C, H, W]; log_prob [S, B, H, W] of the first S steps, those with noise, or None; weights
+    [T, B, h, w], or None if attention was not recorded; coefficients of the T steps, one row each.
     """
 
     latents: Tensor
@@ -70,12 +70,17 @@ def denoise(
     kind: str,
     generator: torch.Generator,
     eta: float = 0.0,
+    sde_steps: int | None = None,
+    initial: Tensor | None = None,
     guidance_scale: float = 1.0,
     units: sk.TextUnits | None = None,
     allocation: Allocation | None = None,
     backend: str = "auto",
 ) -> Trajectory:
     """Denoise B latents from noise drawn on the CPU by `generator`, so that results do not depend on the device.
+
+    The first `sde_steps` steps (by default all) are of `kind`, the others Euler's. `initial` [B, C, H, W] takes the
+    place of the noise that denoising starts from.
 
     With `units` the transformer's attention is recorded and each step gets its allocation map; under guidance
     both halves run in one call, as in diffusers' pipeline, and the conditional half is recorded.
@@ -90,7 +95,7 @@ def denoise(
     if guided:
         empty = policy.encode([""]).expand(batch)
         embeddings = Embeddings(torch.cat([empty.text, embeddings.text]), torch.cat([empty.pooled, embeddings.pooled]))
-    latents, log_probs, weights, coefficients = [draw()], [], [], []
+    latents, log_probs, weights, coefficients = [draw() if initial is None else initial.to(device)], [], [], []
     layers = None if allocation is None else allocation.layers
     rows = slice(batch, None) if guided else None
     recording = (
@@ -105,7 +110,11 @@ def denoise(
             velocity = policy.velocity(model_input, timesteps[step], embeddings)
             unconditional, velocity = velocity.chunk(2) if guided else (None, velocity)
             row = sk.transition_coefficients(
-                kind, sigmas[step].cpu(), sigmas[step + 1].cpu(), eta=eta, sigma_max=sigmas[1].cpu()
+                kind if sde_steps is None or step < sde_steps else "ode",
+                sigmas[step].cpu(),
+                sigmas[step + 1].cpu(),
+                eta=eta,
+                sigma_max=sigmas[1].cpu(),
             ).to(device)
             result = sk.transition_step(
                 velocity,
@@ -164,6 +173,10 @@ def collect(
     units = text_units(policy, prompts).repeat_interleave(section.samples) if records else None
     trajectories: list[Trajectory] = []
     pending: list[Future[tuple[np.ndarray, np.ndarray, float]]] = []
+    initial = None
+    if section.shared_noise:
+        noise = stream(config.run.seed, "initial", iteration, rank)
+        initial = torch.randn(len(prompts), *policy.latent_shape, generator=noise).repeat_interleave(section.samples, 0)
     start = time.perf_counter()
     for chunk, first in enumerate(range(0, len(repeated), section.batch_size)):
         rows = slice(first, min(first + section.batch_size, len(repeated)))
@@ -174,6 +187,8 @@ def collect(
             kind=section.sampler,
             generator=stream(config.run.seed, "rollout", iteration, rank, chunk),
             eta=section.eta,
+            sde_steps=section.sde_steps,
+            initial=None if initial is None else initial[rows],
             guidance_scale=section.guidance_scale,
             units=None if units is None else units[rows],
             allocation=config.allocation,

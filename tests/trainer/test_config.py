@@ -30,6 +30,7 @@ REFUSED = {
     "train.advantage_std=median": "train.advantage_std",
     "method=stars": "method",
     "backend=cuda": "backend",
+    "rollout.sde_steps=0": "rollout.sde_steps",
     "rollout.samples=1": "rollout.samples",
     "rollout.sampler=ode": "rollout.sampler",
     "rollout.eta=0": "rollout.eta",
@@ -65,6 +66,7 @@ def test_a_bad_setting_is_refused_by_its_key(override: str) -> None:
         (["rollout.sampler=cps", "rollout.eta=1.5"], "rollout.eta"),
         (["rollout.sampler=cps", "rollout.steps=1"], "rollout.steps"),
         (["rollout.sampler=cps", "train.kl_scale=std_dev"], "train.kl_scale"),
+        (["rollout.steps=4", "rollout.sde_steps=5"], "rollout.sde_steps"),
         (["method=shuffled", "rollout.prompts=1"], "rollout.prompts"),
     ],
 )

@@ -13,6 +13,7 @@ from star_trainer.randomness import numpy_stream, stream
 from star_trainer.rewards import load_reward
 from star_trainer.rollout import NonFiniteError, collect, denoise, text_units
 from star_trainer.scenes import sample_prompts
+from star_trainer.train import choose_steps
 
 LORA = load_config("tiny").model
 
@@ -134,6 +135,27 @@ def test_collecting_in_batches_keeps_groups_in_order_and_uses_the_worker(policy:
     assert rollout.rewards.shape == (6,) and rollout.images.shape == (6, 64, 64, 3)
     assert rollout.trajectory.latents.shape[1] == 6
     np.testing.assert_array_equal(rollout.rewards, real(rollout.images, rollout.prompts))
+
+
+def test_only_the_first_steps_draw_noise_where_sde_steps_says_so(policy: Policy, prompts) -> None:
+    embeddings = policy.encode([prompt.text for prompt in prompts])
+    options = {"steps": 4, "kind": "flow_sde", "eta": 0.7, "sde_steps": 2}
+    trajectory = denoise(policy, embeddings, generator=stream(0, "test"), **options)
+    assert [row.stochastic for row in trajectory.coefficients] == [True, True, False, False]
+    assert trajectory.log_prob is not None and trajectory.log_prob.shape[0] == 2
+    assert set(choose_steps(trajectory.coefficients, 1.0, np.random.default_rng(0))) == {0, 1}
+
+
+def test_groups_start_from_the_same_noise_where_shared_noise_says_so(policy: Policy) -> None:
+    overrides = ["rollout.prompts=2", "rollout.samples=3", "rollout.batch_size=4", "rollout.steps=2"]
+    config = load_config("tiny", [*overrides, "rollout.shared_noise=true"])
+    prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
+    with ThreadPoolExecutor(1) as worker:
+        rollout = collect(policy, config, prompts, load_reward({"scene_graded": 1.0}), worker, iteration=0, rank=0)
+    start = rollout.trajectory.latents[0]
+    assert torch.equal(start[0], start[1]) and torch.equal(start[3], start[5])
+    assert not torch.equal(start[2], start[3])
+    assert not torch.equal(rollout.trajectory.latents[-1][0], rollout.trajectory.latents[-1][1])
 
 
 def test_streams_are_told_apart_by_every_part_of_their_place() -> None:
