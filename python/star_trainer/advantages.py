@@ -25,9 +25,7 @@ class Advantages:
     dropped: float
 
 
-def group_advantages(
-    rewards: np.ndarray, group_size: int, *, std: str = "group", clip: float = 5.0, batch_std: float | None = None
-) -> Advantages:
+def group_advantages(rewards: np.ndarray, group_size: int, *, std: str = "group", clip: float = 5.0) -> Advantages:
     """A = (reward − group mean) / (std + 1e-4), clipped to ±clip.
 
     Args:
@@ -35,7 +33,6 @@ def group_advantages(
         group_size: samples per prompt.
         std: ``group`` or ``batch``: over what the standard deviation is taken.
         clip: largest absolute value.
-        batch_std: the standard deviation over all processes, where there are several.
 
     Raises:
         ValueError: a length that is not a multiple of `group_size`, non-finite rewards, an unknown `std`.
@@ -48,7 +45,7 @@ def group_advantages(
         raise ValueError(f"std: expected one of group, batch, got {std!r}")
     groups = rewards.reshape(-1, group_size)
     spread = groups.std(axis=1, keepdims=True)
-    scale = spread if std == "group" else (rewards.std() if batch_std is None else batch_std)
+    scale = spread if std == "group" else rewards.std()
     values = (groups - groups.mean(axis=1, keepdims=True)) / (scale + EPSILON)
     has_spread = np.broadcast_to(spread > MINIMUM_SPREAD, groups.shape)
     return Advantages(

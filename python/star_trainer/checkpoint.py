@@ -195,6 +195,17 @@ def load_latest(root: Path) -> Checkpoint | None:
     )
 
 
+def set_aside(root: Path) -> None:
+    """Give a folder of checkpoints another name, so that a run that starts anew can never go on from them."""
+    if not root.is_dir():
+        return
+    number = 1
+    while (target := root.with_name(f"{root.name}.old{number}")).exists():
+        number += 1
+    os.rename(root, target)
+    _log.warning("%s: starting anew; the checkpoints that were there are now in %s", root, target)
+
+
 def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of a torch optimizer (also wrapped by accelerate) as named tensors, not copied, and JSON values."""
     inner = getattr(optimizer, "optimizer", optimizer)

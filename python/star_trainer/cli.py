@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quieten()
         # Imported late: a bad configuration is reported before torch and diffusers load.
         from star_trainer.checkpoint import CheckpointError
+        from star_trainer.rewards import RewardError
         from star_trainer.rollout import NonFiniteError
         from star_trainer.train import train
     except ConfigError as error:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         train(config)
-    except (ConfigError, CheckpointError, NonFiniteError) as error:
+    except (ConfigError, CheckpointError, NonFiniteError, RewardError) as error:
         print(f"star-train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

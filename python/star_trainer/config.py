@@ -49,7 +49,7 @@ class Model(_Section):
     """The pipeline that is post-trained."""
 
     pipeline: str = Field("tiny", description="'tiny' (comes with the package), a folder, or a name on a model hub")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen weights")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights, and of autocast")
     max_sequence_length: Positive = Field(256, description="T5 positions; the tiny pipeline was trained with 16")
     lora: Lora | None = Field(Lora(), description="adapters, or null to train all weights of the transformer")
     gradient_checkpointing: bool = False
@@ -95,7 +95,9 @@ class Allocation(_Section):
     combine: Literal["mean", "max"] = Field("mean", description="across the units of a prompt")
     smooth: bool = Field(False, description="3x3 binomial filter")
     clamp: tuple[float, float] | None = Field(None, description="smallest and largest weight")
-    layers: list[int] | None = Field(None, description="transformer blocks that are recorded, or null for all")
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="transformer blocks that are recorded, or null for all"
+    )
 
 
 class Train(_Section):
@@ -105,7 +107,7 @@ class Train(_Section):
     updates: Positive = Field(2, description="optimiser steps per iteration, each on its share of the samples")
     batch_size: Positive = Field(64, description="samples per backward pass")
     step_fraction: float = Field(0.5, gt=0.0, le=1.0, description="share of the denoising steps that is trained on")
-    learning_rate: float = Field(3e-4, gt=0.0)
+    learning_rate: float = Field(3e-4, gt=0.0, description="of AdamW; train.lr for short")
     weight_decay: float = Field(0.0, ge=0.0)
     max_gradient_norm: float = Field(1.0, gt=0.0)
     clip_range: float = Field(
@@ -122,9 +124,9 @@ class Train(_Section):
 class Evaluation(_Section):
     """Held-out prompts, fixed noise, no sampler noise."""
 
-    prompts: Positive = Field(256, description="held-out prompts, one image each")
+    prompts: int = Field(256, ge=2, description="held-out prompts, one image each")
     every: Positive = Field(10, description="iterations between evaluations")
-    interim_prompts: Positive = Field(128, description="prompts of the evaluations between the first and the last")
+    interim_prompts: int = Field(128, ge=2, description="prompts of the evaluations between the first and the last")
     steps: Positive = 20
     guidance_scale: float = Field(1.0, ge=1.0)
     pictures: Positive = Field(8, description="prompts shown in the pictures")
@@ -210,8 +212,12 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"folder": folder})})
 
 
+_SHORT_KEYS = {"train.lr": "train.learning_rate"}
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    key = _SHORT_KEYS.get(key, key)
     if not equals or not key:
         raise ConfigError(f"{override}: expected an override like train.learning_rate=1e-4")
     *parents, last = key.split(".")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from scipy import stats
 
 from star_trainer.config import Config
+from star_trainer.files import write_atomically
 from star_trainer.policy import Policy
 from star_trainer.randomness import stream
 from star_trainer.rewards import RewardFunction
@@ -32,20 +34,17 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write to a safetensors file, whole or not at all."""
         tensors = {f"score/{name}": torch.from_numpy(values) for name, values in self.scores.items()}
-        temporary = path.with_suffix(".partial")
-        save_file({"images": torch.from_numpy(self.images), **tensors}, temporary)
-        temporary.replace(path)
+        write_atomically(path, save({"images": torch.from_numpy(self.images), **tensors}))
 
     @classmethod
-    def load(cls, path: Path) -> Evaluation:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file does not hold an evaluation.
-        """
-        tensors = load_file(path)
+    def load(cls, path: Path) -> Evaluation | None:
+        """Read what `save` wrote; None where it is missing or cannot be read."""
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError):
+            return None
         if "images" not in tensors:
-            raise ValueError(f"{path}: expected a saved evaluation, got tensors {sorted(tensors)[:5]}")
+            return None
         scores = {name.removeprefix("score/"): t.numpy() for name, t in tensors.items() if name != "images"}
         return cls(tensors["images"].numpy(), scores)
 
@@ -55,7 +54,8 @@ def evaluate(
 ) -> Evaluation:
     """Sample one image per prompt with the pipeline's own (noise-free) sampler and score it.
 
-    The noise of a prompt depends on its place in the list alone: evaluations of fewer prompts see the same images.
+    The noise of a prompt depends on its place in the list alone: evaluations of fewer prompts see the same noise, and
+    the same images up to rounding.
     """
     images = []
     batch = config.rollout.batch_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from star_trainer.advantages import Advantages
 from star_trainer.evaluation import Evaluation, PairedDifference, evaluate, paired_difference
 from star_trainer.files import write_atomically
 from star_trainer.randomness import stream
-from star_trainer.rewards import RewardFunction, load_reward, scene_graded, scene_strict
+from star_trainer.rewards import RewardFunction, scene_graded, scene_strict
 from star_trainer.rollout import Rollout, denoise, text_units
 from star_trainer.scenes import ScenePrompt
 from star_trainer.state import TrainingState
@@ -27,14 +28,18 @@ from star_trainer.state import TrainingState
 class RunLog:
     """Records of one run; all output goes through here. Only the main process writes."""
 
-    def __init__(self, state: TrainingState, held_out: Sequence[ScenePrompt], *, resumed: bool) -> None:
+    def __init__(
+        self, state: TrainingState, held_out: Sequence[ScenePrompt], reward: RewardFunction, *, resumed: bool
+    ) -> None:
         config = state.config
         self.state = state
         self.held_out = list(held_out)
         self.folder = Path(config.run.folder)
-        self.scorers: dict[str, RewardFunction] = {"reward": load_reward(config.reward.terms)}
+        self.scorers: dict[str, RewardFunction] = {}
         if config.prompts.source == "scenes":
             self.scorers = {"strict": scene_strict, "graded": scene_graded}
+        if list(config.reward.terms) not in (["scene_strict"], ["scene_graded"]):
+            self.scorers["reward"] = reward
         self.history: list[dict[str, float]] = []
         self.base: Evaluation | None = None
         self.latest: Evaluation | None = None
@@ -44,7 +49,9 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.json", config.model_dump_json(indent=2).encode())
             self._take_up_history(resumed)
-        state.accelerator.init_trackers("tensorboard", config=_flat(config.model_dump(mode="json")))
+        # Events after the checkpoint that a resumed run goes on from come again.
+        purge = {"tensorboard": {"purge_step": state.iteration + 1}} if resumed else {}
+        state.accelerator.init_trackers("tensorboard", config=_flat(config.model_dump(mode="json")), init_kwargs=purge)
         missing = [f"{name} ({reason})" for name, reason in sk.available_backends().items() if reason]
         here = [name for name, reason in sk.available_backends().items() if reason is None]
         self.say(f"backends: {', '.join(here)}" + (f"; not here: {', '.join(missing)}" if missing else ""))
@@ -87,37 +94,39 @@ class RunLog:
                 file.write(json.dumps(entry) + "\n")
         self.state.accelerator.log({k: v for k, v in entry.items() if k != "iteration"}, step=int(entry["iteration"]))
 
-    def base_evaluation(self) -> Evaluation:
-        """The evaluation of the model that training started from: made once, then read from the run's folder."""
+    def evaluated_base(self) -> None:
+        """Evaluate the model that training started from, or read that from the run's folder, and log it."""
         path, state = self.folder / "base_evaluation.safetensors", self.state
-        if state.iteration > 0 and path.is_file():
-            self.base = Evaluation.load(path)
+        if state.iteration > 0 and (saved := Evaluation.load(path)) is not None:
+            self.base = saved
         else:
             self.say(f"measuring the base model on {len(self.held_out)} held-out prompts")
-            if state.iteration == 0:
+            with nullcontext() if state.iteration == 0 else state.policy.base_weights():
                 self.base = evaluate(state.policy, state.config, self.held_out, self.scorers)
-            else:
-                with state.policy.without_adapters():
-                    self.base = evaluate(state.policy, state.config, self.held_out, self.scorers)
             if self._main:
                 self.base.save(path)
-        return self.base
+        if state.iteration == 0:
+            self._record_evaluation(self.base)
+        self.say(f"held-out, base model ({len(self.base.images)} prompts): {self._scores(self.base)}")
 
-    def evaluated(self, evaluation: Evaluation, *, final: bool) -> None:
+    def evaluated(self, evaluation: Evaluation) -> None:
         """Log an evaluation and draw the pictures; the policy must still have the weights that were evaluated."""
-        assert self.base is not None
         self.latest = evaluation
+        self._record_evaluation(evaluation)
         count = len(evaluation.images)
-        if evaluation is not self.base or self.state.iteration == 0:
-            self._record(
-                {"iteration": self.state.iteration}
-                | {f"eval/{name}": value for name, value in evaluation.means().items()}
-                | {"eval/prompts": count}
-            )
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.means().items())
-        self.say(f"held-out after {self.state.iteration} iterations ({count} prompts): {scores}")
-        if evaluation is not self.base and self._main:
+        self.say(f"held-out after {self.state.iteration} iterations ({count} prompts): {self._scores(evaluation)}")
+        if self._main:
             self._draw(evaluation)
+
+    def _scores(self, evaluation: Evaluation) -> str:
+        means = evaluation.means()
+        return ", ".join(f"{name} {means[name]:.4f}" for name in self.scorers)
+
+    def _record_evaluation(self, evaluation: Evaluation) -> None:
+        means = {f"eval/{name}": value for name, value in evaluation.means().items()}
+        entry = {"iteration": self.state.iteration, **means, "eval/prompts": len(evaluation.images)}
+        if entry not in self.history:
+            self._record(entry)
 
     def _draw(self, evaluation: Evaluation) -> None:
         assert self.base is not None
@@ -193,9 +202,12 @@ class RunLog:
         """Write adapter and summary, print the comparison with the base model, and return the summary."""
         assert self.base is not None and self.latest is not None
         state = self.state
+        if self._main:
+            with state.averaged_weights():
+                export(state, self.folder)
         compared = {
-            name: paired_difference(self.base.scores[name][: len(after)], after)
-            for name, after in self.latest.scores.items()
+            name: paired_difference(self.base.scores[name][: len(self.latest.images)], self.latest.scores[name])
+            for name in self.scorers
         }
         summary: dict[str, object] = {
             "method": state.config.method,
@@ -208,8 +220,6 @@ class RunLog:
             "difference": {name: vars(difference) for name, difference in compared.items()},
         }
         if self._main:
-            with state.averaged_weights():
-                export(state, self.folder)
             write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
         self.say("")
         for name, difference in compared.items():
@@ -236,7 +246,11 @@ def export(state: TrainingState, folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
     layers = get_peft_model_state_dict(model)
-    type(state.policy.pipeline).save_lora_weights(folder / "adapter", transformer_lora_layers=layers)
+    # The rank can be read off the weights; alpha, without which they load at another strength, only off this.
+    (adapter,) = model.peft_config.values()
+    type(state.policy.pipeline).save_lora_weights(
+        folder / "adapter", transformer_lora_layers=layers, transformer_lora_adapter_metadata=adapter.to_dict()
+    )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -95,9 +95,14 @@ class Policy:
                     do_classifier_free_guidance=False,
                     max_sequence_length=self.config.max_sequence_length,
                 )
-                self._cache[text] = (hidden[0], pooled[0])
+                # In host memory: a few megabytes per prompt at full size, and prompts come in the thousands.
+                self._cache[text] = (hidden[0].cpu(), pooled[0].cpu())
         entries = [self._cache[text] for text in texts]
-        return Embeddings(torch.stack([e[0] for e in entries]), torch.stack([e[1] for e in entries]))
+        device = self.device
+        return Embeddings(
+            torch.stack([entry[0] for entry in entries]).to(device),
+            torch.stack([entry[1] for entry in entries]).to(device),
+        )
 
     def velocity(self, latents: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
         """The transformer's prediction [B, C, H, W] for latents at one timestep (0-d tensor)."""
@@ -117,6 +122,27 @@ class Policy:
             return frozen.velocity(latents, timestep, embeddings)
         with self.without_adapters():
             return self.velocity(latents, timestep, embeddings)
+
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Within this context the policy has the weights that training started from.
+
+        Raises:
+            ConfigError: all weights are trained and no copy of the first ones is kept.
+        """
+        if self.config.lora is not None:
+            with self.without_adapters():
+                yield
+        elif self.frozen_copy is not None:
+            trained, self.transformer = self.transformer, self.frozen_copy
+            try:
+                yield
+            finally:
+                self.transformer = trained
+        else:
+            raise ConfigError(
+                "run.folder: the base model's evaluation is gone, and full training keeps no base weights"
+            )
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:

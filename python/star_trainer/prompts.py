@@ -27,10 +27,10 @@ def load_prompts(config: Prompts) -> tuple[PromptSource, PromptSource]:
     if config.source == "scenes":
         return partial(sample_prompts, held_out=False), partial(sample_prompts, held_out=True)
     assert config.held_out is not None, "checked by Config"
-    return (
-        _from_file(_read(config.source, "prompts.source"), in_order=False),
-        _from_file(_read(config.held_out, "prompts.held_out"), in_order=True),
-    )
+    held_out = _read(config.held_out, "prompts.held_out")
+    if len(held_out) < 2:
+        raise ConfigError(f"prompts.held_out: {config.held_out} holds one prompt, and a comparison needs at least two")
+    return _from_file(_read(config.source, "prompts.source"), in_order=False), _from_file(held_out, in_order=True)
 
 
 def _read(name: str, key: str) -> list[ScenePrompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from star_trainer import checkpoint
-from star_trainer.config import Config
+from star_trainer.config import Config, ConfigError
 from star_trainer.policy import Policy, load_policy
 
 
@@ -57,12 +58,10 @@ class TrainingState:
         if main:
             values = {
                 "config": self.config.model_dump(mode="json"),
-                "processes": self.accelerator.num_processes,
                 "optimizer": optimizer_values,
                 "rng": rng_values,
                 "average_steps": self.average.optimization_step,
                 "skipped_in_a_row": self.skipped_in_a_row,
-                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             }
             checkpoint.commit(partial, values, keep=self.config.checkpoints.keep)
         self.accelerator.wait_for_everyone()
@@ -89,8 +88,6 @@ class TrainingState:
         own = found.tensors.get(f"rng_{self.accelerator.process_index:04d}")
         if own is not None:
             checkpoint.set_rng_state(own, found.values["rng"])
-        if self.accelerator.scaler is not None and found.values["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(found.values["scaler"])
         self.iteration = found.iteration
         self.skipped_in_a_row = found.values["skipped_in_a_row"]
         return True
@@ -118,22 +115,41 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], root: P
         )
 
 
+def _check_against_model(config: Config, policy: Policy) -> None:
+    """What of the configuration only the model can tell."""
+    blocks = len(policy.model.transformer_blocks)
+    if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
+        raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
+    _, height, width = policy.latent_shape
+    if config.method != "uniform" and config.train.clip_range * math.sqrt(height * width) >= 1.0:
+        raise ConfigError(
+            f"train.clip_range: expected below 1/sqrt(H*W) = {1.0 / math.sqrt(height * width):.4g} where ratios are "
+            f"per position, got {config.train.clip_range}"
+        )
+
+
 def build_state(config: Config) -> TrainingState:
     """Load the model and set up what trains it; deterministic in `run.seed`."""
     tracker = "tensorboard"
     accelerator = Accelerator(
-        mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.model.dtype],
+        mixed_precision="no" if config.model.dtype == "float32" else "bf16",
         log_with=tracker,
         project_dir=config.run.folder,
         cpu=not torch.cuda.is_available(),
     )
+    if accelerator.num_processes > 1:
+        # Groups without spread are dropped per process, which would leave processes with unequal numbers of passes.
+        raise ConfigError(f"training runs in one process so far, and {accelerator.num_processes} were launched")
     torch.manual_seed(config.run.seed)
     policy = load_policy(config.model, keep_reference=config.train.kl_weight > 0.0)
+    _check_against_model(config, policy)
     policy.pipeline.to(accelerator.device)
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay, betas=(0.9, 0.99)
     )
     policy.transformer, optimizer = accelerator.prepare(policy.transformer, optimizer)
+    if policy.frozen_copy is not None:
+        policy.frozen_copy = accelerator.prepare_model(policy.frozen_copy.to(accelerator.device), evaluation_mode=True)
     average = EMAModel(list(policy.trainable().values()), decay=config.train.ema_decay)
     return TrainingState(config, accelerator, policy, optimizer, average)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import star_kernels as sk
 from star_trainer.advantages import Advantages, control_weights, group_advantages
+from star_trainer.checkpoint import set_aside
 from star_trainer.config import Config
 from star_trainer.evaluation import evaluate
 from star_trainer.logs import RunLog
@@ -36,11 +37,13 @@ def train(config: Config) -> dict[str, object]:
     held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
     state = build_state(config)
     folder = Path(config.run.folder)
-    resumed = config.run.resume and state.restore(folder / "checkpoints")
+    if not config.run.resume:
+        set_aside(folder / "checkpoints")
+    resumed = state.restore(folder / "checkpoints")
     rank, processes = state.accelerator.process_index, state.accelerator.num_processes
 
-    with RunLog(state, held_out, resumed=resumed) as log, ThreadPoolExecutor(1) as worker:
-        log.evaluated(log.base_evaluation(), final=False)
+    with RunLog(state, held_out, reward, resumed=resumed) as log, ThreadPoolExecutor(1) as worker:
+        log.evaluated_base()
         for iteration in range(state.iteration, config.train.iterations):
             prompts = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
             rollout = collect(state.policy, config, prompts[rank::processes], reward, worker, iteration, rank)
@@ -51,7 +54,7 @@ def train(config: Config) -> dict[str, object]:
                 clip=config.train.advantage_clip,
             )
             start = time.perf_counter()
-            metrics = update(state, rollout, advantages, iteration)
+            metrics = update(state, rollout, advantages, iteration, log)
             rollout.seconds["update"] = time.perf_counter() - start
             state.iteration = iteration + 1
             log.iteration(rollout, advantages, metrics)
@@ -60,23 +63,32 @@ def train(config: Config) -> dict[str, object]:
             if last or state.iteration % config.evaluation.every == 0:
                 count = None if last else config.evaluation.interim_prompts
                 with state.averaged_weights():
-                    log.evaluated(evaluate(state.policy, config, held_out[:count], log.scorers), final=last)
+                    log.evaluated(evaluate(state.policy, config, held_out[:count], log.scorers))
             if last or state.iteration % config.checkpoints.every == 0:
                 state.save(folder / "checkpoints")
+        if log.latest is None:
+            # Everything was done before this start: what is left is to measure it.
+            with state.averaged_weights():
+                log.evaluated(evaluate(state.policy, config, held_out, log.scorers))
         return log.finish()
 
 
-def update(state: TrainingState, rollout: Rollout, advantages: Advantages, iteration: int) -> dict[str, float]:
+def update(
+    state: TrainingState, rollout: Rollout, advantages: Advantages, iteration: int, log: RunLog
+) -> dict[str, float]:
     """`train.updates` optimiser steps, each on its share of the samples and on the same chosen denoising steps."""
     config, trajectory = state.config, rollout.trajectory
     rng = numpy_stream(config.run.seed, "update", iteration, state.accelerator.process_index)
     steps = choose_steps(
         trajectory.coefficients, config.train.step_fraction, numpy_stream(config.run.seed, "steps", iteration)
     )
-    weights = control_weights(config.method, trajectory.weights, config.rollout.samples, rng)
+    # A stream of its own: the order of the samples must not depend on the method.
+    shuffle = numpy_stream(config.run.seed, "shuffle", iteration, state.accelerator.process_index)
+    weights = control_weights(config.method, trajectory.weights, config.rollout.samples, shuffle)
     kept = rng.permutation(len(advantages.kept))
     kept = kept[advantages.kept[kept]]
     totals: list[dict[str, float]] = []
+    skipped = 0
     for part in np.array_split(kept, config.train.updates):
         if len(part) == 0:
             continue
@@ -93,15 +105,17 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
         norm = state.accelerator.clip_grad_norm_(parameters, config.train.max_gradient_norm)
         summary = summarise(metrics, norm)
         if summary["non_finite"] or not math.isfinite(summary["loss"] + summary["gradient_norm"]):
-            skip_update(state, metrics, steps, part, summary)
+            skipped += 1
+            skip_update(state, metrics, steps, part, summary, log)
         else:
             state.optimizer.step()
             state.average.step(parameters)
             state.skipped_in_a_row = 0
             totals.append(summary)
+    counts = {"updates": float(len(totals)), "skipped_updates": float(skipped)}
     if not totals:
-        return {"updates": 0.0}
-    return {"updates": float(len(totals))} | {name: float(np.mean([t[name] for t in totals])) for name in totals[0]}
+        return counts
+    return counts | {name: float(np.mean([t[name] for t in totals])) for name in totals[0]}
 
 
 def step_loss(
@@ -132,7 +146,7 @@ def step_loss(
         torch.from_numpy(advantages.values).float().to(sample.device)[rows],
         trajectory.coefficients[step],
         weights=None if weights is None else weights[step, rows],
-        clip_range=min(config.train.clip_range * widen, 0.999),
+        clip_range=config.train.clip_range * widen,
         granularity=granularity,
         reference_velocity=reference,
         kl_weight=config.train.kl_weight,
@@ -170,6 +184,7 @@ def skip_update(
     steps: list[int],
     part: np.ndarray,
     summary: dict[str, float],
+    log: RunLog,
 ) -> None:
     """Leave the weights as they are, say which step and samples were bad, and end the run when it keeps happening."""
     state.optimizer.zero_grad()
@@ -182,6 +197,6 @@ def skip_update(
         f"{summary['gradient_norm']}, {summary['non_finite']:.0f} non-finite positions; "
         + ("; ".join(where) or "the loss was finite, its gradient was not")
     )
-    state.accelerator.print(message)
+    log.say(message)
     if state.skipped_in_a_row >= state.config.train.max_skipped_updates:
         raise NonFiniteError(f"{message}. Training ends here: lower train.learning_rate or use a wider model.dtype")

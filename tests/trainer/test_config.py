@@ -11,7 +11,7 @@ from star_trainer.cli import main
 from star_trainer.config import ConfigError, describe_keys, load_config, preset_names
 
 REFUSED = {
-    "train.lr=1e-5": "train.lr: unknown key",
+    "train.rate=1e-5": "train.rate: unknown key",
     "trian.learning_rate=1": "trian: unknown key",
     "train.learning_rate=0": "train.learning_rate",
     "train.learning_rate=fast": "train.learning_rate",
@@ -43,6 +43,10 @@ REFUSED = {
     "model.lora.rank=0": "model.lora.rank",
     "model.lora.targets=[]": "model.lora.targets",
     "model.dtype=float64": "model.dtype",
+    "model.dtype=float16": "model.dtype",
+    "allocation.layers=[]": "allocation.layers",
+    "allocation.layers=[-1]": "allocation.layers",
+    "evaluation.prompts=1": "evaluation.prompts",
     "prompts.source=nowhere.jsonl": "prompts.held_out",
     "checkpoints.keep=1": "checkpoints.keep",
     "reward.terms={}": "reward.terms",
@@ -102,6 +106,10 @@ def test_overrides_reach_nested_keys_and_the_folder_is_filled_in() -> None:
     assert config.run.folder == "runs/tiny_uniform_7"
 
 
+def test_the_learning_rate_has_a_short_name() -> None:
+    assert load_config("tiny", ["train.lr=1e-5"]).train.learning_rate == 1e-5
+
+
 def test_every_preset_loads() -> None:
     assert "tiny" in preset_names()
     for name in preset_names():
@@ -115,9 +123,9 @@ def test_the_help_names_every_key_of_the_tiny_preset() -> None:
 
 
 def test_the_command_answers_a_bad_setting_with_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tiny", "train.lr=1"]) == 2
+    assert main(["tiny", "train.rate=1"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "train.lr" in error
+    assert error.count("\n") == 1 and "train.rate" in error
 
 
 def test_a_bad_setting_is_refused_without_loading_torch() -> None:

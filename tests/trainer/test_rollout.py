@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import star_trainer.rollout as rollout_module
 import torch
 from star_trainer.config import Config, Model, load_config
 from star_trainer.policy import Policy, load_policy
@@ -118,7 +120,8 @@ def test_nan_in_the_latents_ends_the_rollout_with_step_and_sample(policy: Policy
 
 def test_collecting_in_batches_keeps_groups_in_order_and_uses_the_worker(policy: Policy) -> None:
     config: Config = load_config(
-        "tiny", ["rollout.prompts=2", "rollout.samples=3", "rollout.batch_size=4", "rollout.steps=2"]
+        "tiny",
+        ["rollout.prompts=2", "rollout.samples=3", "rollout.batch_size=4", "rollout.steps=2", "rollout.sde_steps=null"],
     )
     prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
     seen: list[int] = []
@@ -147,7 +150,13 @@ def test_only_the_first_steps_draw_noise_where_sde_steps_says_so(policy: Policy,
 
 
 def test_groups_start_from_the_same_noise_where_shared_noise_says_so(policy: Policy) -> None:
-    overrides = ["rollout.prompts=2", "rollout.samples=3", "rollout.batch_size=4", "rollout.steps=2"]
+    overrides = [
+        "rollout.prompts=2",
+        "rollout.samples=3",
+        "rollout.batch_size=4",
+        "rollout.steps=2",
+        "rollout.sde_steps=null",
+    ]
     config = load_config("tiny", [*overrides, "rollout.shared_noise=true"])
     prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
     with ThreadPoolExecutor(1) as worker:
@@ -156,6 +165,36 @@ def test_groups_start_from_the_same_noise_where_shared_noise_says_so(policy: Pol
     assert torch.equal(start[0], start[1]) and torch.equal(start[3], start[5])
     assert not torch.equal(start[2], start[3])
     assert not torch.equal(rollout.trajectory.latents[-1][0], rollout.trajectory.latents[-1][1])
+
+
+def test_the_reward_of_a_batch_is_computed_while_the_next_one_is_sampled(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["rollout.prompts=2", "rollout.samples=2", "rollout.batch_size=2", "rollout.steps=2"]
+    config = load_config("tiny", [*overrides, "rollout.sde_steps=null"])
+    second_batch = threading.Event()
+    calls = 0
+    real = rollout_module.denoise
+
+    def watched(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            second_batch.set()
+        return real(*args, **kwargs)
+
+    overlapped = []
+
+    def reward(images, batch):
+        # The first batch's reward waits for the second batch to be on its way: without overlap it never is.
+        overlapped.append(second_batch.wait(timeout=20))
+        return np.zeros(len(images))
+
+    monkeypatch.setattr(rollout_module, "denoise", watched)
+    prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
+    with ThreadPoolExecutor(1) as worker:
+        collect(policy, config, prompts, reward, worker, iteration=0, rank=0)
+    assert overlapped == [True, True]
 
 
 def test_streams_are_told_apart_by_every_part_of_their_place() -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import star_trainer.train as loop
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from star_trainer.checkpoint import CheckpointError
 from star_trainer.cli import main
-from star_trainer.config import load_config
+from star_trainer.config import ConfigError, load_config
 from star_trainer.evaluation import paired_difference
 from star_trainer.rollout import NonFiniteError
 from star_trainer.train import train
@@ -29,7 +30,9 @@ SMALL = [
     "rollout.prompts=2",
     "rollout.samples=4",
     "rollout.batch_size=8",
-    "rollout.steps=2",
+    # Both kinds of steps, as in the preset.
+    "rollout.steps=3",
+    "rollout.sde_steps=2",
     "evaluation.prompts=4",
     "evaluation.interim_prompts=4",
     "evaluation.steps=2",
@@ -46,6 +49,8 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    # A process has one accelerate state, and these tests use several precisions.
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     torch.set_num_threads(before)
 
@@ -134,8 +139,99 @@ def test_methods_draw_the_same_random_numbers(method: str, uninterrupted: Path, 
     assert torch.equal(load_file(tmp_path / "base_evaluation.safetensors")["images"], star)
 
 
-def test_full_training_with_guidance_runs_and_exports_the_transformer(tmp_path: Path) -> None:
-    run(tmp_path, "model.lora=null", "rollout.guidance_scale=2.0", "train.iterations=1", "train.learning_rate=1e-5")
+def test_methods_train_on_the_same_samples_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[tuple[int, list[int]]]] = {}
+    real = loop.step_loss
+
+    for method in ("star", "shuffled"):
+
+        def watched(state, rollout, advantages, weights, step, rows, method=method):
+            seen.setdefault(method, []).append((step, rows.tolist()))
+            return real(state, rollout, advantages, weights, step, rows)
+
+        monkeypatch.setattr(loop, "step_loss", watched)
+        run(tmp_path / method, f"method={method}", "train.iterations=1", "train.step_fraction=0.5")
+    assert seen["star"] == seen["shuffled"]
+
+
+def test_the_exported_adapter_gives_the_trained_model_in_diffusers(uninterrupted: Path) -> None:
+    from diffusers import StableDiffusion3Pipeline
+    from star_trainer.policy import TINY_PIPELINE
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(TINY_PIPELINE, torch_dtype=torch.float32)
+    model = pipeline.transformer
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(2, model.config.in_channels, 16, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 32, model.config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(2, model.config.pooled_projection_dim, generator=generator),
+        "timestep": torch.tensor([500.0, 500.0]),
+    }
+    with torch.no_grad():
+        base = model(**inputs).sample
+        state = loop.build_state(load_config("tiny", [f"run.folder={uninterrupted}", *SMALL]))
+        assert state.restore(uninterrupted / "checkpoints")
+        with state.averaged_weights():
+            trained = state.policy.model(**inputs).sample
+        pipeline.load_lora_weights(str(uninterrupted / "adapter"))
+        loaded = model(**inputs).sample
+    assert (trained - base).abs().max() > 1e-4
+    torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_run_started_again_says_the_same(tmp_path: Path) -> None:
+    first = run(tmp_path, "train.iterations=1")
+    records = (tmp_path / "metrics.jsonl").read_text()
+    second = run(tmp_path, "train.iterations=1")
+    for key in ("base", "final", "difference", "iterations"):
+        assert first[key] == second[key]
+    assert (tmp_path / "metrics.jsonl").read_text() == records
+
+
+def test_starting_anew_sets_the_old_checkpoints_aside(tmp_path: Path) -> None:
+    run(tmp_path, "train.iterations=2")
+    run(tmp_path, "train.iterations=1", "run.resume=false")
+    assert [path.name for path in (tmp_path / "checkpoints").glob("iteration_*")] == ["iteration_000001"]
+    assert (tmp_path / "checkpoints.old1").is_dir()
+
+
+def test_a_lost_base_evaluation_is_made_again_from_the_base_weights(tmp_path: Path) -> None:
+    first = run(tmp_path, "train.iterations=1")
+    (tmp_path / "base_evaluation.safetensors").write_bytes(b"damaged")
+    second = run(tmp_path, "train.iterations=2")
+    assert second["base"] == pytest.approx(first["base"])
+
+
+@pytest.mark.parametrize("setting", ["allocation.layers=[99]", "train.clip_range=0.5"])
+def test_what_only_the_model_can_tell_is_refused_before_the_run(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=setting.partition("=")[0].replace(".", r"\.")):
+        run(tmp_path, setting)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_reward_with_nan_ends_the_run_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["tiny", f"run.folder={tmp_path}", *SMALL, "reward.terms={'reward_for_tests:not_a_number': 1.0}"]
+    assert main(arguments) == 2
+    assert "reward_for_tests:not_a_number" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_the_scalars_samples_and_maps(uninterrupted: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags: dict[str, set[str]] = {"scalars": set(), "images": set()}
+    for events in uninterrupted.rglob("events.out.tfevents.*"):
+        accumulator = EventAccumulator(str(events))
+        accumulator.Reload()
+        for kind in tags:
+            tags[kind] |= set(accumulator.Tags()[kind])
+    assert {"reward/mean", "reward/groups_without_spread", "train/clip_fraction"} <= tags["scalars"]
+    assert "allocation_maps" in tags["images"] and any(tag.startswith("samples") for tag in tags["images"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_training_with_guidance_runs_and_exports_the_transformer(dtype: str, tmp_path: Path) -> None:
+    overrides = ["model.lora=null", "rollout.guidance_scale=2.0", "train.iterations=1", "train.learning_rate=1e-5"]
+    run(tmp_path, *overrides, f"model.dtype={dtype}")
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size > 0
 
 

@@ -12,6 +12,11 @@ from star_trainer.rewards.requirements import judge
 from star_trainer.rewards.scene_detector import detect
 from star_trainer.scenes import ScenePrompt
 
+
+class RewardError(ValueError):
+    """A reward that cannot be used: the wrong number of values, or NaN or infinity; the message names it."""
+
+
 RewardFunction = Callable[[np.ndarray, Sequence[ScenePrompt]], np.ndarray]
 
 
@@ -35,7 +40,7 @@ def load_reward(terms: Mapping[str, float]) -> RewardFunction:
 
     Raises:
         ConfigError: a name that is not known, or a module or function that cannot be imported.
-        ValueError: when called: a reward that returns the wrong number of values, or NaN or infinity.
+        RewardError: when called: a reward that returns the wrong number of values, or NaN or infinity.
     """
     functions = {name: _find(name) for name in terms}
 
@@ -44,9 +49,11 @@ def load_reward(terms: Mapping[str, float]) -> RewardFunction:
         for name, function in functions.items():
             values = np.asarray(function(images, prompts), dtype=np.float64)
             if values.shape != (len(prompts),):
-                raise ValueError(f"reward {name}: expected {len(prompts)} values, got shape {list(values.shape)}")
+                raise RewardError(f"reward {name}: expected {len(prompts)} values, got shape {list(values.shape)}")
             if not np.isfinite(values).all():
-                raise ValueError(f"reward {name}: got NaN or infinity for sample {int(np.argmin(np.isfinite(values)))}")
+                raise RewardError(
+                    f"reward {name}: got NaN or infinity for sample {int(np.argmin(np.isfinite(values)))}"
+                )
             total += terms[name] * values
         return total
 
