@@ -190,10 +190,11 @@ class RunLog:
         }
         self._record(entry)
         self._bar.update(1)
-        show = {name: metrics.get(name, float("nan")) for name in ("clip_fraction", "kl", "gradient_norm")}
+        show = {name: metrics.get(name, float("nan")) for name in ("clip_fraction", "gradient_norm")}
+        kl = f"kl {metrics['kl']:.2e} | " if "kl" in metrics else ""
         self.say(
             f"iter {self.state.iteration:>4} | reward {entry['reward/mean']:.3f} ± {entry['reward/std']:.3f} | "
-            f"no spread {advantages.dropped:4.0%} | clip {show['clip_fraction']:6.2%} | kl {show['kl']:.2e} | "
+            f"no spread {advantages.dropped:4.0%} | clip {show['clip_fraction']:6.2%} | {kl}"
             f"grad {show['gradient_norm']:.2e} | rollout {seconds['rollout']:.1f} s, reward {seconds['reward']:.1f} s, "
             f"update {seconds['update']:.1f} s"
         )

@@ -99,7 +99,11 @@ def update(
             for step in steps:
                 result = step_loss(state, rollout, advantages, weights, step, torch.from_numpy(rows))
                 state.accelerator.backward(result.loss * (len(rows) / len(part) / len(steps)))
-                metrics.append({**result.metrics, "loss": result.loss.detach()})
+                measured = {**result.metrics, "loss": result.loss.detach()}
+                if config.train.kl_weight == 0.0:
+                    # Without a weight the reference model is not run, and a KL of 0 would be no measurement.
+                    del measured["kl"]
+                metrics.append(measured)
         state.policy.transformer.eval()
         parameters = list(state.policy.trainable().values())
         norm = state.accelerator.clip_grad_norm_(parameters, config.train.max_gradient_norm)
