@@ -19,7 +19,7 @@ TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "PYTHON=python3.12 chooses the interpreter for a new $(VENV). PyTorch comes from where pip looks, on Linux with CUDA;"
-	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu before the first run gets the smaller build for the CPU."
+	@echo "PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU builds before the first run gets the smaller one."
 
 demo: $(VENV)/.built ## Post-train a small Stable Diffusion 3 pipeline with STAR and show what it gained
 	$(BIN)/star-train tiny $(DEMO_ARGS)
