@@ -143,7 +143,9 @@ class Config(_Section):
     """Everything that decides a run."""
 
     method: Method = Field("star", description="star, or a control: " + ", ".join(get_args(Method)[1:]))
-    backend: Literal["auto", "triton", "cpu", "reference"] = Field("auto", description="of the library's operators")
+    backend: Literal["auto", "reference"] = Field(
+        "auto", description="auto (each operator's fastest kernel here) or reference (plain PyTorch)"
+    )
     run: Run = Run()
     model: Model = Model()
     prompts: Prompts = Prompts()
@@ -205,7 +207,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path)) from error
+        raise ConfigError(_explain(error, f"{source} and the command line" if overrides else source)) from error
     folder = config.run.folder
     for name, value in (("preset", path.stem), ("method", config.method), ("seed", str(config.run.seed))):
         folder = folder.replace(f"{{{name}}}", value)
@@ -231,7 +233,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{key}: the value {text!r} is not valid YAML") from error
 
 
-def _explain(error: ValidationError, path: Path) -> str:
+def _explain(error: ValidationError, source: str) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
@@ -241,7 +243,7 @@ def _explain(error: ValidationError, path: Path) -> str:
             lines.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
         else:
             lines.append(problem["msg"].removeprefix("Value error, "))
-    return f"{path}: " + "; ".join(lines)
+    return f"{source}: " + "; ".join(lines)
 
 
 def describe_keys() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,7 +42,6 @@ class RunLog:
         self.history: list[dict[str, float]] = []
         self.base: Evaluation | None = None
         self.latest: Evaluation | None = None
-        self._started = time.monotonic()
         self._main = state.accelerator.is_main_process
         if self._main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -52,13 +50,14 @@ class RunLog:
         # Events after the checkpoint that a resumed run goes on from come again.
         purge = {"tensorboard": {"purge_step": state.iteration + 1}} if resumed else {}
         state.accelerator.init_trackers("tensorboard", config=_flat(config.model_dump(mode="json")), init_kwargs=purge)
-        missing = [f"{name} ({reason})" for name, reason in sk.available_backends().items() if reason]
         here = [name for name, reason in sk.available_backends().items() if reason is None]
-        self.say(f"backends: {', '.join(here)}" + (f"; not here: {', '.join(missing)}" if missing else ""))
+        self.say(f"backends: {', '.join(here)}")
         if resumed:
             self.say(f"going on from iteration {state.iteration} in {self.folder}")
         shown = self._main and config.run.progress
-        self._bar = tqdm(total=config.train.iterations, initial=state.iteration, disable=not shown, unit="iter")
+        self._bar = tqdm(
+            total=config.train.iterations, initial=state.iteration, disable=None if shown else True, unit="iter"
+        )
 
     def __enter__(self) -> RunLog:
         return self
@@ -142,14 +141,17 @@ class RunLog:
             evaluation.scores[name][:shown],
             self.folder / "before_after.png",
         )
-        maps = self._draw_maps(shown)
+        # A picture of maps that no update has seen would only mislead.
+        uses_maps = self.state.config.method not in ("uniform", "uniform_position")
+        maps = self._draw_maps(shown) if uses_maps else None
         for tracker in self.state.accelerator.trackers:
             if tracker.name == "tensorboard":
                 step = self.state.iteration
                 tracker.writer.add_images("samples", evaluation.images[:shown], step, dataformats="NHWC")
-                # One row of maps per prompt, one map per denoising step.
-                rows = np.concatenate([np.concatenate(list(row), axis=1) for row in maps], axis=0)
-                tracker.writer.add_image("allocation_maps", rows / max(rows.max(), 1e-6), step, dataformats="HW")
+                if maps is not None:
+                    # One row of maps per prompt, one map per denoising step.
+                    rows = np.concatenate([np.concatenate(list(row), axis=1) for row in maps], axis=0)
+                    tracker.writer.add_image("allocation_maps", rows / max(rows.max(), 1e-6), step, dataformats="HW")
 
     def _draw_maps(self, shown: int) -> np.ndarray:
         """Allocation maps of the shown prompts by denoising step, drawn over the images; returns [N, T, h, w]."""
@@ -215,7 +217,7 @@ class RunLog:
             "seed": state.config.run.seed,
             "iterations": state.iteration,
             "held_out_prompts": len(self.latest.images),
-            "seconds": round(time.monotonic() - self._started, 1),
+            "seconds": round(state.seconds(), 1),
             "base": {name: float(v[: len(self.latest.images)].mean()) for name, v in self.base.scores.items()},
             "final": self.latest.means(),
             "difference": {name: vars(difference) for name, difference in compared.items()},

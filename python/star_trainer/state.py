@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ class TrainingState:
     average: EMAModel
     iteration: int = 0
     skipped_in_a_row: int = 0
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run so far, those before it was stopped and resumed included."""
+        return self.seconds_before + time.monotonic() - self.started
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -62,6 +69,7 @@ class TrainingState:
                 "rng": rng_values,
                 "average_steps": self.average.optimization_step,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "seconds": self.seconds(),
             }
             checkpoint.commit(partial, values, keep=self.config.checkpoints.keep)
         self.accelerator.wait_for_everyone()
@@ -89,6 +97,7 @@ class TrainingState:
         if own is not None:
             checkpoint.set_rng_state(own, found.values["rng"])
         self.iteration = found.iteration
+        self.seconds_before = found.values["seconds"]
         self.skipped_in_a_row = found.values["skipped_in_a_row"]
         return True
 

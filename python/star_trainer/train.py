@@ -44,6 +44,11 @@ def train(config: Config) -> dict[str, object]:
 
     with RunLog(state, held_out, reward, resumed=resumed) as log, ThreadPoolExecutor(1) as worker:
         log.evaluated_base()
+        if state.iteration >= config.train.iterations:
+            log.say(
+                f"nothing left to train: {state.iteration} iterations are done, train.iterations is "
+                f"{config.train.iterations} (run.resume=false starts anew)"
+            )
         for iteration in range(state.iteration, config.train.iterations):
             prompts = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
             rollout = collect(state.policy, config, prompts[rank::processes], reward, worker, iteration, rank)

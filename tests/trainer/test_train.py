@@ -135,6 +135,7 @@ def test_methods_draw_the_same_random_numbers(method: str, uninterrupted: Path, 
 
     # Before the first update the policy is the base model, whatever the method.
     assert first_reward(tmp_path) == pytest.approx(first_reward(uninterrupted), abs=1e-3)
+    assert (tmp_path / "allocation_maps.png").exists() == (method in ("shuffled", "inverted"))
     star = load_file(uninterrupted / "base_evaluation.safetensors")["images"]
     assert torch.equal(load_file(tmp_path / "base_evaluation.safetensors")["images"], star)
 
@@ -186,6 +187,7 @@ def test_a_finished_run_started_again_says_the_same(tmp_path: Path) -> None:
     for key in ("base", "final", "difference", "iterations"):
         assert first[key] == second[key]
     assert (tmp_path / "metrics.jsonl").read_text() == records
+    assert second["seconds"] >= first["seconds"]
 
 
 def test_starting_anew_sets_the_old_checkpoints_aside(tmp_path: Path) -> None:
