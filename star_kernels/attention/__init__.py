@@ -126,7 +126,8 @@ def joint_attention(
 def _autocast(tensor: Tensor) -> Tensor:
     """`tensor` in the dtype that autocast would give it in ``scaled_dot_product_attention``."""
     device_type = tensor.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    # By name: torch.amp.is_autocast_available breaks the graph of torch.compile in PyTorch 2.11.
+    if device_type not in ("cpu", "cuda", "xpu") or not torch.is_autocast_enabled(device_type):
         return tensor
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device_type))
 
