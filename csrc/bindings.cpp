@@ -43,6 +43,16 @@ py::dict cpu_capability() {
   return result;
 }
 
+std::string cpu_level() {
+  switch (star_kernels::cpu_level()) {
+    case star_kernels::CpuLevel::generic: return "default";
+    case star_kernels::CpuLevel::avx2: return "avx2";
+    case star_kernels::CpuLevel::avx512: return "avx512";
+    case star_kernels::CpuLevel::avx512_bf16: return "avx512_bf16";
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
 py::dict build_info() {
   py::dict result;
 #if defined(__clang__)
@@ -74,5 +84,7 @@ TORCH_LIBRARY_IMPL(star_kernels_cpu, CPU, m) { m.impl("allocation_map", allocati
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ kernels of star_kernels for the CPU. Importing it registers torch.ops.star_kernels_cpu.";
   m.def("cpu_capability", &cpu_capability, "Instruction sets by name (avx2, avx512, avx512_bf16, amx) and whether this CPU has them.");
+  m.def("cpu_level", &cpu_level,
+        "The instructions that kernels use here: the most this CPU has, or less by STAR_KERNELS_CPU_CAPABILITY.");
   m.def("build_info", &build_info, "Compiler, flags, C++ standard, PyTorch version and whether OpenMP was on at build time.");
 }

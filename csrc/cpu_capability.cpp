@@ -2,9 +2,15 @@
 
 #include "star_kernels.h"
 
+#include <c10/util/Exception.h>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 namespace star_kernels {
 
@@ -41,7 +47,7 @@ CpuCapability cpu_capability() {
   const Registers basic = cpuid(1, 0), extended = cpuid(7, 0), more = cpuid(7, 1);
   if (!bit(basic.ecx, 27)) return capability;  // without OSXSAVE there is no xgetbv
   const uint64_t state = saved_state();
-  capability.avx2 = has(state, ymm) && bit(extended.ebx, 5) && bit(basic.ecx, 12);
+  capability.avx2 = has(state, ymm) && bit(extended.ebx, 5) && bit(basic.ecx, 12) && bit(basic.ecx, 29);
   capability.avx512 = has(state, zmm) && bit(extended.ebx, 16) && bit(extended.ebx, 17) && bit(extended.ebx, 30) &&
                       bit(extended.ebx, 31);
   capability.avx512_bf16 = capability.avx512 && bit(more.eax, 5);
@@ -54,5 +60,30 @@ CpuCapability cpu_capability() {
 CpuCapability cpu_capability() { return {}; }
 
 #endif
+
+namespace {
+
+CpuLevel level_of(const CpuCapability& capability) {
+  if (capability.avx512_bf16) return CpuLevel::avx512_bf16;
+  if (capability.avx512) return CpuLevel::avx512;
+  return capability.avx2 ? CpuLevel::avx2 : CpuLevel::generic;
+}
+
+CpuLevel level_by_name(std::string_view name) {
+  if (name == "default") return CpuLevel::generic;
+  if (name == "avx2") return CpuLevel::avx2;
+  if (name == "avx512") return CpuLevel::avx512;
+  TORCH_CHECK_VALUE(name == "avx512_bf16",
+                    "STAR_KERNELS_CPU_CAPABILITY: expected one of default, avx2, avx512, avx512_bf16, got '", name, "'");
+  return CpuLevel::avx512_bf16;
+}
+
+}  // namespace
+
+CpuLevel cpu_level() {
+  static const CpuLevel available = level_of(cpu_capability());
+  const char* limit = std::getenv("STAR_KERNELS_CPU_CAPABILITY");
+  return limit == nullptr || *limit == '\0' ? available : std::min(available, level_by_name(limit));
+}
 
 }  // namespace star_kernels

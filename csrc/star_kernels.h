@@ -17,12 +17,19 @@ at::Tensor allocation_map(const at::Tensor& mass, const std::optional<at::Tensor
                           std::optional<std::array<double, 2>> clamp);
 
 struct CpuCapability {
-  bool avx2 = false;         // with fused multiply-add
+  bool avx2 = false;         // with fused multiply-add and conversion from and to fp16
   bool avx512 = false;       // F, BW, DQ and VL
   bool avx512_bf16 = false;  // dot products of bf16 pairs
   bool amx = false;          // tiles with bf16 products; a process still has to ask the kernel for the tile state
 };
 
 CpuCapability cpu_capability();
+
+// The instructions that a kernel may use, each level with those before it.
+enum class CpuLevel { generic, avx2, avx512, avx512_bf16 };
+
+// The highest level that this CPU has, or the one that STAR_KERNELS_CPU_CAPABILITY names (default, avx2, avx512 or
+// avx512_bf16) where that is lower. Reads the environment at every call, so that tests can change it.
+CpuLevel cpu_level();
 
 }  // namespace star_kernels

@@ -85,12 +85,26 @@ def test_cpu_capability_agrees_with_what_the_operating_system_reports(extension)
     flags = set(re.findall(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.M)[0].split()) if cpuinfo.exists() else None
     if flags is not None:
         wanted = {
-            "avx2": {"avx2", "fma"},
+            "avx2": {"avx2", "fma", "f16c"},
             "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
             "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
             "amx": {"amx_tile", "amx_bf16"},
         }
         assert capability == {name: needed <= flags for name, needed in wanted.items()}
+
+
+def test_the_environment_lowers_the_instructions_that_kernels_use(extension, monkeypatch):
+    monkeypatch.delenv("STAR_KERNELS_CPU_CAPABILITY", raising=False)
+    names = ["default", "avx2", "avx512", "avx512_bf16"]
+    highest = extension.cpu_level()
+    present = [name for name in names[1:] if extension.cpu_capability()[name]]
+    assert highest == (["default", *present])[-1]
+    for name in names:
+        monkeypatch.setenv("STAR_KERNELS_CPU_CAPABILITY", name)
+        assert extension.cpu_level() == min(name, highest, key=names.index)
+    monkeypatch.setenv("STAR_KERNELS_CPU_CAPABILITY", "sse")
+    with pytest.raises(ValueError, match="^STAR_KERNELS_CPU_CAPABILITY: expected one of"):
+        extension.cpu_level()
 
 
 def test_the_version_is_that_of_the_installed_package():
