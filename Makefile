@@ -6,6 +6,8 @@ VENV ?= .venv
 WORKERS ?= auto
 # Further settings, as in make demo DEMO_ARGS="run.seed=1"
 DEMO_ARGS ?=
+# Further options of pytest, as in make bench BENCH_ARGS="--full"
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 # Byte code is made on first use: doing it for every module of every package takes longer than the download.
@@ -27,8 +29,8 @@ demo: $(VENV)/.built ## Post-train a small Stable Diffusion 3 pipeline with STAR
 test: $(VENV)/.built-dev ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 tests
 
-bench: $(VENV)/.built-dev ## Measure the operators against their unfused baselines
-	$(BIN)/python -m pytest -q bench
+bench: $(VENV)/.built-dev ## Measure the operators, a rollout and an update against their unfused baselines
+	$(BIN)/python -m pytest -q bench --benchmark-quiet $(BENCH_ARGS)
 
 lint: $(VENV)/.built-dev ## Check style, formatting and types
 	$(BIN)/ruff check .

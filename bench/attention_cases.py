@@ -1,0 +1,126 @@
+"""Inputs and baselines of the attention benchmarks, on the CPU and on a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import star_kernels as sk
+
+Capturing = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one joint attention of the model sees, per call."""
+
+    name: str
+    batch: int
+    heads: int
+    head_dim: int
+    image: int
+    text: int
+    units: int
+
+    @property
+    def tokens(self) -> int:
+        return self.image + self.text
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations of the two matrix products of the forward pass, softmax and capture left out."""
+        return 4 * self.batch * self.heads * self.tokens**2 * self.head_dim
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}, B {self.batch}, {self.heads} heads x {self.head_dim}, {self.image} + {self.text} tokens, "
+            f"K {self.units}"
+        )
+
+
+def sd35_medium(name: str, batch: int, units: int = 8) -> Shape:
+    """S and L: Stable Diffusion 3.5 medium at 512 and at 1024 px."""
+    image, text = {"S": (1024, 205), "L": (4096, 333)}[name]
+    return Shape(name, batch, heads=24, head_dim=64, image=image, text=text, units=units)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """query, key, value [B, heads, N, D], image tokens first; unit_weights [B, N_text, K]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    unit_weights: Tensor
+    num_image_tokens: int
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Normal queries, keys and values; unit k is three text tokens, as a phrase of a prompt is."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
+    query, key, value = (torch.randn(sizes, generator=generator).to(device, dtype) for _ in range(3))
+    first = torch.randint(shape.text - 2, (shape.batch, shape.units), generator=generator)
+    unit_weights = torch.zeros(shape.batch, shape.text, shape.units)
+    for offset in range(3):
+        unit_weights.scatter_(1, (first + offset)[:, None], 1.0)
+    return Inputs(query, key, value, unit_weights.to(device), shape.image)
+
+
+def fused(inputs: Inputs, *, capture: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+    """The library's attention, with or without the mass."""
+    unit_weights = inputs.unit_weights if capture else None
+    return sk.joint_attention(*inputs.qkv, unit_weights, num_image_tokens=inputs.num_image_tokens, backend=backend)
+
+
+def text_column_pass(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """PyTorch's flash attention, and the probabilities of the text columns recomputed from its log-sum-exp.
+
+    What can be had without a kernel of one's own: nothing of size N x N, but image x text numbers per head.
+    """
+    out, log_sum_exp = flash_with_log_sum_exp(*inputs.qkv)
+    image = inputs.num_image_tokens
+    logits = inputs.query[:, :, :image] @ inputs.key[:, :, image:].mT  # [B, heads, image, text]
+    logits = logits.float().mul_(inputs.query.shape[-1] ** -0.5)
+    probabilities = logits.sub_(log_sum_exp[:, :, :image, None]).exp_()
+    return out, probabilities.mean(1) @ inputs.unit_weights
+
+
+def flash_with_log_sum_exp(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What SDPA runs, asked for its log-sum-exp [B, heads, N] too."""
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    if query.dtype == torch.float32:
+        out, log_sum_exp, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
+    else:
+        out, log_sum_exp, *_ = aten._scaled_dot_product_flash_attention(query, key, value)
+    return out, log_sum_exp[:, :, : query.shape[2]]
+
+
+def materialised(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Softmax written out in the model's dtype, its heads averaged: what extractors of attention maps do."""
+    image = inputs.num_image_tokens
+    probabilities = ((inputs.query @ inputs.key.mT) * inputs.query.shape[-1] ** -0.5).softmax(-1)
+    return probabilities @ inputs.value, probabilities[:, :, :image, image:].mean(1).float() @ inputs.unit_weights
+
+
+def members(inputs: Inputs, backend: str) -> dict[str, Callable[[], object]]:
+    """What is compared, by name; "SDPA" is the baseline and captures nothing."""
+    return {
+        "SDPA, no capture": functools.partial(scaled_dot_product_attention, *inputs.qkv),
+        "fused, no capture": functools.partial(fused, inputs, capture=False, backend=backend),
+        "fused, capture": functools.partial(fused, inputs, capture=True, backend=backend),
+        "SDPA, then text columns": functools.partial(text_column_pass, inputs),
+        "materialised": functools.partial(materialised, inputs),
+        "materialised, reference": functools.partial(fused, inputs, capture=True, backend="reference"),
+    }

@@ -1,0 +1,379 @@
+"""What every benchmark shares: alternating timing, peak memory, ratios to a baseline, and the results as JSON.
+
+The members of a group are timed in turn, one round after another, in an order that changes from round to round. A ratio
+is the median over rounds of (time of the member / time of the baseline in the same round): a machine that slows down
+for a while slows both, and a member that is always preceded by the same other one would inherit its caches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+FORMAT = 1
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+
+Function = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the things that a group compares. The baseline is what the others are divided by."""
+
+    name: str
+    function: Function
+    baseline: bool = False
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of one call in each round, and the most memory that a call holds beyond what was there before it."""
+
+    name: str
+    seconds: tuple[float, ...]
+    peak_bytes: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Measurements that were taken in turn, so that round i of one belongs to round i of another."""
+
+    name: str
+    measurements: tuple[Measurement, ...]
+    baseline: str | None = None
+
+    def ratio(self, name: str) -> Spread | None:
+        """Time of a member relative to the baseline, round by round; None for a group without baseline."""
+        if self.baseline is None:
+            return None
+        base, member = self[self.baseline].seconds, self[name].seconds
+        return spread([a / b for a, b in zip(member, base, strict=True)])
+
+    def __getitem__(self, name: str) -> Measurement:
+        return next(measurement for measurement in self.measurements if measurement.name == name)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of at least one value."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, q1, q3)
+
+
+class Clock(Protocol):
+    """How a device is timed and its memory counted."""
+
+    shortest_round: float  # seconds that a round should last at least, by repeating the call
+
+    def seconds(self, function: Function, calls: int) -> float:
+        """Seconds of one call, the mean of `calls` of them."""
+
+    def peak_bytes(self, function: Function) -> int:
+        """The most bytes that one call holds at a time, results included, arguments not."""
+
+
+class CpuClock:
+    """Wall-clock time, and the peak of PyTorch's CPU allocator, which is exact where resident memory is not.
+
+    Scratch that a kernel takes from the C library instead of PyTorch is not in it.
+    """
+
+    shortest_round = 1e-3
+
+    def seconds(self, function: Function, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+
+    def peak_bytes(self, function: Function) -> int:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+            kept = function()
+        del kept
+        held = most = 0
+        assert profile.profiler is not None
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+                held += event.nbytes()
+                most = max(most, held)
+        return most
+
+
+class CudaClock:
+    """Time between CUDA events around a call, the L2 cache overwritten before it, and the caching allocator's peak.
+
+    Overwriting the cache keeps the GPU busy while the launches of the call are queued behind it, so that what counts
+    is the GPU's time; a call with more launches than that hides is bound by launching them, and shows it.
+    """
+
+    shortest_round = 0.0
+    FLUSH_BYTES = 256 * 2**20  # more than any L2
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flush = torch.empty(self.FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def seconds(self, function: Function, calls: int) -> float:
+        milliseconds = 0.0
+        for _ in range(calls):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.zero_()
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            milliseconds += start.elapsed_time(end)
+        return milliseconds * 1e-3 / calls
+
+    def peak_bytes(self, function: Function) -> int:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        kept = function()
+        torch.cuda.synchronize(self._device)
+        most = torch.cuda.max_memory_allocated(self._device) - before
+        del kept
+        return most
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def measure(members: Sequence[Member], clock: Clock, *, name: str, budget: float = 5.0) -> Group:
+    """Time `members` alternately for about `budget` seconds, in 5 to 100 rounds, after warming each of them up.
+
+    Raises:
+        ValueError: no members, two of one name, or two baselines.
+    """
+    names = [member.name for member in members]
+    baselines = [member.name for member in members if member.baseline]
+    if not members or len(set(names)) != len(names) or len(baselines) > 1:
+        raise ValueError(f"{name}: expected members with different names and at most one baseline, got {names}")
+    with _without_garbage_collection():
+        estimates, peaks = {}, {}
+        for member in members:
+            member.function()  # compiles
+            clock.seconds(member.function, 1)
+            estimates[member.name] = clock.seconds(member.function, 1)
+            peaks[member.name] = clock.peak_bytes(member.function)
+        calls = {key: max(1, math.ceil(clock.shortest_round / max(value, 1e-7))) for key, value in estimates.items()}
+        round_seconds = sum(estimates[key] * calls[key] for key in names)
+        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget / max(round_seconds, 1e-9))))
+        order, shuffle = list(members), random.Random(0)
+        seconds: dict[str, list[float]] = {key: [] for key in names}
+        for _ in range(rounds):
+            shuffle.shuffle(order)
+            for member in order:
+                seconds[member.name].append(clock.seconds(member.function, calls[member.name]))
+    measurements = tuple(Measurement(key, tuple(seconds[key]), peaks[key]) for key in names)
+    return Group(name, measurements, baselines[0] if baselines else None)
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def table(groups: Sequence[Group]) -> list[str]:
+    """The groups as lines: median time, time relative to the baseline with its quartiles, peak memory."""
+    width = max((len(m.name) for group in groups for m in group.measurements), default=0) + len(" (baseline)")
+    lines = [f"{'':<{width + 2}} {'median':>10}  {'time / baseline':<22} {'faster':>8} {'peak memory':>12}"]
+    for group in groups:
+        lines.append(group.name)
+        for measurement in group.measurements:
+            label = measurement.name + (" (baseline)" if measurement.name == group.baseline else "")
+            line = f"  {label:<{width}} {format_seconds(measurement.median):>10}"
+            ratio = group.ratio(measurement.name)
+            if ratio is None:
+                line += " " * 33
+            else:
+                relative = f"{ratio.median:.3f} [{ratio.q1:.3f}, {ratio.q3:.3f}]"
+                line += f"  {relative:<22} {1 / ratio.median:>7.2f}x"
+            lines.append(f"{line} {format_bytes(measurement.peak_bytes):>12}")
+    return lines
+
+
+def format_seconds(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:.0f} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def format_bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The machine and the software that the figures belong to."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    described: dict[str, Any] = {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "commit": _commit(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["cuda"] = torch.version.cuda
+        described["capability"] = f"{properties.major}.{properties.minor}"
+        described["memory_bytes"] = properties.total_memory
+    return described
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} {os.cpu_count()} threads"
+    return f"{platform.machine()} {os.cpu_count()} threads"
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def results_path(device: torch.device, date: datetime.date | None = None) -> Path:
+    """Where results that are kept go: named by device and date."""
+    name = "".join(c if c.isalnum() else "_" for c in device_name(device).lower())
+    while "__" in name:
+        name = name.replace("__", "_")
+    return RESULTS / f"{name.strip('_')}_{date or datetime.date.today()}.json"
+
+
+def results(groups: Sequence[Group], device: torch.device, *, command: str) -> dict[str, Any]:
+    """What is written as JSON; `load_results` checks the same fields."""
+    return {
+        "format": FORMAT,
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(device),
+        "groups": [group_as_dict(group) for group in groups],
+    }
+
+
+def group_as_dict(group: Group) -> dict[str, Any]:
+    """A group as JSON has it. Times in seconds, memory in bytes, ratios are time / time of the baseline."""
+    members = []
+    for measurement in group.measurements:
+        ratio = group.ratio(measurement.name)
+        members.append(
+            {
+                "name": measurement.name,
+                "rounds": len(measurement.seconds),
+                "seconds": vars(spread(measurement.seconds)),
+                "ratio": None if ratio is None else vars(ratio),
+                "peak_bytes": measurement.peak_bytes,
+            }
+        )
+    return {"name": group.name, "baseline": group.baseline, "members": members}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write whole or not at all, so that a run that is killed leaves the last state that it wrote."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """Read what `results` made.
+
+    Raises:
+        ValueError: not such a file; the message says what is missing.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a JSON file of results, got {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected results in format {FORMAT}")
+    for group in _field(path, content, "groups", list):
+        baseline = group.get("baseline")
+        names = []
+        for member in _field(path, group, "members", list):
+            names.append(_field(path, member, "name", str))
+            spreads = [_field(path, member, "seconds", dict)]
+            if baseline is not None:
+                spreads.append(_field(path, member, "ratio", dict))
+            for values in spreads:
+                for key in ("median", "q1", "q3"):
+                    _field(path, values, key, (int, float))
+            _field(path, member, "peak_bytes", int)
+        if baseline is not None and baseline not in names:
+            raise ValueError(f"{path}: group {group.get('name')!r} has no member {baseline!r}, its baseline")
+    return content
+
+
+def _field(path: Path, entry: Any, key: str, kind: type | tuple[type, ...]) -> Any:
+    if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+        raise ValueError(f"{path}: expected an entry with {key!r}, got {entry!r}"[:300])
+    return entry[key]

@@ -1,0 +1,114 @@
+"""What allocation costs a whole rollout and a whole update, through the trainer's functions on the tiny pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+import pytest
+from star_trainer.advantages import group_advantages
+from star_trainer.config import Config, load_config
+from star_trainer.logs import RunLog
+from star_trainer.policy import Embeddings
+from star_trainer.prompts import load_prompts
+from star_trainer.randomness import numpy_stream, stream
+from star_trainer.rollout import Rollout, Trajectory, denoise, text_units
+from star_trainer.scenes import ScenePrompt
+from star_trainer.state import TrainingState, build_state
+from star_trainer.train import update
+
+METHODS = {"uniform": "uniform", "STAR": "star"}
+BACKENDS = {"fused": "auto", "eager": "reference"}
+STEPS = 4
+SETTINGS = (
+    "rollout.prompts=4",
+    "rollout.samples=8",
+    f"rollout.steps={STEPS}",
+    "rollout.sde_steps=2",
+    "train.updates=1",
+    # The same work as with any other rate, and weights that do not wander off over hundreds of updates.
+    "train.learning_rate=1e-12",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The tiny pipeline with its adapters, some prompts, and the embeddings of each prompt's group of samples."""
+
+    state: TrainingState
+    prompts: list[ScenePrompt]
+    embeddings: Embeddings
+
+    @property
+    def batch(self) -> int:
+        return len(self.embeddings.text)
+
+    def with_method(self, method: str, backend: str) -> TrainingState:
+        config: Config = self.state.config.model_copy(update={"method": method, "backend": backend})
+        return dataclasses.replace(self.state, config=config)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("end_to_end")
+    state = build_state(load_config("tiny", [*SETTINGS, f"run.folder={folder}"]))
+    draw_training, _ = load_prompts(state.config.prompts)
+    prompts = draw_training(numpy_stream(0, "prompts"), state.config.rollout.prompts)
+    embeddings = state.policy.encode([prompt.text for prompt in prompts])
+    return Case(state, prompts, embeddings.repeat_interleave(state.config.rollout.samples))
+
+
+def roll_out(case: Case, method: str, backend: str) -> Trajectory:
+    """All denoising steps of one batch, as a training run does them."""
+    state = case.with_method(method, backend)
+    section = state.config.rollout
+    units = None
+    if method == "star":
+        units = text_units(state.policy, case.prompts).repeat_interleave(section.samples)
+    return denoise(
+        state.policy,
+        case.embeddings,
+        steps=section.steps,
+        kind=section.sampler,
+        generator=stream(0, "rollout"),
+        eta=section.eta,
+        sde_steps=section.sde_steps,
+        units=units,
+        allocation=state.config.allocation,
+        backend=backend,
+    )
+
+
+def describe(case: Case) -> str:
+    height, width = case.state.policy.grid
+    return f"tiny pipeline, B {case.batch}, {height * width} image tokens"
+
+
+def test_rollout(measure: Callable[..., None], case: Case) -> None:
+    for label, backend in BACKENDS.items():
+        for method_label, method in METHODS.items():
+            call = functools.partial(roll_out, case, method, backend)
+            baseline = (label, method) == ("fused", "uniform")
+            group = f"rollout of {STEPS} steps, {describe(case)}"
+            measure(call, group=group, name=f"{method_label}, {label}", baseline=baseline)
+
+
+def test_update(measure: Callable[..., None], case: Case) -> None:
+    trajectory = roll_out(case, "star", "auto")
+    rewards = np.random.default_rng(0).random(case.batch)
+    _, timesteps = case.state.policy.schedule(STEPS)
+    # An update looks at neither images nor rewards: the advantages are made from them before.
+    rollout = Rollout(trajectory, timesteps, case.embeddings, rewards, np.empty(0), case.prompts, seconds={})
+    # It writes to the log only to say that it was skipped, and fails here if it is.
+    no_log = cast(RunLog, None)
+    advantages = group_advantages(rewards, case.state.config.rollout.samples)
+    for label, backend in BACKENDS.items():
+        for method_label, method in METHODS.items():
+            state = case.with_method(method, backend)
+            call = functools.partial(update, state, rollout, advantages, 0, no_log)
+            baseline = (label, method) == ("fused", "uniform")
+            group = f"update on 2 steps, {describe(case)}"
+            measure(call, group=group, name=f"{method_label}, {label}", baseline=baseline)
