@@ -224,7 +224,7 @@ def _policy_loss(
         loss, metrics = reference.policy_loss(inputs)
         return loss, metrics, loss.new_empty(0)
     loss, metrics, grad_velocity = reference.policy_loss_and_gradient(inputs)
-    return loss, metrics, grad_velocity.contiguous()
+    return loss, metrics, grad_velocity.to(inputs.gradient_dtype()).contiguous()
 
 
 @_policy_loss.register_fake
@@ -250,7 +250,7 @@ def _(
     with_gradient,
     backend,
 ):
-    dtype = reference.Inputs(
+    inputs = reference.Inputs(
         velocity,
         sample,
         next_sample,
@@ -269,20 +269,18 @@ def _(
         granularity,
         kl_weight,
         guidance_scale,
-    ).dtype()
-    return (
-        velocity.new_empty((), dtype=dtype),
-        velocity.new_empty((len(reference.METRICS),), dtype=dtype),
-        velocity.new_empty(velocity.shape if with_gradient else (0,), dtype=dtype),
     )
+    dtype = inputs.dtype()
+    loss, metrics = velocity.new_empty((), dtype=dtype), velocity.new_empty((len(reference.METRICS),), dtype=dtype)
+    if not with_gradient:
+        return loss, metrics, loss.new_empty(0)
+    return loss, metrics, velocity.new_empty(velocity.shape, dtype=inputs.gradient_dtype())
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, metrics, grad_velocity = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(metrics, grad_velocity)
-    # In the dtype of the loss, not of the velocity: a loss scale is applied in backward, and before it the gradient
-    # of one of many positions is below what float16 can hold.
     ctx.save_for_backward(grad_velocity)
     ctx.dtype = inputs[0].dtype
 
@@ -292,7 +290,26 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return (None, *constants)
     (grad_velocity,) = ctx.saved_tensors
-    return ((grad_loss * grad_velocity).to(ctx.dtype), *constants)
+    if grad_velocity.dtype == ctx.dtype and grad_velocity.device.type == "cpu" and _is_ours_to_give(grad_velocity):
+        return (_scale_in_place(grad_velocity, grad_loss), *constants)
+    # With the scale in its own dtype: as a tensor without dimensions it would be rounded to that of the gradient.
+    return ((grad_loss * grad_velocity.to(grad_loss.dtype)).to(ctx.dtype), *constants)
+
+
+def _is_ours_to_give(saved: Tensor) -> bool:
+    """Whether nothing reads the saved tensor after this backward: it can then be scaled in place and handed on.
+
+    Not while torch.compile traces, where it is no plain tensor; not if the gradient is to be differentiated; and not
+    if the graph is kept for another backward. PyTorch's own compiler asks the engine like this before it reuses memory.
+    """
+    if type(saved) is not Tensor or torch.is_grad_enabled():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _scale_in_place(grad_velocity: Tensor, grad_loss: Tensor) -> Tensor:
+    scale = grad_loss.item()
+    return grad_velocity if scale == 1 else grad_velocity.mul_(scale)
 
 
 torch.library.register_autograd("star_kernels::policy_loss", _backward, setup_context=_save_gradient)

@@ -62,6 +62,14 @@ class Inputs(NamedTuple):
         """The dtype of the arithmetic and of the results."""
         return compute_dtype(*(value for value in self if isinstance(value, torch.Tensor)))
 
+    def gradient_dtype(self) -> torch.dtype:
+        """The dtype that the gradient is kept in until backward: the velocity's, except for float16.
+
+        A loss scale is applied in backward. Before that, the gradient of one of many positions is below what float16
+        can hold, but not below what bfloat16 can.
+        """
+        return self.velocity.dtype if self.velocity.dtype == torch.bfloat16 else self.dtype()
+
 
 class _Terms(NamedTuple):
     """What the loss and its gradient are both made of."""

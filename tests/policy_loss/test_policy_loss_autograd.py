@@ -97,6 +97,39 @@ def test_the_upstream_gradient_scales_the_saved_one() -> None:
     assert plain.any() and torch.equal(scaled, -8 * plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, -0.3])
+def test_backward_hands_on_the_saved_gradient_without_a_second_one(dtype: torch.dtype, scale: float) -> None:
+    case = make_case(dtype=dtype)
+    velocity = case["velocity"].requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        loss = scale * sk.policy_loss(**case).loss
+    (expected,) = (tensor.double() * scale for tensor in saved if tensor.shape == velocity.shape)
+    (gradient,) = torch.autograd.grad(loss, velocity)
+    assert gradient.data_ptr() in [tensor.data_ptr() for tensor in saved] and gradient.dtype == dtype
+    torch.testing.assert_close(gradient.double(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+def test_a_kept_graph_can_be_run_again() -> None:
+    case = make_case()
+    velocity = case["velocity"].requires_grad_()
+    loss = sk.policy_loss(**case).loss
+    first, second, third = (
+        torch.autograd.grad(loss, velocity, torch.tensor(scale), retain_graph=keep)[0]
+        for scale, keep in ((2.0, True), (1.0, True), (-4.0, False))
+    )
+    assert second.any() and torch.equal(first, 2 * second) and torch.equal(third, -4 * second)
+
+
+def test_the_gradient_is_linear_in_the_incoming_one_when_differentiated_again() -> None:
+    case = make_case()
+    velocity, scale = case["velocity"].requires_grad_(), torch.tensor(0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(sk.policy_loss(**case).loss, velocity, scale, create_graph=True)
+    (total,) = torch.autograd.grad(gradient.sum(), scale)
+    torch.testing.assert_close(total, 2 * gradient.detach().sum())
+
+
 def test_a_loss_scale_saves_float16_gradients_from_underflow() -> None:
     case = make_case(batch=2, dtype=torch.float16, channels=16, grid=(64, 64)) | {"kl_weight": 0.0}
     velocity = case["velocity"].requires_grad_()
