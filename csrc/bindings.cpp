@@ -77,9 +77,15 @@ TORCH_LIBRARY(star_kernels_cpu, m) {
   m.def(
       "allocation_map(Tensor mass, Tensor? mask, int height, int width, str combine, float sharpness, bool smooth, "
       "float strength, float[]? clamp) -> Tensor");
+  m.def(
+      "joint_attention(Tensor query, Tensor key, Tensor value, Tensor? unit_weights, int num_image_tokens, bool text_first, "
+      "float scale, int first_row, int end_row, bool text_to_image) -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(star_kernels_cpu, CPU, m) { m.impl("allocation_map", allocation_map); }
+TORCH_LIBRARY_IMPL(star_kernels_cpu, CPU, m) {
+  m.impl("allocation_map", allocation_map);
+  m.impl("joint_attention", star_kernels::joint_attention);
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ kernels of star_kernels for the CPU. Importing it registers torch.ops.star_kernels_cpu.";

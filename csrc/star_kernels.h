@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 namespace star_kernels {
 
@@ -15,6 +16,13 @@ enum class Combine { mean, max };
 at::Tensor allocation_map(const at::Tensor& mass, const std::optional<at::Tensor>& mask, int64_t height, int64_t width,
                           Combine combine, double sharpness, bool smooth, double strength,
                           std::optional<std::array<double, 2>> clamp);
+
+// Attention, the mass of this layer (empty without unit weights) and log-sum-exp, docs/method.md, section 3. See attention.cpp.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> joint_attention(const at::Tensor& query, const at::Tensor& key,
+                                                               const at::Tensor& value,
+                                                               const std::optional<at::Tensor>& unit_weights,
+                                                               int64_t num_image_tokens, bool text_first, double scale,
+                                                               int64_t first_row, int64_t end_row, bool text_to_image);
 
 struct CpuCapability {
   bool avx2 = false;         // with fused multiply-add and conversion from and to fp16

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from star_kernels import backends
 from star_kernels._checks import check_choice, check_number, check_tensor
-from star_kernels.attention import reference
+from star_kernels.attention import cpu, reference
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-KERNELS: tuple[str, ...] = ()
+KERNELS: tuple[str, ...] = ("cpu",)
 
 
 def joint_attention(
@@ -58,7 +58,8 @@ def joint_attention(
             then have end - first rows. Under guidance: the conditional half.
         direction: ``image_to_text`` for M, how much image token i attends to the unit; ``text_to_image`` for T, how
             much the unit's tokens attend to image token i (it needs text queries).
-        backend: ``auto``, ``triton``, ``cpu`` or ``reference``.
+        backend: ``auto``, ``triton``, ``cpu`` or ``reference``. float64 is computed by the reference under ``auto`` and
+            ``cpu``: it is for checks of derivatives.
 
     Returns:
         out [B, heads, N, D] in the dtype of `query`, and the mass [rows, num_image_tokens, K], or None without
@@ -169,9 +170,22 @@ def _joint_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, this layer's mass (empty without unit weights) and log-sum-exp."""
-    backends.resolve_backend("joint_attention", backend, query.device, KERNELS)
+    chosen = backends.resolve_backend("joint_attention", backend, query.device, KERNELS)
     if unit_weights is not None and unit_weights.device.type == "cpu":
         _check_unit_weights(unit_weights)
+    # float64 is for checks of derivatives, and precise rather than fast: the reference computes it for every backend.
+    if chosen == "cpu" and query.dtype != torch.float64:
+        return cpu.joint_attention(
+            query,
+            key,
+            value,
+            unit_weights,
+            num_image_tokens=num_image_tokens,
+            text_first=text_first,
+            scale=scale,
+            rows=(first_row, end_row),
+            direction=direction,
+        )
     text_row_weights = unit_weights if direction == "text_to_image" else None
     with torch.autocast(query.device.type, enabled=False):
         out, mass, log_sum_exp = reference.joint_attention(

@@ -1,0 +1,484 @@
+// The tiles of joint attention, written once over the vectors of an instruction set. Included by one source per set, after
+// the switch to that set, hence the anonymous namespace: each source has its own copy, compiled for its own instructions.
+//
+// `Lanes` gives Vec (kWidth floats), load, store, set1, fma, max, add, mul, exp2, sum and largest, and the shape of a product
+// tile: kRows rows by kColumns vectors of accumulators, chosen to fill the register file.
+// `Element` is what products are made of: float, or Bf16Pair, two neighbours of the inner dimension in one 32-bit element.
+#pragma once
+
+#include "attention_kernel.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+
+#define STAR_INLINE inline __attribute__((always_inline))
+
+namespace star_kernels {
+namespace {
+
+constexpr int64_t kKeyBlock = 256;  // keys between two looks at the row maximum
+constexpr int64_t kSubRows = 24;    // rows whose logits of one key block stay in the first level of cache
+// Row stride of a block of logits, in floats. Not a power of two: rows would share cache sets.
+constexpr int64_t kLogitsStride = kKeyBlock + 16;
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+struct Bf16Pair {
+  uint32_t bits;
+};
+
+// Neighbours of the inner dimension in one element.
+template <typename Element>
+constexpr int64_t kPerElement = 1;
+template <>
+constexpr int64_t kPerElement<Bf16Pair> = 2;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Elements 'index' of a row of n scalars, zero beyond its end.
+template <typename Scalar>
+STAR_INLINE void read(float& element, const Scalar* row, int64_t index, int64_t) {
+  element = static_cast<float>(row[index]);
+}
+STAR_INLINE void read(Bf16Pair& element, const c10::BFloat16* row, int64_t index, int64_t n) {
+  const uint32_t low = row[2 * index].x, high = 2 * index + 1 < n ? row[2 * index + 1].x : 0;
+  element.bits = low | high << 16;
+}
+
+// 2^x for x in [0, 1], relative error below 1.5e-7 in float32 arithmetic: the minimax polynomial of degree 5.
+template <typename Lanes>
+STAR_INLINE typename Lanes::Vec exp2_fraction(typename Lanes::Vec x) {
+  typename Lanes::Vec y = Lanes::set1(1.877576811e-03f);
+  y = Lanes::fma(y, x, Lanes::set1(8.989339694e-03f));
+  y = Lanes::fma(y, x, Lanes::set1(5.582631752e-02f));
+  y = Lanes::fma(y, x, Lanes::set1(2.401536107e-01f));
+  y = Lanes::fma(y, x, Lanes::set1(6.931530833e-01f));
+  return Lanes::fma(y, x, Lanes::set1(9.999999404e-01f));
+}
+
+template <typename Lanes, typename Scalar, typename Element>
+struct Attention {
+  using Vec = typename Lanes::Vec;
+  static constexpr int64_t kWidth = Lanes::kWidth, kRows = Lanes::kRows, kColumns = Lanes::kColumns;
+  static constexpr int64_t kPanel = kColumns * kWidth;
+  static constexpr int64_t kPer = kPerElement<Element>;
+  static constexpr bool kPairs = kPer == 2;
+  static_assert(kColumns == 2, "a tail is one vector");
+  static_assert(kTaskRows % kSubRows == 0 && kSubRows % kRows == 0 && kKeyBlock % kPanel == 0 && kPanel % kPer == 0);
+
+  // One range of keys of one head, packed: keys in panels [depth][kPanel], values in blocks of panels [keys][kPanel].
+  struct PackedKeys {
+    Element* keys;
+    Element* values;
+    int64_t count;
+  };
+
+  struct Scratch {
+    PackedKeys image, text;
+    Element* query;        // [group][depth][kRows]
+    float* logits;         // [kSubRows][kLogitsStride]; in the end probabilities
+    Element* probability;  // the same in pairs
+    float* row_largest;    // [kSubRows][kWidth]
+    float* normaliser;     // [kTaskRows][kWidth], summed over the vector at the end
+    float* largest;        // [kTaskRows], of the scaled logits, base 2
+    float* rescale;        // [kSubRows]
+    float* out;            // [kTaskRows][value_width]
+    float* mass;           // [kTaskRows][units_stride]
+  };
+
+  // Takes memory off a block, or counts how much it takes where there is none.
+  struct Arena {
+    char* base;
+    int64_t used;
+    template <typename T>
+    T* take(int64_t count) {
+      T* start = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+      used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+      return start;
+    }
+  };
+
+  static int64_t depth(const AttentionProblem& p) { return ceil_div(p.head_dim, kPer); }
+  static int64_t value_width(const AttentionProblem& p) { return ceil_div(p.head_dim, kPanel) * kPanel; }
+
+  static PackedKeys take_keys(const AttentionProblem& p, int64_t count, Arena& arena) {
+    PackedKeys packed{};
+    packed.count = count;
+    packed.keys = arena.template take<Element>(ceil_div(count, kPanel) * kPanel * depth(p));
+    packed.values = arena.template take<Element>(ceil_div(count, kKeyBlock) * kKeyBlock / kPer * value_width(p));
+    return packed;
+  }
+
+  static Scratch take_scratch(const AttentionProblem& p, Arena& arena) {
+    Scratch s{};
+    s.image = take_keys(p, p.image_keys.size(), arena);
+    s.text = take_keys(p, larger(p.text_keys.size(), p.text_queries.size()), arena);
+    s.query = arena.template take<Element>(kTaskRows * depth(p));
+    s.logits = arena.template take<float>(kSubRows * kLogitsStride);
+    s.probability = kPairs ? arena.template take<Element>(kSubRows * kLogitsStride / kPer) : nullptr;
+    s.row_largest = arena.template take<float>(kSubRows * kWidth);
+    s.normaliser = arena.template take<float>(kTaskRows * kWidth);
+    s.largest = arena.template take<float>(kTaskRows);
+    s.rescale = arena.template take<float>(kSubRows);
+    s.out = arena.template take<float>(kTaskRows * value_width(p));
+    s.mass = arena.template take<float>(kTaskRows * p.units_stride);
+    return s;
+  }
+
+  static int64_t scratch_bytes(const AttentionProblem& p) {
+    Arena arena{nullptr, 0};
+    take_scratch(p, arena);
+    return arena.used;
+  }
+
+  static const Scalar* row(const HeadsView& view, int64_t b, int64_t head, int64_t token) {
+    return static_cast<const Scalar*>(view.data) + b * view.batch + head * view.head + token * view.token;
+  }
+
+  // `count` rows to [group][depth][kRows], the last group filled with zeros.
+  static void pack_rows(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, Element* to) {
+    const int64_t n = depth(p);
+    for (int64_t r = 0; r < ceil_div(count, kRows) * kRows; ++r) {
+      Element* group = to + r / kRows * n * kRows + r % kRows;
+      for (int64_t d = 0; d < n; ++d) {
+        if (r < count) {
+          read(group[d * kRows], from + r * stride, d, p.head_dim);
+        } else {
+          group[d * kRows] = Element{};
+        }
+      }
+    }
+  }
+
+  // `count` rows to panels [depth][kPanel] whose columns they are. The last row fills what is left of the last panel, so that
+  // no logit of a column beyond the end is larger than all others.
+  static void pack_columns(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, Element* to) {
+    const int64_t n = depth(p);
+    for (int64_t c = 0; c < ceil_div(count, kPanel) * kPanel; ++c) {
+      const Scalar* source = from + smaller(c, count - 1) * stride;
+      Element* panel = to + c / kPanel * n * kPanel + c % kPanel;
+      for (int64_t d = 0; d < n; ++d) read(panel[d * kPanel], source, d, p.head_dim);
+    }
+  }
+
+  // `count` rows to [key block][panel][kKeyBlock / kPer][kPanel], zero beyond head_dim and, in pairs, beyond the last key.
+  static void pack_values(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, float* to) {
+    const int64_t panels = value_width(p) / kPanel;
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        float* line = to + ((j / kKeyBlock * panels + panel) * kKeyBlock + j % kKeyBlock) * kPanel;
+        const int64_t columns = smaller(kPanel, p.head_dim - panel * kPanel);
+        const Scalar* source = from + j * stride + panel * kPanel;
+        for (int64_t d = 0; d < columns; ++d) line[d] = static_cast<float>(source[d]);
+        for (int64_t d = columns; d < kPanel; ++d) line[d] = 0.0f;
+      }
+    }
+  }
+  static void pack_values(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, Bf16Pair* to) {
+    const int64_t panels = value_width(p) / kPanel;
+    for (int64_t j = 0; j < count; j += 2) {
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        Bf16Pair* line = to + ((j / kKeyBlock * panels + panel) * kKeyBlock + j % kKeyBlock) / 2 * kPanel;
+        const int64_t columns = smaller(kPanel, p.head_dim - panel * kPanel);
+        const Scalar* first = from + j * stride + panel * kPanel;
+        const bool pair = j + 1 < count;
+        for (int64_t d = 0; d < columns; ++d) {
+          const uint32_t low = first[d].x, high = pair ? first[d + stride].x : 0;
+          line[d].bits = low | high << 16;
+        }
+        for (int64_t d = columns; d < kPanel; ++d) line[d].bits = 0;
+      }
+    }
+  }
+
+  // acc[r][v] += sum over i < n of a[r * row_stride + i * step] * b[i * b_stride + v * kWidth ...].
+  template <int64_t kVectors, typename E>
+  static STAR_INLINE void multiply(Vec (&acc)[kRows][kVectors], const E* a, int64_t row_stride, int64_t step, const E* b,
+                                   int64_t b_stride, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      Vec columns[kVectors];
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) columns[v] = Lanes::load(b + v * kWidth);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kRows; ++r) {
+        const Vec left = Lanes::set1(a[r * row_stride]);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kVectors; ++v) acc[r][v] = Lanes::multiply_add(left, columns[v], acc[r][v], E{});
+      }
+      a += step;
+      b += b_stride;
+    }
+  }
+
+  // A tile of logits, and the running largest of each row and lane.
+  template <int64_t kVectors, bool kLargest>
+  static STAR_INLINE void logits_tile(const Element* query, const Element* keys, int64_t n, float* logits, float* row_largest) {
+    Vec acc[kRows][kVectors];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) acc[r][v] = Lanes::zero();
+    }
+    multiply<kVectors>(acc, query, 1, kRows, keys, kPanel, n);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRows; ++r) {
+      Vec largest = kLargest ? Lanes::load(row_largest + r * kWidth) : Lanes::zero();
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) {
+        Lanes::store(logits + r * kLogitsStride + v * kWidth, acc[r][v]);
+        if (kLargest) largest = Lanes::max(largest, acc[r][v]);
+      }
+      if (kLargest) Lanes::store(row_largest + r * kWidth, largest);
+    }
+  }
+
+  // Logits of `groups` groups of rows and `count` keys, from a panel boundary on.
+  template <bool kLargest>
+  static void logits_block(const Element* query, const Element* keys, int64_t n, int64_t groups, int64_t count, float* logits,
+                           float* row_largest) {
+    for (int64_t c = 0; c < count; c += kPanel) {
+      const Element* panel = keys + c * n;
+      for (int64_t g = 0; g < groups; ++g) {
+        float* tile = logits + g * kRows * kLogitsStride + c;
+        const Element* rows = query + g * kRows * n;
+        float* largest = row_largest + g * kRows * kWidth;
+        if (count - c > kPanel - kWidth) {
+          logits_tile<kColumns, kLargest>(rows, panel, n, tile, largest);
+        } else {
+          logits_tile<kColumns - 1, kLargest>(rows, panel, n, tile, largest);
+        }
+      }
+    }
+  }
+  // out[r][...] = out[r][...] * rescale[r] + sum over i < n of a(r, i) * b[i][...], for one group of rows and one panel.
+  template <int64_t kVectors, typename E>
+  static STAR_INLINE void accumulate_tile(const E* a, int64_t row_stride, const E* b, int64_t b_stride, int64_t n,
+                                          const float* rescale, float* out, int64_t out_stride) {
+    Vec acc[kRows][kVectors];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRows; ++r) {
+      const Vec factor = Lanes::set1(rescale[r]);
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) {
+        acc[r][v] = Lanes::mul(Lanes::load(out + r * out_stride + v * kWidth), factor);
+      }
+    }
+    multiply<kVectors>(acc, a, row_stride, 1, b, b_stride, n);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) Lanes::store(out + r * out_stride + v * kWidth, acc[r][v]);
+    }
+  }
+
+  // `width` columns of b in panels of kPanel that stand panel_stride apart, row by row b_stride.
+  template <typename E>
+  static void accumulate(const E* a, int64_t row_stride, const E* b, int64_t b_stride, int64_t panel_stride, int64_t n,
+                         int64_t groups, int64_t width, const float* rescale, float* out, int64_t out_stride) {
+    for (int64_t c = 0; c < width; c += kPanel) {
+      const E* panel = b + c / kPanel * panel_stride;
+      for (int64_t g = 0; g < groups; ++g) {
+        const E* rows = a + g * kRows * row_stride;
+        float* tile = out + g * kRows * out_stride + c;
+        const float* factors = rescale + g * kRows;
+        if (width - c > kPanel - kWidth) {
+          accumulate_tile<kColumns>(rows, row_stride, panel, b_stride, n, factors, tile, out_stride);
+        } else {
+          accumulate_tile<kColumns - 1>(rows, row_stride, panel, b_stride, n, factors, tile, out_stride);
+        }
+      }
+    }
+  }
+
+  // Logits to probabilities relative to the new row maximum; the factor that brings the old ones there.
+  // kKeep: leave float32 probabilities in `logits` also where the product takes pairs.
+  template <bool kKeep>
+  static void softmax_rows(const AttentionProblem& p, const Scratch& s, int64_t first, int64_t rows, int64_t count) {
+    const Vec scale = Lanes::set1(p.scale * kLog2E);
+    const int64_t whole = count / kWidth * kWidth;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* line = s.logits + r * kLogitsStride;
+      Element* pairs = kPairs ? s.probability + r * kLogitsStride / kPer : nullptr;
+      const float block_largest = Lanes::largest(Lanes::load(s.row_largest + r * kWidth)) * (p.scale * kLog2E);
+      const float old_largest = s.largest[first + r];
+      // Not so for NaN, which leaves the old one and shows in the probabilities.
+      const float new_largest = block_largest > old_largest ? block_largest : old_largest;
+      s.rescale[r] = old_largest == new_largest ? 1.0f : std::exp2(old_largest - new_largest);
+      s.largest[first + r] = new_largest;
+      const Vec shift = Lanes::set1(-new_largest);
+      float* normaliser = s.normaliser + (first + r) * kWidth;
+      Vec sum = Lanes::mul(Lanes::load(normaliser), Lanes::set1(s.rescale[r]));
+      int64_t c = 0;
+      for (; c < whole; c += kWidth) {
+        const Vec probability = Lanes::exp2(Lanes::fma(Lanes::load(line + c), scale, shift));
+        sum = Lanes::add(sum, probability);
+        if (!kPairs || kKeep) Lanes::store(line + c, probability);
+        if constexpr (kPairs) Lanes::store_pairs(pairs + c / 2, probability);
+      }
+      if (c < count) {
+        const Vec probability = Lanes::first(Lanes::exp2(Lanes::fma(Lanes::load(line + c), scale, shift)), count - c);
+        sum = Lanes::add(sum, probability);
+        if (!kPairs || kKeep) Lanes::store(line + c, probability);
+        if constexpr (kPairs) Lanes::store_pairs(pairs + c / 2, probability);
+      }
+      Lanes::store(normaliser, sum);
+    }
+  }
+
+  // All queries of one sub-block against one block of keys.
+  template <bool kCapture>
+  static void attend_keys(const AttentionProblem& p, const Scratch& s, const PackedKeys& packed, int64_t first_key,
+                          int64_t first_row, int64_t rows, const float* unit_weights) {
+    const int64_t n = depth(p), count = smaller(kKeyBlock, packed.count - first_key), groups = ceil_div(rows, kRows);
+    const int64_t width = value_width(p);
+    for (int64_t r = 0; r < groups * kRows; ++r) Lanes::store(s.row_largest + r * kWidth, Lanes::set1(-INFINITY));
+    logits_block<true>(s.query + first_row * n, packed.keys + first_key * n, n, groups, count, s.logits, s.row_largest);
+    softmax_rows<kCapture>(p, s, first_row, groups * kRows, count);
+    const Element* values = packed.values + first_key / kPer * width;
+    float* out = s.out + first_row * width;
+    if constexpr (kPairs) {
+      accumulate(s.probability, kLogitsStride / kPer, values, kPanel, kKeyBlock / kPer * kPanel, ceil_div(count, kPer), groups,
+                 p.head_dim, s.rescale, out, width);
+    } else {
+      accumulate(s.logits, kLogitsStride, values, kPanel, kKeyBlock * kPanel, count, groups, p.head_dim, s.rescale, out, width);
+    }
+    if constexpr (kCapture) {
+      accumulate(s.logits, kLogitsStride, unit_weights + first_key * p.units_stride, p.units_stride, kPanel, count, groups,
+                 p.units, s.rescale, s.mass + first_row * p.units_stride, p.units_stride);
+    }
+  }
+
+  static bool captures(const AttentionProblem& p, int64_t b) {
+    return p.unit_weights != nullptr && p.rows.begin <= b && b < p.rows.end;
+  }
+
+  static void attend(const AttentionProblem& p, int64_t begin, int64_t end, void* memory) {
+    Arena arena{static_cast<char*>(memory), 0};
+    const Scratch s = take_scratch(p, arena);
+    const int64_t blocks = ceil_div(p.num_queries, kTaskRows);
+    int64_t packed_head = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / blocks / p.heads, head = task / blocks % p.heads;
+      if (task / blocks != packed_head) {
+        packed_head = task / blocks;
+        for (const bool text : {false, true}) {
+          const PackedKeys& packed = text ? s.text : s.image;
+          const TokenRange range = text ? p.text_keys : p.image_keys;
+          if (range.size() == 0) continue;
+          pack_columns(p, row(p.key, b, head, range.begin), p.key.token, range.size(), packed.keys);
+          pack_values(p, row(p.value, b, head, range.begin), p.value.token, range.size(), packed.values);
+        }
+      }
+      attend_rows(p, s, b, head, task % blocks * kTaskRows);
+    }
+  }
+
+  static void attend_rows(const AttentionProblem& p, const Scratch& s, int64_t b, int64_t head, int64_t first_query) {
+    const int64_t rows = smaller(kTaskRows, p.num_queries - first_query), width = value_width(p);
+    const int64_t text = p.text_keys.size();
+    const float* unit_weights = captures(p, b) ? p.unit_weights + (b - p.rows.begin) * text * p.units_stride : nullptr;
+    pack_rows(p, row(p.query, b, head, first_query), p.query.token, rows, s.query);
+    for (int64_t r = 0; r < kTaskRows; ++r) s.largest[r] = -INFINITY;
+    for (int64_t i = 0; i < kTaskRows * kWidth; ++i) s.normaliser[i] = 0.0f;
+    for (int64_t i = 0; i < kTaskRows * width; ++i) s.out[i] = 0.0f;
+    for (int64_t i = 0; i < kTaskRows * p.units_stride; ++i) s.mass[i] = 0.0f;
+
+    for (int64_t key = 0; key < p.image_keys.size(); key += kKeyBlock) {
+      for (int64_t r = 0; r < rows; r += kSubRows) {
+        attend_keys<false>(p, s, s.image, key, r, smaller(kSubRows, rows - r), nullptr);
+      }
+    }
+    for (int64_t key = 0; key < text; key += kKeyBlock) {
+      for (int64_t r = 0; r < rows; r += kSubRows) {
+        const int64_t count = smaller(kSubRows, rows - r), first = first_query + r;
+        if (unit_weights != nullptr && first < p.image_queries.end && first + count > p.image_queries.begin) {
+          attend_keys<true>(p, s, s.text, key, r, count, unit_weights);
+        } else {
+          attend_keys<false>(p, s, s.text, key, r, count, nullptr);
+        }
+      }
+    }
+
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t query = first_query + r;
+      const float normaliser = Lanes::sum(Lanes::load(s.normaliser + r * kWidth));
+      const float inverse = 1.0f / normaliser;
+      p.log_sum_exp[(b * p.heads + head) * p.num_queries + query] = (s.largest[r] + std::log2(normaliser)) * kLn2;
+      Scalar* out = static_cast<Scalar*>(p.out.data) + b * p.out.batch + head * p.out.head + query * p.out.token;
+      for (int64_t d = 0; d < p.head_dim; ++d) out[d] = static_cast<Scalar>(s.out[r * width + d] * inverse);
+      if (unit_weights == nullptr || query < p.image_queries.begin || query >= p.image_queries.end) continue;
+      float* mass = p.head_mass + (((b - p.rows.begin) * p.heads + head) * p.image_queries.size() + query -
+                                   p.image_queries.begin) * p.units;
+      for (int64_t k = 0; k < p.units; ++k) mass[k] = s.mass[r * p.units_stride + k] * inverse;
+    }
+  }
+
+  // Tasks (captured row, head, block of image keys): the transposed probabilities of the text queries, times U.
+  static void text_to_image(const AttentionProblem& p, int64_t begin, int64_t end, void* memory) {
+    Arena arena{static_cast<char*>(memory), 0};
+    const Scratch s = take_scratch(p, arena);
+    const int64_t blocks = ceil_div(p.image_keys.size(), kTaskRows);
+    int64_t packed_head = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = p.rows.begin + task / blocks / p.heads, head = task / blocks % p.heads;
+      if (task / blocks != packed_head) {
+        packed_head = task / blocks;
+        pack_columns(p, row(p.query, b, head, p.text_queries.begin), p.query.token, p.text_queries.size(), s.text.keys);
+      }
+      const int64_t first = task % blocks * kTaskRows;
+      receive_rows(p, s, b, head, first, smaller(kTaskRows, p.image_keys.size() - first));
+    }
+  }
+
+  static void receive_rows(const AttentionProblem& p, const Scratch& s, int64_t b, int64_t head, int64_t first, int64_t rows) {
+    const int64_t n = depth(p), text = p.text_queries.size();
+    const float* unit_weights = p.unit_weights + (b - p.rows.begin) * text * p.units_stride;
+    const float* log_sum_exp = p.log_sum_exp + (b * p.heads + head) * p.num_queries + p.text_queries.begin;
+    const Vec scale = Lanes::set1(p.scale * kLog2E);
+    pack_rows(p, row(p.key, b, head, p.image_keys.begin + first), p.key.token, rows, s.query);
+    for (int64_t i = 0; i < kTaskRows * p.units_stride; ++i) s.mass[i] = 0.0f;
+    for (int64_t r = 0; r < kSubRows; ++r) s.rescale[r] = 1.0f;
+    for (int64_t query = 0; query < text; query += kKeyBlock) {
+      const int64_t count = smaller(kKeyBlock, text - query);
+      alignas(64) float shift[kKeyBlock] = {};
+      for (int64_t c = 0; c < count; ++c) shift[c] = -log_sum_exp[query + c] * kLog2E;
+      for (int64_t r = 0; r < rows; r += kSubRows) {
+        const int64_t groups = ceil_div(smaller(kSubRows, rows - r), kRows);
+        logits_block<false>(s.query + r * n, s.text.keys + query * n, n, groups, count, s.logits, s.row_largest);
+        for (int64_t i = 0; i < groups * kRows; ++i) {
+          float* line = s.logits + i * kLogitsStride;
+          for (int64_t c = 0; c < count; c += kWidth) {
+            Lanes::store(line + c, Lanes::exp2(Lanes::fma(Lanes::load(line + c), scale, Lanes::load(shift + c))));
+          }
+        }
+        accumulate(s.logits, kLogitsStride, unit_weights + query * p.units_stride, p.units_stride, kPanel, count, groups, p.units,
+                   s.rescale, s.mass + r * p.units_stride, p.units_stride);
+      }
+    }
+    float* mass = p.head_mass + (((b - p.rows.begin) * p.heads + head) * p.image_keys.size() + first) * p.units;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t k = 0; k < p.units; ++k) mass[r * p.units + k] = s.mass[r * p.units_stride + k];
+    }
+  }
+
+  static AttentionKernel kernel() { return {scratch_bytes, attend, text_to_image}; }
+};
+
+template <typename Lanes>
+AttentionKernel attention_for(AttentionInput input) {
+  switch (input) {
+    case AttentionInput::bfloat16:
+      return Attention<Lanes, c10::BFloat16, float>::kernel();
+    case AttentionInput::float16:
+      return Attention<Lanes, c10::Half, float>::kernel();
+    default:
+      return Attention<Lanes, float, float>::kernel();
+  }
+}
+
+}  // namespace
+}  // namespace star_kernels
