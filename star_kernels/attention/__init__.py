@@ -13,7 +13,7 @@ from star_kernels._checks import check_choice, check_number, check_tensor
 from star_kernels.attention import cpu, reference
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-KERNELS: tuple[str, ...] = ("cpu",)
+KERNELS: tuple[str, ...] = ("cpu", "triton")
 
 
 def joint_attention(
@@ -174,8 +174,8 @@ def _joint_attention(
     if unit_weights is not None and unit_weights.device.type == "cpu":
         _check_unit_weights(unit_weights)
     # float64 is for checks of derivatives, and precise rather than fast: the reference computes it for every backend.
-    if chosen == "cpu" and query.dtype != torch.float64:
-        return cpu.joint_attention(
+    if chosen != "reference" and query.dtype != torch.float64:
+        out, mass, log_sum_exp = _kernel(chosen)(
             query,
             key,
             value,
@@ -186,6 +186,7 @@ def _joint_attention(
             rows=(first_row, end_row),
             direction=direction,
         )
+        return out, query.new_empty(0) if mass is None else mass, log_sum_exp
     text_row_weights = unit_weights if direction == "text_to_image" else None
     with torch.autocast(query.device.type, enabled=False):
         out, mass, log_sum_exp = reference.joint_attention(
@@ -208,6 +209,15 @@ def _joint_attention(
                 scale=scale,
             )
     return out, query.new_empty(0) if mass is None else mass, log_sum_exp
+
+
+def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+    if backend == "cpu":
+        return cpu.joint_attention
+    # Not at the top: importing the library loads torch alone.
+    from star_kernels.attention import triton_kernels
+
+    return triton_kernels.joint_attention
 
 
 def _check_unit_weights(unit_weights: Tensor) -> None:

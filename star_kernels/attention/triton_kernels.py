@@ -1,0 +1,868 @@
+"""Joint attention with attention mass on the GPU (docs/method.md, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_kernels._kernel_calls import KernelCall
+from star_kernels._triton import cast, dot
+from star_kernels.attention import reference
+
+MAX_HEAD_DIM = 256
+MAX_FUSED_UNITS = 32
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Tile sizes of the attention kernel.
+
+    Attributes:
+        block_m: queries per program.
+        block_n: keys per iteration.
+        num_warps, num_stages: Triton's options of these names.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# By architecture, then by bytes per element and head dimension (rounded up to a power of two).
+CONFIGURATIONS: dict[str, dict[tuple[int, int], Configuration]] = {
+    "sm_80": {
+        (2, 32): Configuration(128, 64, 8, 3),
+        (2, 64): Configuration(128, 64, 8, 3),
+        (2, 128): Configuration(128, 64, 8, 2),
+        (2, 256): Configuration(64, 32, 8, 2),
+        (4, 32): Configuration(64, 32, 4, 2),
+        (4, 64): Configuration(64, 32, 4, 2),
+        (4, 128): Configuration(32, 32, 4, 2),
+        (4, 256): Configuration(16, 32, 4, 1),
+    },
+    "sm_90": {
+        (2, 32): Configuration(128, 64, 8, 3),
+        (2, 64): Configuration(128, 64, 8, 3),
+        (2, 128): Configuration(128, 64, 8, 3),
+        (2, 256): Configuration(128, 64, 8, 2),
+        (4, 32): Configuration(64, 32, 4, 2),
+        (4, 64): Configuration(64, 32, 4, 2),
+        (4, 128): Configuration(32, 32, 4, 2),
+        (4, 256): Configuration(16, 32, 4, 1),
+    },
+    "sm_100": {
+        (2, 32): Configuration(128, 64, 8, 3),
+        (2, 64): Configuration(128, 64, 8, 3),
+        (2, 128): Configuration(128, 64, 8, 3),
+        (2, 256): Configuration(128, 64, 8, 2),
+        (4, 32): Configuration(64, 32, 4, 2),
+        (4, 64): Configuration(64, 32, 4, 2),
+        (4, 128): Configuration(32, 32, 4, 2),
+        (4, 256): Configuration(16, 32, 4, 1),
+    },
+    "gfx942": {
+        (2, 32): Configuration(128, 64, 4, 1),
+        (2, 64): Configuration(128, 64, 4, 1),
+        (2, 128): Configuration(128, 64, 4, 1),
+        (2, 256): Configuration(64, 32, 4, 1),
+        (4, 32): Configuration(64, 32, 4, 1),
+        (4, 64): Configuration(64, 32, 4, 1),
+        (4, 128): Configuration(32, 32, 4, 1),
+        (4, 256): Configuration(16, 32, 4, 1),
+    },
+}
+
+# Sizes that change from call to call; a kernel per divisibility of each would be compiled for nothing.
+_SIZES = (
+    "heads",
+    "num_queries",
+    "first_image_query",
+    "num_image_queries",
+    "first_image_key",
+    "num_image_keys",
+    "first_text_key",
+    "num_text_keys",
+    "first_row",
+    "end_row",
+    "num_units",
+    "num_image",
+    "num_text",
+)
+
+
+@triton.jit
+def _attend_tile(
+    accumulator,  # [BLOCK_M, BLOCK_D]
+    mass,  # [BLOCK_M, BLOCK_K] with CAPTURE, otherwise any tensor, which passes through
+    row_max,  # [BLOCK_M], of logits · scale · log2 e
+    row_sum,  # [BLOCK_M]
+    query,  # [BLOCK_M, BLOCK_D]
+    key_pointers,  # [BLOCK_N, BLOCK_D]
+    value_pointers,  # [BLOCK_N, BLOCK_D]
+    unit_pointers,  # [BLOCK_N, BLOCK_K] with CAPTURE
+    keys_left,
+    num_units,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAPTURE: tl.constexpr,
+):
+    """One step of the online softmax over a tile of keys."""
+    tokens = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    valid = tokens < keys_left
+    if MASKED:
+        key_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+        key = tl.load(key_pointers, mask=key_mask, other=0.0)
+        value = tl.load(value_pointers, mask=key_mask, other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        key = tl.load(key_pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        value = tl.load(value_pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    else:
+        key = tl.load(key_pointers)
+        value = tl.load(value_pointers)
+
+    logits = dot(query, tl.trans(key), None)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        logits = tl.where(valid[None, :], logits, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(logits, 1) * scale)
+    exponentials = tl.exp2(tl.fma(logits, scale, -new_max[:, None]))
+    correction = tl.exp2(row_max - new_max)
+    row_sum = row_sum * correction + tl.sum(exponentials, 1)
+    probabilities = cast(exponentials, value.dtype)
+    accumulator = dot(probabilities, value, accumulator * correction[:, None])
+    if CAPTURE:
+        units = tl.arange(0, BLOCK_K)
+        unit_mask = (units < num_units)[None, :]
+        if MASKED:
+            unit_mask = unit_mask & valid[:, None]
+        weights = tl.load(unit_pointers, mask=unit_mask, other=0.0).to(tl.float32)
+        mass_dtype: tl.constexpr = tl.float32 if value.dtype == tl.float32 else tl.bfloat16
+        mass = dot(cast(exponentials, mass_dtype), cast(weights, mass_dtype), mass * correction[:, None])
+    return accumulator, mass, new_max, row_sum
+
+
+@triton.jit
+def _attend_keys(
+    accumulator,
+    mass,
+    row_max,
+    row_sum,
+    query,
+    key_pointers,
+    value_pointers,
+    unit_pointers,
+    num_keys,
+    key_stride,
+    value_stride,
+    unit_stride,
+    num_units,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+    CAPTURE: tl.constexpr,
+):
+    """The online softmax over `num_keys` keys; TAIL says whether that is no multiple of BLOCK_N."""
+    num_full = num_keys // BLOCK_N * BLOCK_N
+    for start in tl.range(0, num_full, BLOCK_N):
+        first = tl.cast(start, tl.int64)
+        accumulator, mass, row_max, row_sum = _attend_tile(
+            accumulator,
+            mass,
+            row_max,
+            row_sum,
+            query,
+            key_pointers + first * key_stride,
+            value_pointers + first * value_stride,
+            unit_pointers + first * unit_stride if CAPTURE else unit_pointers,
+            num_keys,
+            num_units,
+            scale,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            BLOCK_K,
+            MASKED=False,
+            CAPTURE=CAPTURE,
+        )
+    if TAIL:
+        first = tl.cast(num_full, tl.int64)
+        accumulator, mass, row_max, row_sum = _attend_tile(
+            accumulator,
+            mass,
+            row_max,
+            row_sum,
+            query,
+            key_pointers + first * key_stride,
+            value_pointers + first * value_stride,
+            unit_pointers + first * unit_stride if CAPTURE else unit_pointers,
+            num_keys - num_full,
+            num_units,
+            scale,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            BLOCK_K,
+            MASKED=True,
+            CAPTURE=CAPTURE,
+        )
+    return accumulator, mass, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def forward_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    unit_ptr,
+    out_ptr,
+    log_sum_exp_ptr,
+    head_mass_ptr,
+    query_stride_b,
+    query_stride_h,
+    query_stride_n,
+    query_stride_d,
+    key_stride_b,
+    key_stride_h,
+    key_stride_n,
+    key_stride_d,
+    value_stride_b,
+    value_stride_h,
+    value_stride_n,
+    value_stride_d,
+    out_stride_b,
+    out_stride_h,
+    out_stride_n,
+    out_stride_d,
+    unit_stride_b,
+    unit_stride_n,
+    unit_stride_k,
+    heads,
+    num_queries,
+    first_image_query,
+    num_image_queries,
+    first_image_key,
+    num_image_keys,
+    first_text_key,
+    num_text_keys,
+    first_row,
+    end_row,
+    num_units,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IMAGE_TAIL: tl.constexpr,
+    TEXT_TAIL: tl.constexpr,
+):
+    """BLOCK_M queries of one sample and head against all keys, image keys first. BLOCK_K = 0 captures nothing."""
+    query_blocks = tl.cdiv(num_queries, BLOCK_M)
+    program = tl.program_id(0)
+    first_query = program % query_blocks * BLOCK_M
+    head = (program // query_blocks % heads).to(tl.int64)
+    batch = (program // query_blocks // heads).to(tl.int64)
+
+    queries = first_query + tl.arange(0, BLOCK_M)
+    tokens = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    query_mask = (queries < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
+    query_base = query_ptr + batch * query_stride_b + head * query_stride_h
+    query = tl.load(
+        query_base + queries.to(tl.int64)[:, None] * query_stride_n + dims[None, :] * query_stride_d,
+        mask=query_mask,
+        other=0.0,
+    )
+    key_pointers = (
+        key_ptr
+        + batch * key_stride_b
+        + head * key_stride_h
+        + tokens[:, None] * key_stride_n
+        + dims[None, :] * key_stride_d
+    )
+    value_pointers = (
+        value_ptr
+        + batch * value_stride_b
+        + head * value_stride_h
+        + tokens[:, None] * value_stride_n
+        + dims[None, :] * value_stride_d
+    )
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    image_start = tl.cast(first_image_key, tl.int64)
+    accumulator, _, row_max, row_sum = _attend_keys(
+        accumulator,
+        row_sum,
+        row_max,
+        row_sum,
+        query,
+        key_pointers + image_start * key_stride_n,
+        value_pointers + image_start * value_stride_n,
+        unit_ptr,
+        num_image_keys,
+        key_stride_n,
+        value_stride_n,
+        unit_stride_n,
+        num_units,
+        scale,
+        HEAD_DIM,
+        BLOCK_D,
+        BLOCK_N,
+        BLOCK_K,
+        TAIL=IMAGE_TAIL,
+        CAPTURE=False,
+    )
+
+    text_start = tl.cast(first_text_key, tl.int64)
+    key_pointers += text_start * key_stride_n
+    value_pointers += text_start * value_stride_n
+    captured = (
+        (batch >= first_row)
+        & (batch < end_row)
+        & (first_query < first_image_query + num_image_queries)
+        & (first_query + BLOCK_M > first_image_query)
+    )
+    if BLOCK_K > 0 and captured:
+        units = tl.arange(0, BLOCK_K)
+        row = batch - first_row
+        unit_pointers = (
+            unit_ptr + row * unit_stride_b + tokens[:, None] * unit_stride_n + units[None, :] * unit_stride_k
+        )
+        accumulator, mass, row_max, row_sum = _attend_keys(
+            accumulator,
+            tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32),
+            row_max,
+            row_sum,
+            query,
+            key_pointers,
+            value_pointers,
+            unit_pointers,
+            num_text_keys,
+            key_stride_n,
+            value_stride_n,
+            unit_stride_n,
+            num_units,
+            scale,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            BLOCK_K,
+            TAIL=TEXT_TAIL,
+            CAPTURE=True,
+        )
+        image_rows = queries - first_image_query
+        valid = (image_rows >= 0) & (image_rows < num_image_queries)
+        slot = head_mass_ptr + (row * heads + head) * num_image_queries * num_units
+        tl.store(
+            slot + image_rows.to(tl.int64)[:, None] * num_units + units[None, :],
+            mass / row_sum[:, None],
+            mask=valid[:, None] & (units < num_units)[None, :],
+        )
+    else:
+        accumulator, _, row_max, row_sum = _attend_keys(
+            accumulator,
+            row_sum,
+            row_max,
+            row_sum,
+            query,
+            key_pointers,
+            value_pointers,
+            unit_ptr,
+            num_text_keys,
+            key_stride_n,
+            value_stride_n,
+            unit_stride_n,
+            num_units,
+            scale,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            BLOCK_K,
+            TAIL=TEXT_TAIL,
+            CAPTURE=False,
+        )
+
+    out = accumulator / row_sum[:, None]
+    out_base = out_ptr + batch * out_stride_b + head * out_stride_h
+    tl.store(
+        out_base + queries.to(tl.int64)[:, None] * out_stride_n + dims[None, :] * out_stride_d,
+        cast(out, out_ptr.dtype.element_ty),
+        mask=query_mask,
+    )
+    tl.store(
+        log_sum_exp_ptr + (batch * heads + head) * num_queries + queries,
+        (row_max + tl.log2(row_sum)) * _LN_2,
+        mask=queries < num_queries,
+    )
+
+
+@triton.jit(do_not_specialize=("heads", "num_elements"))
+def head_mean_kernel(head_mass_ptr, mass_ptr, heads, num_elements, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr):
+    """mass [rows, num_elements] from head_mass [rows, heads, num_elements], the heads in ascending order."""
+    blocks = tl.cdiv(num_elements, BLOCK)
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    elements = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = elements < num_elements
+    head_range = tl.arange(0, BLOCK_H)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in tl.range(0, heads, BLOCK_H):
+        chosen = first + head_range
+        slots = head_mass_ptr + (row * heads + chosen)[:, None] * num_elements + elements[None, :]
+        total += tl.sum(tl.load(slots, mask=(chosen < heads)[:, None] & inside[None, :], other=0.0), 0)
+    tl.store(mass_ptr + row * num_elements + elements, total / heads, mask=inside)
+
+
+@triton.jit
+def _unit_mass_tile(
+    total,  # [BLOCK_M, BLOCK_K]
+    image,  # [BLOCK_M, BLOCK_D]
+    row_normaliser,  # [BLOCK_M], log-sum-exp · log2 e with NORMALISE_ROWS, otherwise any tensor
+    text_pointers,  # [BLOCK_N, BLOCK_D]
+    unit_pointers,  # [BLOCK_N, BLOCK_K]
+    log_sum_exp_pointers,  # [BLOCK_N] without NORMALISE_ROWS
+    text_left,
+    unit_mask,  # [1, BLOCK_K]
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NORMALISE_ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """total + P @ U over a tile of text tokens, P from logits and their log-sum-exp."""
+    valid = tl.arange(0, BLOCK_N) < text_left
+    text_mask = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    if MASKED:
+        text_mask = text_mask & valid[:, None]
+        unit_mask = unit_mask & valid[:, None]
+    text = tl.load(text_pointers, mask=text_mask, other=0.0)
+    logits = dot(image, tl.trans(text), None)  # [BLOCK_M, BLOCK_N]
+    if NORMALISE_ROWS:
+        normaliser = row_normaliser[:, None]
+    else:
+        column = tl.load(log_sum_exp_pointers, mask=valid, other=0.0) if MASKED else tl.load(log_sum_exp_pointers)
+        normaliser = (column * _LOG2_E)[None, :]
+    probabilities = tl.exp2(tl.fma(logits, scale, -normaliser))
+    if MASKED:
+        probabilities = tl.where(valid[None, :], probabilities, 0.0)
+    weights = tl.load(unit_pointers, mask=unit_mask, other=0.0).to(tl.float32)
+    mass_dtype: tl.constexpr = tl.float32 if text.dtype == tl.float32 else tl.bfloat16
+    return dot(cast(probabilities, mass_dtype), cast(weights, mass_dtype), total)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def unit_mass_kernel(
+    image_ptr,
+    text_ptr,
+    unit_ptr,
+    log_sum_exp_ptr,
+    mass_ptr,
+    image_stride_b,
+    image_stride_h,
+    image_stride_n,
+    image_stride_d,
+    text_stride_b,
+    text_stride_h,
+    text_stride_n,
+    text_stride_d,
+    unit_stride_b,
+    unit_stride_n,
+    unit_stride_k,
+    log_sum_exp_stride_b,
+    log_sum_exp_stride_h,
+    heads,
+    num_image,
+    num_text,
+    num_units,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORMALISE_ROWS: tl.constexpr,
+    TEXT_TAIL: tl.constexpr,
+):
+    """BLOCK_M image tokens and BLOCK_K units of one sample, all heads and text tokens.
+
+    The log-sum-exp belongs to the image tokens with NORMALISE_ROWS (their queries meet text keys), and to the text
+    tokens without (image keys meet text queries).
+    """
+    image_blocks = tl.cdiv(num_image, BLOCK_M)
+    unit_blocks = tl.cdiv(num_units, BLOCK_K)
+    program = tl.program_id(0)
+    images = program % image_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    units = program // image_blocks % unit_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    batch = (program // image_blocks // unit_blocks).to(tl.int64)
+    tokens = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+
+    unit_mask = (units < num_units)[None, :]
+    image_pointers = (
+        image_ptr
+        + batch * image_stride_b
+        + images.to(tl.int64)[:, None] * image_stride_n
+        + dims[None, :] * image_stride_d
+    )
+    text_pointers = text_ptr + batch * text_stride_b + tokens[:, None] * text_stride_n + dims[None, :] * text_stride_d
+    unit_pointers = unit_ptr + batch * unit_stride_b + tokens[:, None] * unit_stride_n + units[None, :] * unit_stride_k
+    num_full = num_text // BLOCK_N * BLOCK_N
+    total = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+    for h in tl.range(0, heads):
+        head = tl.cast(h, tl.int64)
+        image = tl.load(
+            image_pointers + head * image_stride_h,
+            mask=(images < num_image)[:, None] & (dims < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        normalisers = log_sum_exp_ptr + batch * log_sum_exp_stride_b + head * log_sum_exp_stride_h
+        row_normaliser = tl.zeros([BLOCK_M], dtype=tl.float32)
+        if NORMALISE_ROWS:
+            row_normaliser = tl.load(normalisers + images, mask=images < num_image, other=0.0) * _LOG2_E
+        head_text = text_pointers + head * text_stride_h
+        for start in tl.range(0, num_full, BLOCK_N):
+            first = tl.cast(start, tl.int64)
+            total = _unit_mass_tile(
+                total,
+                image,
+                row_normaliser,
+                head_text + first * text_stride_n,
+                unit_pointers + first * unit_stride_n,
+                normalisers + first + tokens,
+                num_text,
+                unit_mask,
+                scale,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_N,
+                NORMALISE_ROWS,
+                MASKED=False,
+            )
+        if TEXT_TAIL:
+            first = tl.cast(num_full, tl.int64)
+            total = _unit_mass_tile(
+                total,
+                image,
+                row_normaliser,
+                head_text + first * text_stride_n,
+                unit_pointers + first * unit_stride_n,
+                normalisers + first + tokens,
+                num_text - num_full,
+                unit_mask,
+                scale,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_N,
+                NORMALISE_ROWS,
+                MASKED=True,
+            )
+    tl.store(
+        mass_ptr + (batch * num_image + images)[:, None] * num_units + units[None, :],
+        total / heads,
+        mask=(images < num_image)[:, None] & unit_mask,
+    )
+
+
+def padded_head_dim(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def configuration_for(architecture: str, dtype: torch.dtype, head_dim: int) -> Configuration:
+    """The table's entry for tensors of `dtype` and `head_dim`."""
+    return CONFIGURATIONS[architecture][dtype.itemsize, max(32, padded_head_dim(head_dim))]
+
+
+def architecture_of(device: torch.device) -> str:
+    """The entry of `CONFIGURATIONS` for a device, that of the nearest older one where it has none."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    # Consumer chips of compute capability 12 have the shared memory and the tensor cores of 8.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def forward_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    unit_weights: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    head_mass: Tensor | None,
+    *,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    rows: tuple[int, int],
+    configuration: Configuration,
+) -> KernelCall:
+    """The attention kernel for these tensors: out, log_sum_exp and, with unit weights, head_mass are written."""
+    batch, heads, num_queries, head_dim = query.shape
+    image_queries, _, image_keys, text_keys = reference.token_slices(
+        num_queries, key.shape[2], num_image_tokens, text_first
+    )
+    num_image_keys, num_text_keys = image_keys.stop - image_keys.start, text_keys.stop - text_keys.start
+    num_units = 0 if unit_weights is None else unit_weights.shape[2]
+    unit_strides = (0, 0, 0) if unit_weights is None else unit_weights.stride()
+    arguments = {
+        "query_ptr": query,
+        "key_ptr": key,
+        "value_ptr": value,
+        "unit_ptr": unit_weights,
+        "out_ptr": out,
+        "log_sum_exp_ptr": log_sum_exp,
+        "head_mass_ptr": head_mass,
+        **{
+            f"{name}_stride_{axis}": stride
+            for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out))
+            for axis, stride in zip("bhnd", tensor.stride(), strict=True)
+        },
+        **{f"unit_stride_{axis}": stride for axis, stride in zip("bnk", unit_strides, strict=True)},
+        "heads": heads,
+        "num_queries": num_queries,
+        "first_image_query": image_queries.start,
+        "num_image_queries": num_image_tokens,
+        "first_image_key": image_keys.start,
+        "num_image_keys": num_image_keys,
+        "first_text_key": text_keys.start,
+        "num_text_keys": num_text_keys,
+        "first_row": rows[0],
+        "end_row": rows[1],
+        "num_units": num_units,
+        "scale": scale * _LOG2_E.value,
+    }
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_M": configuration.block_m,
+        "BLOCK_N": configuration.block_n,
+        "BLOCK_K": 0 if num_units == 0 else max(16, triton.next_power_of_2(num_units)),
+        "IMAGE_TAIL": num_image_keys % configuration.block_n > 0,
+        "TEXT_TAIL": num_text_keys % configuration.block_n > 0,
+    }
+    dtype = str(query.dtype).removeprefix("torch.")
+    return KernelCall(
+        f"forward, {dtype}, head dim {head_dim}, " + (f"{num_units} units" if num_units else "no capture"),
+        forward_kernel,
+        (triton.cdiv(num_queries, configuration.block_m) * heads * batch,),
+        arguments | constants,
+        {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages, "enable_fp_fusion": True},
+    )
+
+
+def unit_mass_call(
+    image: Tensor,
+    text: Tensor,
+    unit_weights: Tensor,
+    log_sum_exp: Tensor,
+    mass: Tensor,
+    *,
+    normalise_rows: bool,
+    scale: float,
+    configuration: Configuration,
+) -> KernelCall:
+    """The mass kernel of one direction.
+
+    Args:
+        image: [rows, heads, num_image, D], queries for M and keys for T.
+        text: [rows, heads, N_text, D], keys for M and queries for T.
+        unit_weights: [rows, N_text, K].
+        log_sum_exp: [rows, heads, num_image] with `normalise_rows` (M), otherwise [rows, heads, N_text] (T), with
+            neighbours along the tokens.
+        mass: [rows, num_image, K], written.
+    """
+    rows, heads, num_image, head_dim = image.shape
+    num_text, num_units = text.shape[2], unit_weights.shape[2]
+    block_k = min(64, max(16, triton.next_power_of_2(num_units)))
+    block_m = min(64, configuration.block_m)
+    block_n = min(64, configuration.block_n)
+    arguments = {
+        "image_ptr": image,
+        "text_ptr": text,
+        "unit_ptr": unit_weights,
+        "log_sum_exp_ptr": log_sum_exp,
+        "mass_ptr": mass,
+        **{f"image_stride_{axis}": stride for axis, stride in zip("bhnd", image.stride(), strict=True)},
+        **{f"text_stride_{axis}": stride for axis, stride in zip("bhnd", text.stride(), strict=True)},
+        **{f"unit_stride_{axis}": stride for axis, stride in zip("bnk", unit_weights.stride(), strict=True)},
+        "log_sum_exp_stride_b": log_sum_exp.stride(0),
+        "log_sum_exp_stride_h": log_sum_exp.stride(1),
+        "heads": heads,
+        "num_image": num_image,
+        "num_text": num_text,
+        "num_units": num_units,
+        "scale": scale * _LOG2_E.value,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "NORMALISE_ROWS": normalise_rows,
+        "TEXT_TAIL": num_text % block_n > 0,
+    }
+    dtype = str(image.dtype).removeprefix("torch.")
+    direction = "image to text" if normalise_rows else "text to image"
+    return KernelCall(
+        f"mass from log-sum-exp, {direction}, {dtype}, head dim {head_dim}, {num_units} units",
+        unit_mass_kernel,
+        (triton.cdiv(num_image, block_m) * triton.cdiv(num_units, block_k) * rows,),
+        arguments,
+        {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True},
+    )
+
+
+def head_mean_call(head_mass: Tensor, mass: Tensor) -> KernelCall:
+    """The mean over heads: mass [rows, image, K] from head_mass [rows, heads, image, K]."""
+    rows, heads, num_image_tokens, num_units = head_mass.shape
+    num_elements = num_image_tokens * num_units
+    block = 256
+    return KernelCall(
+        "mean over heads",
+        head_mean_kernel,
+        (rows * triton.cdiv(num_elements, block),),
+        {
+            "head_mass_ptr": head_mass,
+            "mass_ptr": mass,
+            "heads": heads,
+            "num_elements": num_elements,
+            "BLOCK_H": 8,
+            "BLOCK": block,
+        },
+        {"num_warps": 4, "enable_fp_fusion": True},
+    )
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    unit_weights: Tensor | None = None,
+    *,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    rows: tuple[int, int],
+    direction: str = "image_to_text",
+    configuration: Configuration,
+) -> tuple[tuple[Tensor, Tensor | None, Tensor], list[KernelCall]]:
+    """The outputs of `joint_attention`, not yet written, and the kernels that write them, in order."""
+    out = torch.empty_like(query)
+    log_sum_exp = query.new_empty(query.shape[:3], dtype=torch.float32)
+    mass = head_mass = None
+    if unit_weights is not None:
+        num_rows, num_units = rows[1] - rows[0], unit_weights.shape[2]
+        mass = query.new_empty((num_rows, num_image_tokens, num_units), dtype=torch.float32)
+        if direction == "image_to_text" and num_units <= MAX_FUSED_UNITS:
+            head_mass = mass.new_empty((num_rows, query.shape[1], num_image_tokens, num_units))
+    forward = forward_call(
+        query,
+        key,
+        value,
+        None if head_mass is None else unit_weights,
+        out,
+        log_sum_exp,
+        head_mass,
+        num_image_tokens=num_image_tokens,
+        text_first=text_first,
+        scale=scale,
+        rows=rows,
+        configuration=configuration,
+    )
+    outputs = (out, mass, log_sum_exp)
+    if mass is None or unit_weights is None:
+        return outputs, [forward]
+    if head_mass is not None:
+        return outputs, [forward, head_mean_call(head_mass, mass)]
+    captured = slice(*rows)
+    image_queries, text_queries, image_keys, text_keys = reference.token_slices(
+        query.shape[2], key.shape[2], num_image_tokens, text_first
+    )
+    to_text = direction == "image_to_text"
+    image = query[captured, :, image_queries] if to_text else key[captured, :, image_keys]
+    text = key[captured, :, text_keys] if to_text else query[captured, :, text_queries]
+    unit_mass = unit_mass_call(
+        image,
+        text,
+        unit_weights,
+        log_sum_exp[captured, :, image_queries if to_text else text_queries],
+        mass,
+        normalise_rows=to_text,
+        scale=scale,
+        configuration=configuration,
+    )
+    return outputs, [forward, unit_mass]
+
+
+def joint_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    unit_weights: Tensor | None = None,
+    *,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    rows: tuple[int, int],
+    direction: str = "image_to_text",
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Attention, the mass of this layer in one `direction`, and the log-sum-exp, as the reference defines them."""
+    outputs, calls = prepare(
+        query,
+        key,
+        value,
+        unit_weights,
+        num_image_tokens=num_image_tokens,
+        text_first=text_first,
+        scale=scale,
+        rows=rows,
+        direction=direction,
+        configuration=configuration_for(architecture_of(query.device), query.dtype, query.shape[3]),
+    )
+    with torch.cuda.device_of(query):
+        for call in calls:
+            call.launch()
+    return outputs
+
+
+def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
+    """The kernels of each row of the configuration table at 512 px, on tensors without memory, to be compiled."""
+    calls: dict[str, KernelCall] = {}
+    for (itemsize, head_dim), configuration in CONFIGURATIONS[architecture].items():
+        batch, heads, image, text = 8, 24, 1024, 205
+        shape = (batch, image + text, heads, head_dim)
+        dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+        query, key, value = (torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2) for _ in range(3))
+        for num_units, direction in ((0, "image_to_text"), (8, "image_to_text"), (8, "text_to_image")):
+            _, row = prepare(
+                query,
+                key,
+                value,
+                torch.empty(batch, text, num_units, device="meta") if num_units else None,
+                num_image_tokens=image,
+                text_first=False,
+                scale=head_dim**-0.5,
+                rows=(0, batch),
+                direction=direction,
+                configuration=configuration,
+            )
+            calls |= {call.name: call for call in row}
+    return list(calls.values())
