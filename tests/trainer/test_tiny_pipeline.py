@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from star_trainer.config import load_config
 from star_trainer.policy import TINY_PIPELINE
 from star_trainer.rewards.requirements import judge
 from star_trainer.rewards.scene_detector import detect
 from star_trainer.scenes import is_held_out
-from star_trainer.tiny_sd3.build import GUIDANCE_SCALES, measure
+from star_trainer.tiny_sd3.build import measure
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,10 @@ def test_all_weights_are_safetensors_of_at_most_8_mb() -> None:
 
 def test_the_base_reward_is_what_the_log_says_and_leaves_room(pipeline) -> None:
     log = [json.loads(line) for line in (TINY_PIPELINE.parent / "build_log.jsonl").read_text().splitlines()]
-    (stated,) = [e for e in log if e["stage"] == "measure" and e["guidance_scale"] == GUIDANCE_SCALES[1]]
+    guidance_scale = load_config("tiny").rollout.guidance_scale
+    (stated,) = [e for e in log if e["stage"] == "measure" and e["guidance_scale"] == guidance_scale]
     assert 0.25 <= stated["strict"] <= 0.6
-    measured = measure(pipeline, 128, GUIDANCE_SCALES[1])
+    measured = measure(pipeline, 128, guidance_scale)
     # Other prompts and other noise than the 256 of the log: a difference of 0.12 is three standard errors.
     assert measured["strict"] == pytest.approx(stated["strict"], abs=0.12)
 
