@@ -65,15 +65,22 @@ class Inputs:
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Normal queries, keys and values; unit k is three text tokens, as a phrase of a prompt is."""
+    """Normal queries, keys and values."""
     generator = torch.Generator().manual_seed(0)
     sizes = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
     query, key, value = (torch.randn(sizes, generator=generator).to(device, dtype) for _ in range(3))
-    first = torch.randint(shape.text - 2, (shape.batch, shape.units), generator=generator)
+    return Inputs(query, key, value, make_unit_weights(shape, device), shape.image)
+
+
+def make_unit_weights(shape: Shape, device: torch.device) -> Tensor:
+    """Unit k is three text tokens that stand together, as a phrase of a prompt does."""
+    length = min(3, shape.text)
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randint(shape.text - length + 1, (shape.batch, shape.units), generator=generator)
     unit_weights = torch.zeros(shape.batch, shape.text, shape.units)
-    for offset in range(3):
+    for offset in range(length):
         unit_weights.scatter_(1, (first + offset)[:, None], 1.0)
-    return Inputs(query, key, value, unit_weights.to(device), shape.image)
+    return unit_weights.to(device)
 
 
 def fused(inputs: Inputs, *, capture: bool, backend: str) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,23 @@ def device() -> torch.device:
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`measure(function, group=..., name=..., baseline=False)` adds a member to a group.
+    """`measure(function, group=..., name=..., baseline=False, work=None)` adds a member to a group.
 
+    `work` counts what one call does, by unit, as {"GB": 0.2}: the table then has the rate, GB/s.
     The members that one test adds to a group are timed alternately when the test function has returned.
     """
     queue: dict[str, list[Member]] = {}
     request.node.stash[_QUEUE] = queue
 
-    def add(function: Callable[[], object], *, group: str, name: str, baseline: bool = False) -> None:
-        queue.setdefault(group, []).append(Member(name, function, baseline))
+    def add(
+        function: Callable[[], object],
+        *,
+        group: str,
+        name: str,
+        baseline: bool = False,
+        work: Mapping[str, float] | None = None,
+    ) -> None:
+        queue.setdefault(group, []).append(Member(name, function, baseline, work or {}))
 
     return add
 
@@ -105,10 +113,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not groups:
         return
     terminalreporter.section("time and peak memory, members of a group timed alternately")
-    for line in harness.table(groups):
+    entries = [harness.group_as_dict(group) for group in groups]
+    for line in harness.table(entries):
         terminalreporter.write_line(line)
     path = config.getoption("results")
     command = shlex.join(["pytest", *config.invocation_params.args])
-    harness.write_json(path, harness.results(groups, harness.default_device(), command=command))
+    harness.write_json(path, harness.results(entries, harness.default_device(), command=command))
     terminalreporter.write_line("")
     terminalreporter.write_line(f"written to {path}; a picture of it: {Path(sys.executable).name} bench/plot.py {path}")

@@ -18,8 +18,8 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,11 +35,15 @@ Function = Callable[[], object]
 
 @dataclass(frozen=True)
 class Member:
-    """One of the things that a group compares. The baseline is what the others are divided by."""
+    """One of the things that a group compares. The baseline is what the others are divided by.
+
+    `work` counts what one call does, by unit, as {"TFLOP": 0.4}: the table then has the rate, TFLOP/s.
+    """
 
     name: str
     function: Function
     baseline: bool = False
+    work: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,16 @@ class Measurement:
     name: str
     seconds: tuple[float, ...]
     peak_bytes: int
+    work: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Work per second by unit, from the median."""
+        return {f"{unit}/s": amount / self.median for unit, amount in self.work.items()}
 
 
 @dataclass(frozen=True)
@@ -118,13 +128,12 @@ class CpuClock:
         return (time.perf_counter() - start) / calls
 
     def peak_bytes(self, function: Function) -> int:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
             kept = function()
         del kept
         held = most = 0
-        assert profile.profiler is not None
-        for event in profile.profiler.kineto_results.events():
+        assert profile.kineto_results is not None
+        for event in profile.kineto_results.events():
             if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
                 held += event.nbytes()
                 most = max(most, held)
@@ -177,8 +186,12 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
-def measure(members: Sequence[Member], clock: Clock, *, name: str, budget: float = 5.0) -> Group:
-    """Time `members` alternately for about `budget` seconds, in 5 to 100 rounds, after warming each of them up.
+def measure(
+    members: Sequence[Member], clock: Clock, *, name: str, budget: float = 5.0, min_rounds: int = MIN_ROUNDS
+) -> Group:
+    """Time `members` alternately for about `budget` seconds, after warming each of them up.
+
+    However long a round takes, there are at least `min_rounds` of them, and never more than 100.
 
     Raises:
         ValueError: no members, two of one name, or two baselines.
@@ -190,20 +203,19 @@ def measure(members: Sequence[Member], clock: Clock, *, name: str, budget: float
     with _without_garbage_collection():
         estimates, peaks = {}, {}
         for member in members:
-            member.function()  # compiles
-            clock.seconds(member.function, 1)
+            clock.seconds(member.function, 1)  # compiles
             estimates[member.name] = clock.seconds(member.function, 1)
             peaks[member.name] = clock.peak_bytes(member.function)
         calls = {key: max(1, math.ceil(clock.shortest_round / max(value, 1e-7))) for key, value in estimates.items()}
         round_seconds = sum(estimates[key] * calls[key] for key in names)
-        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget / max(round_seconds, 1e-9))))
+        rounds = min(MAX_ROUNDS, max(min_rounds, int(budget / max(round_seconds, 1e-9))))
         order, shuffle = list(members), random.Random(0)
         seconds: dict[str, list[float]] = {key: [] for key in names}
         for _ in range(rounds):
             shuffle.shuffle(order)
             for member in order:
                 seconds[member.name].append(clock.seconds(member.function, calls[member.name]))
-    measurements = tuple(Measurement(key, tuple(seconds[key]), peaks[key]) for key in names)
+    measurements = tuple(Measurement(m.name, tuple(seconds[m.name]), peaks[m.name], m.work) for m in members)
     return Group(name, measurements, baselines[0] if baselines else None)
 
 
@@ -219,22 +231,24 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def table(groups: Sequence[Group]) -> list[str]:
-    """The groups as lines: median time, time relative to the baseline with its quartiles, peak memory."""
-    width = max((len(m.name) for group in groups for m in group.measurements), default=0) + len(" (baseline)")
+def table(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """Groups as `group_as_dict` makes them, as lines: median time, ratio with its quartiles, peak memory, rates."""
+    width = max((len(member["name"]) for group in groups for member in group["members"]), default=0)
+    width += len(" (baseline)")
     lines = [f"{'':<{width + 2}} {'median':>10}  {'time / baseline':<22} {'faster':>8} {'peak memory':>12}"]
     for group in groups:
-        lines.append(group.name)
-        for measurement in group.measurements:
-            label = measurement.name + (" (baseline)" if measurement.name == group.baseline else "")
-            line = f"  {label:<{width}} {format_seconds(measurement.median):>10}"
-            ratio = group.ratio(measurement.name)
+        lines.append(group["name"])
+        for member in group["members"]:
+            label = member["name"] + (" (baseline)" if member["name"] == group["baseline"] else "")
+            line = f"  {label:<{width}} {format_seconds(member['seconds']['median']):>10}"
+            ratio = member["ratio"]
             if ratio is None:
                 line += " " * 33
             else:
-                relative = f"{ratio.median:.3f} [{ratio.q1:.3f}, {ratio.q3:.3f}]"
-                line += f"  {relative:<22} {1 / ratio.median:>7.2f}x"
-            lines.append(f"{line} {format_bytes(measurement.peak_bytes):>12}")
+                relative = f"{ratio['median']:.3f} [{ratio['q1']:.3f}, {ratio['q3']:.3f}]"
+                line += f"  {relative:<22} {1 / ratio['median']:>7.2f}x"
+            rates = "".join(f"  {value:.3g} {unit}" for unit, value in member["rates"].items())
+            lines.append(f"{line} {format_bytes(member['peak_bytes']):>12}{rates}")
     return lines
 
 
@@ -308,14 +322,14 @@ def results_path(device: torch.device, date: datetime.date | None = None) -> Pat
     return RESULTS / f"{name.strip('_')}_{date or datetime.date.today()}.json"
 
 
-def results(groups: Sequence[Group], device: torch.device, *, command: str) -> dict[str, Any]:
-    """What is written as JSON; `load_results` checks the same fields."""
+def results(groups: Sequence[dict[str, Any]], device: torch.device, *, command: str) -> dict[str, Any]:
+    """What is written as JSON, of groups as `group_as_dict` makes them; `load_results` checks the same fields."""
     return {
         "format": FORMAT,
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(device),
-        "groups": [group_as_dict(group) for group in groups],
+        "groups": list(groups),
     }
 
 
@@ -331,6 +345,7 @@ def group_as_dict(group: Group) -> dict[str, Any]:
                 "seconds": vars(spread(measurement.seconds)),
                 "ratio": None if ratio is None else vars(ratio),
                 "peak_bytes": measurement.peak_bytes,
+                "rates": measurement.rates,
             }
         )
     return {"name": group.name, "baseline": group.baseline, "members": members}
@@ -344,16 +359,25 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def read_json(path: Path) -> Any:
+    """Read what `write_json` wrote.
+
+    Raises:
+        ValueError: not a JSON file, with the reason.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a JSON file, got {error}") from error
+
+
 def load_results(path: Path) -> dict[str, Any]:
     """Read what `results` made.
 
     Raises:
         ValueError: not such a file; the message says what is missing.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a JSON file of results, got {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: expected results in format {FORMAT}")
     for group in _field(path, content, "groups", list):

@@ -15,6 +15,7 @@ from bench.attention_cases import make_inputs, members, sd35_medium
 def test_joint_attention(measure: Callable[..., None], device: torch.device, shape: str, dtype: torch.dtype) -> None:
     case = sd35_medium(shape, batch=8 if device.type == "cuda" else 1)
     inputs = make_inputs(case, dtype, device)
+    work = {"GFLOP": case.operations / 1e9}
     for name, function in members(inputs, backend="auto").items():
         group = f"attention, {case}, {str(dtype).removeprefix('torch.')}"
-        measure(function, group=group, name=name, baseline=name.startswith("SDPA, no"))
+        measure(function, group=group, name=name, baseline=name == "SDPA, no capture", work=work)

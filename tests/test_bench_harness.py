@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -127,15 +128,16 @@ def test_cuda_clock_flushes_the_cache_before_the_time_starts(monkeypatch: pytest
     assert log == ["flush", "event", "call", "event", "wait"] * 2
 
 
-def example() -> list[Group]:
-    return [
+def example() -> list[dict[str, Any]]:
+    groups = [
         Group(
             "with a baseline",
-            (Measurement("a", (1.0, 2.0, 4.0), 10), Measurement("b", (0.5, 1.0, 2.0), 2_500_000)),
+            (Measurement("a", (1.0, 2.0, 4.0), 10), Measurement("b", (0.5, 1.0, 2.0), 2_500_000, {"GB": 3.0})),
             baseline="a",
         ),
         Group("without", (Measurement("only", (1e-5, 2e-5), 0),)),
     ]
+    return [harness.group_as_dict(group) for group in groups]
 
 
 def test_results_are_read_back_as_written_and_drawn(tmp_path: Path) -> None:
@@ -151,6 +153,7 @@ def test_results_are_read_back_as_written_and_drawn(tmp_path: Path) -> None:
         "seconds": {"median": 1.0, "q1": 0.75, "q3": 1.5},
         "ratio": {"median": 0.5, "q1": 0.5, "q3": 0.5},
         "peak_bytes": 2_500_000,
+        "rates": {"GB/s": 3.0},
     }
     assert read["groups"][1]["members"][0]["ratio"] is None
     assert {"device", "torch", "triton", "threads", "commit"} <= read["environment"].keys()
@@ -167,7 +170,7 @@ def test_the_table_tells_the_baseline_the_ratio_and_the_memory() -> None:
     assert b.split()[:3] == ["b", "1", "s"]
     assert "0.500 [0.500, 0.500]" in b
     assert "2.00x" in b
-    assert b.endswith("2.5 MB")
+    assert b.endswith("2.5 MB  3 GB/s")
 
 
 def test_a_broken_file_is_refused_with_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
