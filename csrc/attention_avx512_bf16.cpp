@@ -27,10 +27,17 @@ namespace {
 struct Bf16Lanes : Avx512Lanes {
   using Avx512Lanes::load;
   using Avx512Lanes::multiply_add;
+  using Avx512Lanes::read;
   using Avx512Lanes::set1;
 
   static STAR_INLINE Vec set1(Bf16Pair x) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x.bits))); }
   static STAR_INLINE Vec load(const Bf16Pair* p) { return _mm512_load_ps(p); }
+  static STAR_INLINE Vec read(const c10::BFloat16* p, Bf16Pair) { return _mm512_loadu_ps(p); }
+  static STAR_INLINE Vec read_down(const c10::BFloat16* first, const c10::BFloat16* second) {
+    const __m512i low = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+    const __m512i high = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_maskz_slli_epi32(0xffff, high, 16)));
+  }
   static STAR_INLINE Vec multiply_add(Vec a, Vec b, Vec c, Bf16Pair) {
     return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
   }

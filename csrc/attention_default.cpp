@@ -14,15 +14,29 @@ struct DefaultLanes {
   static STAR_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
   static STAR_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
   static STAR_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+  static STAR_INLINE void store_first(float* p, Vec v, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+  }
+  template <typename Scalar>
+  static STAR_INLINE Vec read(const Scalar* p, float) {
+    return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+  }
+  static STAR_INLINE void turn(Vec (&rows)[4]) {
+    for (int64_t i = 0; i < 4; ++i) {
+      for (int64_t j = 0; j < i; ++j) {
+        const float upper = rows[j][i];
+        rows[j][i] = rows[i][j];
+        rows[i][j] = upper;
+      }
+    }
+  }
   static STAR_INLINE Vec add(Vec a, Vec b) { return a + b; }
+  static STAR_INLINE Vec sub(Vec a, Vec b) { return a - b; }
   static STAR_INLINE Vec mul(Vec a, Vec b) { return a * b; }
   static STAR_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static STAR_INLINE Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
   static STAR_INLINE Vec multiply_add(Vec a, Vec b, Vec c, float) { return a * b + c; }
   static STAR_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-  static STAR_INLINE float largest(Vec v) {
-    const float low = v[0] > v[1] ? v[0] : v[1], high = v[2] > v[3] ? v[2] : v[3];
-    return low > high ? low : high;
-  }
   static STAR_INLINE float sum(Vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
   static STAR_INLINE Vec first(Vec v, int64_t n) {
     for (int64_t i = n; i < kWidth; ++i) v[i] = 0.0f;

@@ -23,6 +23,8 @@ constexpr int64_t kKeyBlock = 256;  // keys between two looks at the row maximum
 constexpr int64_t kSubRows = 24;    // rows whose logits of one key block stay in the first level of cache
 // Row stride of a block of logits, in floats. Not a power of two: rows would share cache sets.
 constexpr int64_t kLogitsStride = kKeyBlock + 16;
+// Of a row maximum before the first key: finite, so that a logit of -inf has a difference to it.
+constexpr float kLowest = -3e38f;
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 struct Bf16Pair {
@@ -39,13 +41,19 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Elements 'index' of a row of n scalars, zero beyond its end.
+// Element `index` of a row of n scalars, zero beyond its end.
 template <typename Scalar>
-STAR_INLINE void read(float& element, const Scalar* row, int64_t index, int64_t) {
-  element = static_cast<float>(row[index]);
+STAR_INLINE void read(float& element, const Scalar* row, int64_t index, int64_t n) {
+  element = index < n ? static_cast<float>(row[index]) : 0.0f;
 }
 STAR_INLINE void read(Bf16Pair& element, const c10::BFloat16* row, int64_t index, int64_t n) {
-  const uint32_t low = row[2 * index].x, high = 2 * index + 1 < n ? row[2 * index + 1].x : 0;
+  const uint32_t low = 2 * index < n ? row[2 * index].x : 0, high = 2 * index + 1 < n ? row[2 * index + 1].x : 0;
+  element.bits = low | high << 16;
+}
+
+// Element of row `first` and the row below it, in pairs along the rows.
+STAR_INLINE void read_down(Bf16Pair& element, const c10::BFloat16* first, const c10::BFloat16* second, int64_t index, int64_t n) {
+  const uint32_t low = index < n ? first[index].x : 0, high = index < n && second != nullptr ? second[index].x : 0;
   element.bits = low | high << 16;
 }
 
@@ -67,6 +75,7 @@ struct Attention {
   static constexpr int64_t kPanel = kColumns * kWidth;
   static constexpr int64_t kPer = kPerElement<Element>;
   static constexpr bool kPairs = kPer == 2;
+  static constexpr int64_t kMaxima = ceil_div(kSubRows, kWidth) * kWidth;
   static_assert(kColumns == 2, "a tail is one vector");
   static_assert(kTaskRows % kSubRows == 0 && kSubRows % kRows == 0 && kKeyBlock % kPanel == 0 && kPanel % kPer == 0);
 
@@ -82,10 +91,10 @@ struct Attention {
     Element* query;        // [group][depth][kRows]
     float* logits;         // [kSubRows][kLogitsStride]; in the end probabilities
     Element* probability;  // the same in pairs
-    float* row_largest;    // [kSubRows][kWidth]
+    float* row_largest;    // [kMaxima][kWidth]
     float* normaliser;     // [kTaskRows][kWidth], summed over the vector at the end
-    float* largest;        // [kTaskRows], of the scaled logits, base 2
-    float* rescale;        // [kSubRows]
+    float* largest;        // [sub-block][kMaxima], of the scaled logits, base 2
+    float* rescale;        // [kMaxima]
     float* out;            // [kTaskRows][value_width]
     float* mass;           // [kTaskRows][units_stride]
   };
@@ -102,6 +111,8 @@ struct Attention {
     }
   };
 
+  // Where the maximum of a row of the task stands in `largest`: each sub-block starts on a whole vector.
+  static int64_t maximum_of(int64_t row) { return row / kSubRows * kMaxima + row % kSubRows; }
   static int64_t depth(const AttentionProblem& p) { return ceil_div(p.head_dim, kPer); }
   static int64_t value_width(const AttentionProblem& p) { return ceil_div(p.head_dim, kPanel) * kPanel; }
 
@@ -120,10 +131,10 @@ struct Attention {
     s.query = arena.template take<Element>(kTaskRows * depth(p));
     s.logits = arena.template take<float>(kSubRows * kLogitsStride);
     s.probability = kPairs ? arena.template take<Element>(kSubRows * kLogitsStride / kPer) : nullptr;
-    s.row_largest = arena.template take<float>(kSubRows * kWidth);
+    s.row_largest = arena.template take<float>(kMaxima * kWidth);
     s.normaliser = arena.template take<float>(kTaskRows * kWidth);
-    s.largest = arena.template take<float>(kTaskRows);
-    s.rescale = arena.template take<float>(kSubRows);
+    s.largest = arena.template take<float>(kTaskRows / kSubRows * kMaxima);
+    s.rescale = arena.template take<float>(kMaxima);
     s.out = arena.template take<float>(kTaskRows * value_width(p));
     s.mass = arena.template take<float>(kTaskRows * p.units_stride);
     return s;
@@ -139,59 +150,62 @@ struct Attention {
     return static_cast<const Scalar*>(view.data) + b * view.batch + head * view.head + token * view.token;
   }
 
-  // `count` rows to [group][depth][kRows], the last group filled with zeros.
-  static void pack_rows(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, Element* to) {
-    const int64_t n = depth(p);
-    for (int64_t r = 0; r < ceil_div(count, kRows) * kRows; ++r) {
-      Element* group = to + r / kRows * n * kRows + r % kRows;
-      for (int64_t d = 0; d < n; ++d) {
-        if (r < count) {
-          read(group[d * kRows], from + r * stride, d, p.head_dim);
-        } else {
-          group[d * kRows] = Element{};
-        }
-      }
-    }
+  // kWidth elements of a row from `index` on, zero beyond its end.
+  static STAR_INLINE Vec read_vector(const Scalar* row, int64_t index, int64_t n) {
+    if ((index + kWidth) * kPer <= n) return Lanes::read(row + index * kPer, Element{});
+    alignas(64) Element elements[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) star_kernels::read(elements[i], row, index + i, n);
+    return Lanes::load(elements);
   }
 
-  // `count` rows to panels [depth][kPanel] whose columns they are. The last row fills what is left of the last panel, so that
-  // no logit of a column beyond the end is larger than all others.
-  static void pack_columns(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, Element* to) {
+  // `count` rows to groups [depth][kGroup] whose columns they are. The last row fills what is left of the last group, so that
+  // no logit of a column beyond the end is larger than all others. Rows lie far from each other in memory, so the next ones
+  // are asked for while these are turned.
+  template <int64_t kGroup>
+  static void pack_turned(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, Element* to) {
     const int64_t n = depth(p);
-    for (int64_t c = 0; c < ceil_div(count, kPanel) * kPanel; ++c) {
-      const Scalar* source = from + smaller(c, count - 1) * stride;
-      Element* panel = to + c / kPanel * n * kPanel + c % kPanel;
-      for (int64_t d = 0; d < n; ++d) read(panel[d * kPanel], source, d, p.head_dim);
+    for (int64_t group = 0; group < count; group += kGroup) {
+      for (int64_t c = 0; c < kGroup; c += kWidth) {
+        const int64_t lanes = smaller(kWidth, kGroup - c);
+        for (int64_t d = 0; d < n; d += kWidth) {
+          Vec rows[kWidth];
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < kWidth; ++i) {
+            rows[i] = read_vector(from + smaller(group + c + i, count - 1) * stride, d, p.head_dim);
+            __builtin_prefetch(from + smaller(group + c + lanes + i, count - 1) * stride + d * kPer);
+          }
+          Lanes::turn(rows);
+          Element* target = to + group * n + d * kGroup + c;
+          for (int64_t i = 0; i < smaller(kWidth, n - d); ++i) Lanes::store_first(target + i * kGroup, rows[i], lanes);
+        }
+      }
     }
   }
 
   // `count` rows to [key block][panel][kKeyBlock / kPer][kPanel], zero beyond head_dim and, in pairs, beyond the last key.
-  static void pack_values(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, float* to) {
-    const int64_t panels = value_width(p) / kPanel;
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        float* line = to + ((j / kKeyBlock * panels + panel) * kKeyBlock + j % kKeyBlock) * kPanel;
-        const int64_t columns = smaller(kPanel, p.head_dim - panel * kPanel);
-        const Scalar* source = from + j * stride + panel * kPanel;
-        for (int64_t d = 0; d < columns; ++d) line[d] = static_cast<float>(source[d]);
-        for (int64_t d = columns; d < kPanel; ++d) line[d] = 0.0f;
+  static void pack_values(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, Element* to) {
+    const int64_t width = value_width(p);
+    for (int64_t j = 0; j < count; j += kPer) {
+      const Scalar* first = from + j * stride;
+      const Scalar* second = j + 1 < count ? first + stride : nullptr;
+      const Scalar* later = from + smaller(j + 8, count - 1) * stride;
+      Element* block = to + j / kKeyBlock * kKeyBlock / kPer * width + j % kKeyBlock / kPer * kPanel;
+      for (int64_t d = 0; d < width; d += kWidth) {
+        __builtin_prefetch(later + smaller(d, p.head_dim - 1));
+        if (kPairs) __builtin_prefetch(later + stride + smaller(d, p.head_dim - 1));
+        Element* target = block + d / kPanel * (kKeyBlock / kPer * kPanel) + d % kPanel;
+        Lanes::store_first(target, read_values(first, second, d, p.head_dim), kWidth);
       }
     }
   }
-  static void pack_values(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, Bf16Pair* to) {
-    const int64_t panels = value_width(p) / kPanel;
-    for (int64_t j = 0; j < count; j += 2) {
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        Bf16Pair* line = to + ((j / kKeyBlock * panels + panel) * kKeyBlock + j % kKeyBlock) / 2 * kPanel;
-        const int64_t columns = smaller(kPanel, p.head_dim - panel * kPanel);
-        const Scalar* first = from + j * stride + panel * kPanel;
-        const bool pair = j + 1 < count;
-        for (int64_t d = 0; d < columns; ++d) {
-          const uint32_t low = first[d].x, high = pair ? first[d + stride].x : 0;
-          line[d].bits = low | high << 16;
-        }
-        for (int64_t d = columns; d < kPanel; ++d) line[d].bits = 0;
-      }
+  static STAR_INLINE Vec read_values(const Scalar* first, const Scalar* second, int64_t d, int64_t n) {
+    if constexpr (kPairs) {
+      if (d + kWidth <= n && second != nullptr) return Lanes::read_down(first + d, second + d);
+      alignas(64) Element elements[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) star_kernels::read_down(elements[i], first, second, d + i, n);
+      return Lanes::load(elements);
+    } else {
+      return read_vector(first, d, n);
     }
   }
 
@@ -199,6 +213,7 @@ struct Attention {
   template <int64_t kVectors, typename E>
   static STAR_INLINE void multiply(Vec (&acc)[kRows][kVectors], const E* a, int64_t row_stride, int64_t step, const E* b,
                                    int64_t b_stride, int64_t n) {
+#pragma GCC unroll 4
     for (int64_t i = 0; i < n; ++i) {
       Vec columns[kVectors];
 #pragma GCC unroll 4
@@ -294,8 +309,35 @@ struct Attention {
     }
   }
 
-  // Logits to probabilities relative to the new row maximum; the factor that brings the old ones there.
-  // kKeep: leave float32 probabilities in `logits` also where the product takes pairs.
+  // New row maxima of `rows` rows from `first` on, and the factors that bring what was summed so far there.
+  static void raise_maxima(const AttentionProblem& p, const Scratch& s, int64_t first, int64_t rows) {
+    const Vec scale = Lanes::set1(p.scale * kLog2E);
+    for (int64_t r = 0; r < rows; r += kWidth) {
+      Vec lines[kWidth];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) lines[i] = Lanes::load(s.row_largest + (r + i) * kWidth);
+      Lanes::turn(lines);
+#pragma GCC unroll 4
+      for (int64_t step = kWidth / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < step; ++i) lines[i] = Lanes::max(lines[i], lines[i + step]);
+      }
+      float* largest = s.largest + maximum_of(first) + r;
+      const Vec old_largest = Lanes::load(largest);
+      const Vec new_largest = Lanes::max(Lanes::mul(lines[0], scale), old_largest);
+      Lanes::store(s.rescale + r, Lanes::exp2(Lanes::sub(old_largest, new_largest)));
+      Lanes::store(largest, new_largest);
+    }
+  }
+
+  template <bool kKeep>
+  static STAR_INLINE void store_probabilities(float* line, Element* pairs, int64_t column, Vec probability) {
+    if constexpr (!kPairs || kKeep) Lanes::store(line + column, probability);
+    if constexpr (kPairs) Lanes::store_pairs(pairs + column / kPer, probability);
+  }
+
+  // Logits to probabilities relative to the row maxima. kKeep: leave float32 probabilities in `logits` also where the product
+  // with the values takes pairs.
   template <bool kKeep>
   static void softmax_rows(const AttentionProblem& p, const Scratch& s, int64_t first, int64_t rows, int64_t count) {
     const Vec scale = Lanes::set1(p.scale * kLog2E);
@@ -303,27 +345,19 @@ struct Attention {
     for (int64_t r = 0; r < rows; ++r) {
       float* line = s.logits + r * kLogitsStride;
       Element* pairs = kPairs ? s.probability + r * kLogitsStride / kPer : nullptr;
-      const float block_largest = Lanes::largest(Lanes::load(s.row_largest + r * kWidth)) * (p.scale * kLog2E);
-      const float old_largest = s.largest[first + r];
-      // Not so for NaN, which leaves the old one and shows in the probabilities.
-      const float new_largest = block_largest > old_largest ? block_largest : old_largest;
-      s.rescale[r] = old_largest == new_largest ? 1.0f : std::exp2(old_largest - new_largest);
-      s.largest[first + r] = new_largest;
-      const Vec shift = Lanes::set1(-new_largest);
+      const Vec largest = Lanes::set1(s.largest[maximum_of(first) + r]);
       float* normaliser = s.normaliser + (first + r) * kWidth;
       Vec sum = Lanes::mul(Lanes::load(normaliser), Lanes::set1(s.rescale[r]));
-      int64_t c = 0;
-      for (; c < whole; c += kWidth) {
-        const Vec probability = Lanes::exp2(Lanes::fma(Lanes::load(line + c), scale, shift));
+      for (int64_t c = 0; c < whole; c += kWidth) {
+        const Vec probability = Lanes::exp2(Lanes::fms(Lanes::load(line + c), scale, largest));
         sum = Lanes::add(sum, probability);
-        if (!kPairs || kKeep) Lanes::store(line + c, probability);
-        if constexpr (kPairs) Lanes::store_pairs(pairs + c / 2, probability);
+        store_probabilities<kKeep>(line, pairs, c, probability);
       }
-      if (c < count) {
-        const Vec probability = Lanes::first(Lanes::exp2(Lanes::fma(Lanes::load(line + c), scale, shift)), count - c);
+      if (whole < count) {
+        const Vec last = Lanes::exp2(Lanes::fms(Lanes::load(line + whole), scale, largest));
+        const Vec probability = Lanes::first(last, count - whole);
         sum = Lanes::add(sum, probability);
-        if (!kPairs || kKeep) Lanes::store(line + c, probability);
-        if constexpr (kPairs) Lanes::store_pairs(pairs + c / 2, probability);
+        store_probabilities<kKeep>(line, pairs, whole, probability);
       }
       Lanes::store(normaliser, sum);
     }
@@ -335,8 +369,11 @@ struct Attention {
                           int64_t first_row, int64_t rows, const float* unit_weights) {
     const int64_t n = depth(p), count = smaller(kKeyBlock, packed.count - first_key), groups = ceil_div(rows, kRows);
     const int64_t width = value_width(p);
-    for (int64_t r = 0; r < groups * kRows; ++r) Lanes::store(s.row_largest + r * kWidth, Lanes::set1(-INFINITY));
+    for (int64_t r = 0; r < ceil_div(groups * kRows, kWidth) * kWidth; ++r) {
+      Lanes::store(s.row_largest + r * kWidth, Lanes::set1(kLowest));
+    }
     logits_block<true>(s.query + first_row * n, packed.keys + first_key * n, n, groups, count, s.logits, s.row_largest);
+    raise_maxima(p, s, first_row, groups * kRows);
     softmax_rows<kCapture>(p, s, first_row, groups * kRows, count);
     const Element* values = packed.values + first_key / kPer * width;
     float* out = s.out + first_row * width;
@@ -369,7 +406,7 @@ struct Attention {
           const PackedKeys& packed = text ? s.text : s.image;
           const TokenRange range = text ? p.text_keys : p.image_keys;
           if (range.size() == 0) continue;
-          pack_columns(p, row(p.key, b, head, range.begin), p.key.token, range.size(), packed.keys);
+          pack_turned<kPanel>(p, row(p.key, b, head, range.begin), p.key.token, range.size(), packed.keys);
           pack_values(p, row(p.value, b, head, range.begin), p.value.token, range.size(), packed.values);
         }
       }
@@ -381,8 +418,8 @@ struct Attention {
     const int64_t rows = smaller(kTaskRows, p.num_queries - first_query), width = value_width(p);
     const int64_t text = p.text_keys.size();
     const float* unit_weights = captures(p, b) ? p.unit_weights + (b - p.rows.begin) * text * p.units_stride : nullptr;
-    pack_rows(p, row(p.query, b, head, first_query), p.query.token, rows, s.query);
-    for (int64_t r = 0; r < kTaskRows; ++r) s.largest[r] = -INFINITY;
+    pack_turned<kRows>(p, row(p.query, b, head, first_query), p.query.token, rows, s.query);
+    for (int64_t i = 0; i < kTaskRows / kSubRows * kMaxima; ++i) s.largest[i] = kLowest;
     for (int64_t i = 0; i < kTaskRows * kWidth; ++i) s.normaliser[i] = 0.0f;
     for (int64_t i = 0; i < kTaskRows * width; ++i) s.out[i] = 0.0f;
     for (int64_t i = 0; i < kTaskRows * p.units_stride; ++i) s.mass[i] = 0.0f;
@@ -407,7 +444,7 @@ struct Attention {
       const int64_t query = first_query + r;
       const float normaliser = Lanes::sum(Lanes::load(s.normaliser + r * kWidth));
       const float inverse = 1.0f / normaliser;
-      p.log_sum_exp[(b * p.heads + head) * p.num_queries + query] = (s.largest[r] + std::log2(normaliser)) * kLn2;
+      p.log_sum_exp[(b * p.heads + head) * p.num_queries + query] = (s.largest[maximum_of(r)] + std::log2(normaliser)) * kLn2;
       Scalar* out = static_cast<Scalar*>(p.out.data) + b * p.out.batch + head * p.out.head + query * p.out.token;
       for (int64_t d = 0; d < p.head_dim; ++d) out[d] = static_cast<Scalar>(s.out[r * width + d] * inverse);
       if (unit_weights == nullptr || query < p.image_queries.begin || query >= p.image_queries.end) continue;
@@ -427,7 +464,7 @@ struct Attention {
       const int64_t b = p.rows.begin + task / blocks / p.heads, head = task / blocks % p.heads;
       if (task / blocks != packed_head) {
         packed_head = task / blocks;
-        pack_columns(p, row(p.query, b, head, p.text_queries.begin), p.query.token, p.text_queries.size(), s.text.keys);
+        pack_turned<kPanel>(p, row(p.query, b, head, p.text_queries.begin), p.query.token, p.text_queries.size(), s.text.keys);
       }
       const int64_t first = task % blocks * kTaskRows;
       receive_rows(p, s, b, head, first, smaller(kTaskRows, p.image_keys.size() - first));
@@ -439,7 +476,7 @@ struct Attention {
     const float* unit_weights = p.unit_weights + (b - p.rows.begin) * text * p.units_stride;
     const float* log_sum_exp = p.log_sum_exp + (b * p.heads + head) * p.num_queries + p.text_queries.begin;
     const Vec scale = Lanes::set1(p.scale * kLog2E);
-    pack_rows(p, row(p.key, b, head, p.image_keys.begin + first), p.key.token, rows, s.query);
+    pack_turned<kRows>(p, row(p.key, b, head, p.image_keys.begin + first), p.key.token, rows, s.query);
     for (int64_t i = 0; i < kTaskRows * p.units_stride; ++i) s.mass[i] = 0.0f;
     for (int64_t r = 0; r < kSubRows; ++r) s.rescale[r] = 1.0f;
     for (int64_t query = 0; query < text; query += kKeyBlock) {
