@@ -28,7 +28,7 @@ from bench import harness
 from bench.gpu_report import Report
 
 # The share of the time that a section gets of what the sections before it have left over.
-SHARES = {"attention correctness": 1.0, "attention speed": 1.4, "latents": 1.2, "model": 1.6}
+SHARES = {"attention correctness": 1.4, "attention speed": 1.4, "latents": 1.2, "model": 1.6}
 GRACE = 20.0  # seconds after its deadline that a section may take to end what it is at
 
 

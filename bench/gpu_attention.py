@@ -252,15 +252,16 @@ def _backward(report: Report, shape: Shape, what: str) -> None:
     forwards: dict[str, Callable[[Inputs], Tensor]] = dict(_sdpa_backends(report, tracked, what))
     forwards["fused"] = lambda inputs: _attend(inputs, report.backend)[0]
     work = {"TFLOP": 2.5 * shape.operations / 1e12}
-    members = [
-        Member(name, functools.partial(_gradients, forward(tracked), leaves, grad_out), work=work)
-        for name, forward in forwards.items()
-    ]
+    members: list[Member] = []
+
+    def add(name: str, forward: Callable[[Inputs], Tensor]) -> None:
+        out = forward(tracked)
+        backward = functools.partial(torch.autograd.grad, out, leaves, grad_out, retain_graph=True)
+        members.append(Member(name, backward, work=work))
+
+    for name, forward in forwards.items():
+        report.guard(f"{what}: {name}", functools.partial(add, name, forward))
     report.measure(what, members, fastest="SDPA ")
-
-
-def _gradients(out: Tensor, leaves: list[Tensor], grad_out: Tensor) -> object:
-    return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
 
 
 def _kernels(report: Report, shape: Shape) -> None:

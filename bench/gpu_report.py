@@ -65,9 +65,8 @@ class Report:
 
     def leave_out(self, what: str, reason: object) -> None:
         """Something that this machine does not have, or that there was no time or memory for."""
-        lines = str(reason).strip().splitlines()
-        self.left_out.append({"what": what, "reason": lines[0] if lines else repr(reason)})
-        self.say(f"{what} left out: {self.left_out[-1]['reason']}")
+        self.left_out.append({"what": what, "reason": _first_line(reason)})
+        self.say(f"{what} left out: {_first_line(reason)}")
         self._write()
 
     def guard(self, what: str, function: Callable[[], object]) -> bool:
@@ -77,9 +76,9 @@ class Report:
         except torch.OutOfMemoryError as error:
             self.leave_out(what, error)
             return False
-        except Exception:
+        except Exception as error:
             self.failures.append({"what": what, "traceback": traceback.format_exc()})
-            self.say(f"{what} FAILED: {traceback.format_exc(limit=0).strip().splitlines()[-1]}")
+            self.say(f"{what} FAILED: {type(error).__name__}: {_first_line(error)}")
             self._write()
             return False
         return True
@@ -135,6 +134,10 @@ class Report:
                 "groups": [harness.group_as_dict(group) for group in self.groups],
             },
         )
+
+
+def _first_line(message: object) -> str:
+    return (str(message).strip().splitlines() or [repr(message)])[0]
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
