@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 
+KERNELS = ("triton",)
+
+
 class TransitionStep(NamedTuple):
     """The next sample [B, C, H, W] and its log-prob [B, H, W], which is None for a step without noise."""
 
@@ -61,7 +64,7 @@ def transition_step(
         noise: ε ~ N(0, I), same shape as `sample`. May be None for coefficients without noise, which ignore it.
         unconditional_velocity: v_u for guidance, same shape, or None.
         guidance_scale: g ≥ 0 in v = v_u + g·(v − v_u); must be 1 without `unconditional_velocity`.
-        backend: ``auto`` or ``reference``.
+        backend: ``auto``, ``triton`` or ``reference``.
 
     Returns:
         TransitionStep: `next_sample` [B, C, H, W] in the sample's dtype, contiguous; `log_prob` [B, H, W] in float32
@@ -116,7 +119,7 @@ def transition_log_prob(
         coefficients: from `transition_coefficients`, with B rows or one row for all samples.
         unconditional_velocity: v_u for guidance, same shape, or None.
         guidance_scale: g ≥ 0 in v = v_u + g·(v − v_u); must be 1 without `unconditional_velocity`.
-        backend: ``auto`` or ``reference``.
+        backend: ``auto``, ``triton`` or ``reference``.
 
     Returns:
         [B, H, W] in nats, float32 (float64 when every floating input is float64).
@@ -151,6 +154,15 @@ def _check_latents(velocity: Tensor, sample: Tensor) -> int:
     return velocity.shape[0]
 
 
+def _implementation(operator: str, backend: str, device: torch.device) -> Any:
+    """The module that runs an operator."""
+    if backends.resolve_backend(operator, backend, device, KERNELS) == "triton":
+        from . import triton_kernels
+
+        return triton_kernels
+    return reference
+
+
 @torch.library.custom_op("star_kernels::transition_step", mutates_args=())
 def _transition_step(
     velocity: Tensor,
@@ -164,8 +176,8 @@ def _transition_step(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Next sample, and its log-prob or, without noise, an empty tensor: an operator cannot return None."""
-    backends.resolve_backend("transition_step", backend, velocity.device, kernels=())
-    next_sample, log_prob = reference.transition_step(
+    implementation = _implementation("transition_step", backend, velocity.device)
+    next_sample, log_prob = implementation.transition_step(
         velocity,
         sample,
         noise,
@@ -225,8 +237,7 @@ def _transition_log_prob(
     guidance_scale: float,
     backend: str,
 ) -> Tensor:
-    backends.resolve_backend("transition_log_prob", backend, velocity.device, kernels=())
-    return reference.transition_log_prob(
+    return _implementation("transition_log_prob", backend, velocity.device).transition_log_prob(
         velocity,
         sample,
         next_sample,

@@ -1,0 +1,222 @@
+"""One step of a sampler with its log-prob, and the log-prob of a given step, on a GPU (docs/method.md, section 2).
+
+Floor. A step reads v, x, ε and v_u where given and writes x' and a log-prob per position; the log-prob alone reads x'
+instead and writes no latent. About 15 operations per entry of 2 or 4 bytes: memory binds. [8, 16, 64, 64] in bf16 is
+4.3 MB for a step, 1.3 µs at 3.35 TB/s, less than a launch takes; what counts is that it is one.
+
+Design. One program per tile of a sample (`_gaussian_kernels`). The log-prob is that of x' as it is stored, so x' is
+rounded before it is looked at.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._gaussian import compute_dtype
+from .._gaussian_kernels import (
+    OPTIONS,
+    Latent,
+    Row,
+    latents,
+    load_tile,
+    load_velocity,
+    log_prob,
+    row,
+    store_tile,
+    tiling,
+)
+from .._kernel_calls import KernelCall
+from .._triton import cast
+
+
+class _Inputs(NamedTuple):
+    velocity: Latent
+    sample: Latent
+    other: Latent | None  # ε of a step, x' of a log-prob
+    unconditional_velocity: Latent | None
+    sample_drift: Row
+    velocity_scale: Row
+    std: Row
+
+
+@triton.jit
+def _transition_kernel(
+    inputs,
+    next_sample,
+    log_probs,
+    size,
+    width,
+    tiles,
+    guidance_scale: tl.float64,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FLAT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """A step into `next_sample` [B, C, H, W], or without it the log-prob of the step that was taken.
+
+    The log-probs go to `log_probs` [B, H, W]; a step without noise has none.
+    """
+    sample = tl.program_id(0) // tiles
+    positions = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < size
+    velocity = load_velocity(
+        inputs.velocity,
+        inputs.unconditional_velocity,
+        guidance_scale,
+        sample,
+        positions,
+        inside,
+        width,
+        C,
+        CP,
+        FLAT,
+        COMPUTE,
+    )
+    x = load_tile(inputs.sample, sample, positions, inside, width, C, CP, FLAT, COMPUTE)
+    sample_drift = tl.load(inputs.sample_drift.data + sample * inputs.sample_drift.stride).to(COMPUTE)
+    b = tl.load(inputs.velocity_scale.data + sample * inputs.velocity_scale.stride).to(COMPUTE)
+    std = tl.load(inputs.std.data + sample * inputs.std.stride).to(COMPUTE)
+    shift = sample_drift * x + b * velocity
+    y = x + shift
+    if inputs.other is not None:
+        other = load_tile(inputs.other, sample, positions, inside, width, C, CP, FLAT, COMPUTE)
+        if next_sample is None:
+            y = other
+        else:
+            y += std * other
+    if next_sample is not None:
+        stored = cast(y, next_sample.dtype.element_ty)
+        store_tile(next_sample, stored, sample, positions, inside, size, C, CP)
+        y = stored.to(COMPUTE)
+    if log_probs is not None:
+        values = log_prob((y - x) - shift, std, C)
+        tl.store(log_probs + sample.to(tl.int64) * size + positions, values, mask=inside)
+
+
+def transition_step(
+    velocity: Tensor,
+    sample: Tensor,
+    noise: Tensor | None,
+    unconditional_velocity: Tensor | None,
+    sample_drift: Tensor,
+    velocity_scale: Tensor,
+    std: Tensor,
+    *,
+    guidance_scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """x' in the sample's dtype, contiguous, and the log-prob [B, H, W] of that x'; without ε, x' = μ and None."""
+    next_sample = torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
+    scalars = (sample_drift, velocity_scale, std)
+    log_probs = None
+    if noise is not None:
+        log_probs = _empty_log_probs(velocity, sample, noise, unconditional_velocity, *scalars)
+    call = kernel_call(
+        "step",
+        velocity,
+        sample,
+        noise,
+        unconditional_velocity,
+        *scalars,
+        guidance_scale=guidance_scale,
+        next_sample=next_sample,
+        log_probs=log_probs,
+    )
+    with torch.cuda.device_of(velocity):
+        call.launch()
+    return next_sample, log_probs
+
+
+def transition_log_prob(
+    velocity: Tensor,
+    sample: Tensor,
+    next_sample: Tensor,
+    unconditional_velocity: Tensor | None,
+    sample_drift: Tensor,
+    velocity_scale: Tensor,
+    std: Tensor,
+    *,
+    guidance_scale: float,
+) -> Tensor:
+    """logp_i [B, H, W] of a given next sample."""
+    scalars = (sample_drift, velocity_scale, std)
+    log_probs = _empty_log_probs(velocity, sample, next_sample, unconditional_velocity, *scalars)
+    call = kernel_call(
+        "log-prob",
+        velocity,
+        sample,
+        next_sample,
+        unconditional_velocity,
+        *scalars,
+        guidance_scale=guidance_scale,
+        next_sample=None,
+        log_probs=log_probs,
+    )
+    with torch.cuda.device_of(velocity):
+        call.launch()
+    return log_probs
+
+
+def _empty_log_probs(velocity: Tensor, *others: Tensor | None) -> Tensor:
+    batch, _, height, width = velocity.shape
+    return torch.empty((batch, height, width), dtype=compute_dtype(velocity, *others), device=velocity.device)
+
+
+def kernel_call(
+    name: str,
+    velocity: Tensor,
+    sample: Tensor,
+    other: Tensor | None,
+    unconditional_velocity: Tensor | None,
+    sample_drift: Tensor,
+    velocity_scale: Tensor,
+    std: Tensor,
+    *,
+    guidance_scale: float,
+    next_sample: Tensor | None,
+    log_probs: Tensor | None,
+) -> KernelCall:
+    """What computes `next_sample` from the noise `other`, or for None the log-prob of the next sample `other`."""
+    batch, _, height, width = velocity.shape
+    scalars = (sample_drift, velocity_scale, std)
+    dtype = compute_dtype(velocity, sample, other, unconditional_velocity, *scalars)
+    tiles, constants = tiling(velocity.shape, dtype)
+    views, flat = latents(velocity=velocity, sample=sample, other=other, unconditional_velocity=unconditional_velocity)
+    rows: dict[str, Any] = {"sample_drift": row(sample_drift), "velocity_scale": row(velocity_scale), "std": row(std)}
+    arguments: dict[str, Any] = {
+        "inputs": _Inputs(**views, **rows),
+        "next_sample": next_sample,
+        "log_probs": log_probs,
+        "size": height * width,
+        "width": width,
+        "tiles": tiles,
+        "guidance_scale": guidance_scale,
+        "FLAT": flat,
+        **constants,
+    }
+    return KernelCall(name, _transition_kernel, (batch * tiles,), arguments, OPTIONS)
+
+
+def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
+    """The kernel's uses on tensors without memory, to be compiled; one configuration serves all architectures."""
+    batch, height, width = 8, 64, 64
+    scalars = [torch.empty(batch, device="meta") for _ in range(3)]
+    log_probs = torch.empty((batch, height, width), device="meta")
+    calls = []
+    for name, dtype, channels, memory_format in (
+        ("step, bf16, C 16, guidance", torch.bfloat16, 16, torch.contiguous_format),
+        ("step, bf16, C 16, guidance, channels last", torch.bfloat16, 16, torch.channels_last),
+        ("log-prob, fp32, C 32, guidance", torch.float32, 32, torch.contiguous_format),
+    ):
+        shape = (batch, channels, height, width)
+        v, x, other, base = (
+            torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format) for _ in range(4)
+        )
+        next_sample = torch.empty(shape, dtype=dtype, device="meta") if name.startswith("step") else None
+        options: dict[str, Any] = {"guidance_scale": 4.5, "next_sample": next_sample, "log_probs": log_probs}
+        calls.append(kernel_call(name, v, x, other, base, *scalars, **options))
+    return calls
