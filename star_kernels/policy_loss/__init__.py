@@ -17,6 +17,7 @@ __all__ = ["PolicyLoss", "policy_loss"]
 
 GRANULARITIES = ("position", "image")
 KL_SCALES = ("variance", "std_dev")
+KERNELS = ("triton",)
 
 
 class PolicyLoss(NamedTuple):
@@ -81,7 +82,7 @@ def policy_loss(
             ``std_dev`` by 2·q², as Flow-GRPO's code does, for coefficients with a noise rate.
         unconditional_velocity: v_u for guidance, same shape as `velocity`, or None.
         guidance_scale: g ≥ 0 in v = v_u + g·(v_c − v_u); must be 1 without `unconditional_velocity`.
-        backend: ``auto`` or ``reference``.
+        backend: ``auto``, ``triton`` or ``reference``.
 
     Returns:
         PolicyLoss: `loss`, a scalar in float32 (float64 when every floating input is float64), and `metrics`, scalars
@@ -197,7 +198,7 @@ def _policy_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics and, if asked for, the gradient with respect to the velocity (else an empty tensor)."""
-    backends.resolve_backend("policy_loss", backend, velocity.device, kernels=())
+    chosen = backends.resolve_backend("policy_loss", backend, velocity.device, KERNELS)
     if weights is not None and weights.device.type == "cpu" and bool((weights < 0).any()):
         raise ValueError(f"weights: expected numbers of at least 0, got {weights.min().item()}")
     inputs = reference.Inputs(
@@ -220,6 +221,10 @@ def _policy_loss(
         kl_weight,
         guidance_scale,
     )
+    if chosen == "triton":
+        from . import triton_kernels
+
+        return triton_kernels.policy_loss(inputs, with_gradient)
     if not with_gradient:
         loss, metrics = reference.policy_loss(inputs)
         return loss, metrics, loss.new_empty(0)
@@ -283,6 +288,7 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(metrics, grad_velocity)
     ctx.save_for_backward(grad_velocity)
     ctx.dtype = inputs[0].dtype
+    ctx.backend = inputs[-1]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -290,8 +296,13 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return (None, *constants)
     (grad_velocity,) = ctx.saved_tensors
-    if grad_velocity.dtype == ctx.dtype and grad_velocity.device.type == "cpu" and _is_ours_to_give(grad_velocity):
-        return (_scale_in_place(grad_velocity, grad_loss), *constants)
+    if grad_velocity.dtype == ctx.dtype and _is_ours_to_give(grad_velocity):
+        if backends.resolve_backend("policy_loss", ctx.backend, grad_velocity.device, KERNELS) == "triton":
+            from . import triton_kernels
+
+            return (triton_kernels.scale_gradient_(grad_velocity, grad_loss), *constants)
+        if grad_velocity.device.type == "cpu":
+            return (_scale_on_cpu_(grad_velocity, grad_loss.item()), *constants)
     # With the scale in its own dtype: as a tensor without dimensions it would be rounded to that of the gradient.
     return ((grad_loss * grad_velocity.to(grad_loss.dtype)).to(ctx.dtype), *constants)
 
@@ -307,8 +318,7 @@ def _is_ours_to_give(saved: Tensor) -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _scale_in_place(grad_velocity: Tensor, grad_loss: Tensor) -> Tensor:
-    scale = grad_loss.item()
+def _scale_on_cpu_(grad_velocity: Tensor, scale: float) -> Tensor:
     return grad_velocity if scale == 1 else grad_velocity.mul_(scale)
 
 

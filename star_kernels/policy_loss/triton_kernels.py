@@ -1,0 +1,603 @@
+"""The spatially resolved objective on a GPU, with its gradient in the same pass (docs/method.md, section 5).
+
+Floor. Per latent entry one read of v, x and x', of v_u and v_ref where given, and one write of ∂loss/∂v: 4 to 6
+entries of 2 or 4 bytes. Per position old_log_prob and the mask; the map is read once per token. Against that stand
+about 20 operations per entry and 60 per position, so memory binds: [256, 16, 64, 64] in bf16 without KL moves 138 MB,
+41 µs at 3.35 TB/s.
+
+Design. One program per tile of a sample (`_gaussian_kernels`) reads it once, holds x' − μ in registers while the
+channels are summed, and writes the gradient from there. A program's sums go to its own column of a small matrix; a
+last kernel with one program per metric adds them up in a fixed order. Nothing is read back to the host, no float is
+added atomically.
+
+The positions of a mask have to be counted before the first gradient can be scaled: `_share_kernel`. The ratio of an
+image needs the sums over its positions first: `_image_sums_kernel` reads everything and writes sums only,
+`_image_kernel` reads it again and writes the gradient. Nothing of the size of a latent is left behind but that.
+
+The gradient is right for an incoming gradient of 1. `_scale_kernel` reads the incoming one on the device, and returns
+without a second pass where it is 1.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._gaussian_kernels import (
+    OPTIONS,
+    Latent,
+    Row,
+    channel_sum,
+    latents,
+    load_tile,
+    load_velocity,
+    log_prob,
+    position_sum,
+    row,
+    store_tile,
+    tiling,
+)
+from .._kernel_calls import KernelCall
+from .._triton import cast
+from . import reference
+from .reference import LOG_RATIO_LIMIT, METRICS
+
+# Rows of the partial sums: the metrics in their order, then what only the kernels need.
+_POLICY = tl.constexpr(0)
+_KL = tl.constexpr(1)
+_CLIPPED = tl.constexpr(2)
+_RATIO = tl.constexpr(3)
+_RATIO_MIN = tl.constexpr(4)
+_RATIO_MAX = tl.constexpr(5)
+_SQUARED = tl.constexpr(6)
+_NON_FINITE = tl.constexpr(7)
+_INCLUDED = tl.constexpr(8)
+_LOG_RATIO = tl.constexpr(9)
+_WEIGHT = tl.constexpr(10)
+_COUNTED = tl.constexpr(11)
+_ROWS = 12
+
+_LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
+_INFINITY = tl.constexpr(float("inf"))
+
+# Tiles of a sample whose sums a program of an image adds at a time, and columns that a program of the metrics does:
+# these are few programs with nothing to hide a read behind. Positions of a mask and entries of a gradient at a time.
+_SUMS = 256
+_COLUMNS, _COLUMNS_WARPS = 8192, 16
+_MASK_BLOCK, _SCALE_BLOCK, _WIDE_WARPS = 2048, 4096, 4
+
+
+class _Inputs(NamedTuple):
+    """The tensors of a call. For those that are None no code is made."""
+
+    velocity: Latent
+    sample: Latent
+    next_sample: Latent
+    reference_velocity: Latent | None
+    unconditional_velocity: Latent | None
+    old_log_prob: Tensor  # [B, H, W]
+    weights: Tensor | None  # [B, h, w]
+    mask: Tensor | None  # [B, H, W]
+    share: Tensor | None  # [B], 1 / number of valid positions, with a mask
+    advantage: Row
+    sample_drift: Row
+    velocity_scale: Row
+    std: Row
+    kl_std: Row
+
+
+class _Shape(NamedTuple):
+    size: int  # H·W
+    width: int
+    tokens_per_row: int
+    tiles: int  # of a sample
+
+
+@triton.jit
+def _load_scalars(inputs, sample, shape, COMPUTE: tl.constexpr):
+    """Of a sample: A, a − 1, b, s, the s or q of the KL, and 1 / number of valid positions."""
+    advantage = tl.load(inputs.advantage.data + sample * inputs.advantage.stride).to(COMPUTE)
+    drift = tl.load(inputs.sample_drift.data + sample * inputs.sample_drift.stride).to(COMPUTE)
+    scale = tl.load(inputs.velocity_scale.data + sample * inputs.velocity_scale.stride).to(COMPUTE)
+    std = tl.load(inputs.std.data + sample * inputs.std.stride).to(COMPUTE)
+    kl_std = tl.load(inputs.kl_std.data + sample * inputs.kl_std.stride).to(COMPUTE)
+    share = 1.0 / tl.full([], shape.size, COMPUTE)
+    if inputs.share is not None:
+        share = tl.load(inputs.share + sample)
+    return advantage, drift, scale, std, kl_std, share
+
+
+@triton.jit
+def _terms(
+    inputs,
+    sample,
+    positions,
+    shape,
+    guidance_scale,
+    scalars,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    FLAT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """x' − μ, μ − μ_ref [CP, BLOCK]; log-ratio, KL and weight [BLOCK], 0 where not counted; valid and counted [BLOCK].
+
+    Where there is no reference velocity, the second is not to be used.
+    """
+    advantage, sample_drift, b, std, kl_std, _ = scalars
+    inside = positions < shape.size
+    velocity = load_velocity(
+        inputs.velocity,
+        inputs.unconditional_velocity,
+        guidance_scale,
+        sample,
+        positions,
+        inside,
+        shape.width,
+        C,
+        CP,
+        FLAT,
+        COMPUTE,
+    )
+    x = load_tile(inputs.sample, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
+    y = load_tile(inputs.next_sample, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
+    deviation = (y - x) - (sample_drift * x + b * velocity)
+
+    index = sample.to(tl.int64) * shape.size + positions
+    old_log_prob = tl.load(inputs.old_log_prob + index, mask=inside, other=0.0).to(COMPUTE)
+    log_ratio = log_prob(deviation, std, C) - old_log_prob
+    drift = deviation
+    kl = tl.full(positions.shape, 0.0, COMPUTE)
+    if inputs.reference_velocity is not None:
+        other = load_tile(inputs.reference_velocity, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
+        drift = b * (velocity - other)
+        kl = channel_sum(drift * drift) * (1.0 / (2.0 * C * kl_std * kl_std))
+    weight = tl.full(positions.shape, 1.0, COMPUTE)
+    if inputs.weights is not None:
+        token = positions // shape.width // PATCH_H * shape.tokens_per_row + positions % shape.width // PATCH_W
+        start = inputs.weights + sample.to(tl.int64) * (shape.size // (PATCH_H * PATCH_W))
+        weight = tl.load(start + token, mask=inside, other=0.0).to(COMPUTE)
+    valid = inside
+    if inputs.mask is not None:
+        valid = tl.load(inputs.mask + index, mask=inside, other=0) != 0
+
+    finite = (tl.abs(log_ratio) < _INFINITY) & (tl.abs(kl) < _INFINITY) & (tl.abs(advantage * weight) < _INFINITY)
+    counted = valid & finite
+    log_ratio = tl.where(counted, log_ratio, 0.0)
+    kl = tl.where(counted, kl, 0.0)
+    weight = tl.where(counted, weight, 0.0)
+    return deviation, drift, log_ratio, kl, weight, valid, counted
+
+
+@triton.jit
+def _policy(log_ratio, weight, advantage, ratio_low, ratio_high, COMPUTE: tl.constexpr):
+    """Clamped log-ratio, ratio, weighted policy term, whether the ratio is out of its range, and w·(−A·ρ) where active.
+
+    The last is the negative derivative of the policy term with respect to the log-prob.
+    """
+    low, high = tl.full([], ratio_low, COMPUTE), tl.full([], ratio_high, COMPUTE)
+    clamped = tl.minimum(tl.maximum(log_ratio, -_LIMIT), _LIMIT)
+    ratio = tl.exp(clamped)
+    unclipped = -advantage * ratio
+    clipped = -advantage * tl.minimum(tl.maximum(ratio, low), high)
+    active = (unclipped >= clipped) & (tl.abs(log_ratio) <= _LIMIT)
+    pull = weight * tl.where(active, unclipped, 0.0)
+    return clamped, ratio, weight * tl.maximum(unclipped, clipped), (ratio < low) | (ratio > high), pull
+
+
+@triton.jit
+def _store_gradient(
+    gradient,
+    inputs,
+    sample,
+    positions,
+    shape,
+    batch,
+    guidance_scale,
+    kl_weight,
+    scalars,
+    pull,
+    deviation,
+    drift,
+    counted,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """∂loss/∂v of a tile; `pull` is [1, BLOCK], or a scalar for an image."""
+    _, _, b, std, kl_std, share = scalars
+    grad_mean = (pull * (1.0 / (std * std))) * deviation
+    if inputs.reference_velocity is not None:
+        grad_mean += (tl.full([], kl_weight, COMPUTE) / (kl_std * kl_std)) * drift
+    factor = tl.full([], guidance_scale, COMPUTE) * b * share / (batch * C)
+    # A product would not do: zero times a deviation that is NaN is NaN.
+    values = tl.where(counted[None, :], factor * grad_mean, 0.0)
+    rounded = cast(values, gradient.dtype.element_ty)
+    store_tile(gradient, rounded, sample, positions, positions < shape.size, shape.size, C, CP)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _position_kernel(
+    inputs,
+    gradient,
+    partials,
+    shape,
+    batch,
+    guidance_scale: tl.float64,
+    kl_weight: tl.float64,
+    ratio_low: tl.float64,
+    ratio_high: tl.float64,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    FLAT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    sample = tl.program_id(0) // shape.tiles
+    positions = tl.program_id(0) % shape.tiles * BLOCK + tl.arange(0, BLOCK)
+    scalars = _load_scalars(inputs, sample, shape, COMPUTE)
+    deviation, drift, log_ratio, kl, weight, valid, counted = _terms(
+        inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, COMPUTE
+    )
+    advantage = tl.where(counted, scalars[0], 0.0)
+    clamped, ratio, policy, outside, pull = _policy(log_ratio, weight, advantage, ratio_low, ratio_high, COMPUTE)
+    if gradient is not None:
+        _store_gradient(
+            gradient,
+            inputs,
+            sample,
+            positions,
+            shape,
+            batch,
+            guidance_scale,
+            kl_weight,
+            scalars,
+            pull[None, :],
+            deviation,
+            drift,
+            counted,
+            C,
+            CP,
+            COMPUTE,
+        )
+    share = scalars[5]
+    sums, stride = partials + tl.program_id(0), tl.num_programs(0)
+    tl.store(sums + _POLICY * stride, position_sum(policy) * share)
+    tl.store(sums + _KL * stride, position_sum(kl) * share)
+    tl.store(sums + _CLIPPED * stride, tl.sum((counted & outside).to(COMPUTE), 0))
+    tl.store(sums + _RATIO * stride, position_sum(tl.where(counted, ratio, 0.0)))
+    tl.store(sums + _RATIO_MIN * stride, tl.min(tl.where(counted, ratio, _INFINITY), 0))
+    tl.store(sums + _RATIO_MAX * stride, tl.max(tl.where(counted, ratio, -_INFINITY), 0))
+    tl.store(sums + _SQUARED * stride, position_sum(clamped * clamped))
+    tl.store(sums + _NON_FINITE * stride, tl.sum((valid & ~counted).to(COMPUTE), 0))
+    tl.store(sums + _INCLUDED * stride, tl.sum(counted.to(COMPUTE), 0))
+
+
+@triton.jit
+def _image_sums_kernel(
+    inputs,
+    partials,
+    shape,
+    guidance_scale: tl.float64,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    FLAT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    sample = tl.program_id(0) // shape.tiles
+    positions = tl.program_id(0) % shape.tiles * BLOCK + tl.arange(0, BLOCK)
+    scalars = _load_scalars(inputs, sample, shape, COMPUTE)
+    _, _, log_ratio, kl, weight, valid, counted = _terms(
+        inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, COMPUTE
+    )
+    sums, stride = partials + tl.program_id(0), tl.num_programs(0)
+    tl.store(sums + _KL * stride, position_sum(kl) * scalars[5])
+    tl.store(sums + _NON_FINITE * stride, tl.sum((valid & ~counted).to(COMPUTE), 0))
+    tl.store(sums + _LOG_RATIO * stride, position_sum(log_ratio))
+    tl.store(sums + _WEIGHT * stride, position_sum(weight))
+    tl.store(sums + _COUNTED * stride, tl.sum(counted.to(COMPUTE), 0))
+
+
+@triton.jit
+def _sum_of_tiles(sums, tiles, SUMS: tl.constexpr):
+    """What the tiles of a sample left at `sums`, added up."""
+    total = tl.full([SUMS], 0.0, sums.dtype.element_ty)
+    for first in range(0, tiles, SUMS):
+        tile = first + tl.arange(0, SUMS)
+        total += tl.load(sums + tile, mask=tile < tiles, other=0.0)
+    return position_sum(total)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _image_kernel(
+    inputs,
+    gradient,
+    partials,
+    shape,
+    batch,
+    guidance_scale: tl.float64,
+    kl_weight: tl.float64,
+    ratio_low: tl.float64,
+    ratio_high: tl.float64,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    FLAT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    sample = tl.program_id(0) // shape.tiles
+    tile = tl.program_id(0) % shape.tiles
+    scalars = _load_scalars(inputs, sample, shape, COMPUTE)
+    share = scalars[5]
+    stride = tl.num_programs(0)
+    first = partials + sample * shape.tiles
+    log_ratio = _sum_of_tiles(first + _LOG_RATIO * stride, shape.tiles, SUMS) * share
+    weight = _sum_of_tiles(first + _WEIGHT * stride, shape.tiles, SUMS) * share
+    included = _sum_of_tiles(first + _COUNTED * stride, shape.tiles, SUMS) > 0
+    clamped, ratio, policy, outside, pull = _policy(log_ratio, weight, scalars[0], ratio_low, ratio_high, COMPUTE)
+
+    # An image is one entry of the metrics, which its first tile makes.
+    mine = included & (tile == 0)
+    sums = partials + tl.program_id(0)
+    tl.store(sums + _POLICY * stride, tl.where(mine, policy, 0.0))
+    tl.store(sums + _CLIPPED * stride, (mine & outside).to(COMPUTE))
+    tl.store(sums + _RATIO * stride, tl.where(mine, ratio, 0.0))
+    tl.store(sums + _RATIO_MIN * stride, tl.where(mine, ratio, _INFINITY))
+    tl.store(sums + _RATIO_MAX * stride, tl.where(mine, ratio, -_INFINITY))
+    tl.store(sums + _SQUARED * stride, tl.where(mine, clamped * clamped, 0.0))
+    tl.store(sums + _INCLUDED * stride, mine.to(COMPUTE))
+
+    if gradient is not None:
+        positions = tile * BLOCK + tl.arange(0, BLOCK)
+        deviation, drift, _, _, _, _, counted = _terms(
+            inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, COMPUTE
+        )
+        _store_gradient(
+            gradient,
+            inputs,
+            sample,
+            positions,
+            shape,
+            batch,
+            guidance_scale,
+            kl_weight,
+            scalars,
+            pull,
+            deviation,
+            drift,
+            counted,
+            C,
+            CP,
+            COMPUTE,
+        )
+
+
+@triton.jit
+def _share_kernel(mask, share, size, BLOCK: tl.constexpr):
+    start = mask + tl.program_id(0).to(tl.int64) * size
+    count = tl.full([BLOCK], 0, tl.int32)
+    for first in range(0, size, BLOCK):
+        positions = first + tl.arange(0, BLOCK)
+        count += (tl.load(start + positions, mask=positions < size, other=0) != 0).to(tl.int32)
+    # A sample without a valid position has only zero terms; 1 keeps them from becoming 0/0.
+    number = tl.maximum(tl.sum(count, 0), 1)
+    tl.store(share + tl.program_id(0), 1.0 / number.to(share.dtype.element_ty))
+
+
+@triton.jit
+def _row_total(sums, columns, COLUMNS: tl.constexpr):
+    total = tl.full([COLUMNS], 0.0, sums.dtype.element_ty)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        total += tl.load(sums + column, mask=column < columns, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _row_minimum(sums, sign, columns, COLUMNS: tl.constexpr):
+    """The minimum of sign times the row."""
+    lowest = tl.full([COLUMNS], _INFINITY, sums.dtype.element_ty)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        lowest = tl.minimum(lowest, sign * tl.load(sums + column, mask=column < columns, other=sign * _INFINITY))
+    return tl.min(lowest, 0)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _metrics_kernel(partials, loss, metrics, batch, columns, kl_weight: tl.float64, COLUMNS: tl.constexpr):
+    """Program k writes metric k; the first one writes the loss too."""
+    metric = tl.program_id(0)
+    number = _row_total(partials + _INCLUDED * columns, columns, COLUMNS)
+    divisor = tl.maximum(number, 1.0)
+    row = partials + metric * columns
+    if metric == _RATIO_MIN:
+        value = _row_minimum(row, 1.0, columns, COLUMNS)
+    elif metric == _RATIO_MAX:
+        value = -_row_minimum(row, -1.0, columns, COLUMNS)
+    else:
+        value = _row_total(row, columns, COLUMNS)
+    if metric <= _KL:
+        value = value / batch
+    elif metric == _SQUARED:
+        value = value / (2.0 * divisor)
+    elif (metric == _CLIPPED) | (metric == _RATIO):
+        value = value / divisor
+    if (metric >= _RATIO) & (metric <= _RATIO_MAX):
+        value = tl.where(number > 0, value, 1.0)
+    tl.store(metrics + metric, value)
+    if metric == _POLICY:
+        kl = _row_total(partials + _KL * columns, columns, COLUMNS) / batch
+        tl.store(loss, value + tl.full([], kl_weight, kl.dtype) * kl)
+
+
+@triton.jit
+def _scale_kernel(gradient, scale, size, BLOCK: tl.constexpr):
+    factor = tl.load(scale)
+    if factor == 1:
+        return
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(gradient + index, mask=index < size) * factor
+    tl.store(gradient + index, cast(values, gradient.dtype.element_ty), mask=index < size)
+
+
+def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss [], its metrics [8], and its gradient [B, C, H, W] in `inputs.gradient_dtype()` or, unasked for, [0]."""
+    dtype, device = inputs.dtype(), inputs.velocity.device
+    loss = torch.empty((), dtype=dtype, device=device)
+    metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
+    if with_gradient:
+        gradient = torch.empty(inputs.velocity.shape, dtype=inputs.gradient_dtype(), device=device)
+    else:
+        gradient = torch.empty(0, dtype=dtype, device=device)
+    with torch.cuda.device_of(inputs.velocity):
+        for call in kernel_calls(inputs, loss, metrics, gradient if with_gradient else None):
+            call.launch()
+    return loss, metrics, gradient
+
+
+def scale_gradient_(gradient: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of `policy_loss` times the tensor `scale` [], in place; no pass is made where that is 1."""
+    with torch.cuda.device_of(gradient):
+        scale_call(gradient, scale).launch()
+    return gradient
+
+
+def kernel_calls(inputs: reference.Inputs, loss: Tensor, metrics: Tensor, gradient: Tensor | None) -> list[KernelCall]:
+    """What computes `loss`, `metrics` and, unless it is None, `gradient`, in order."""
+    batch, _, height, width = inputs.velocity.shape
+    dtype, device = loss.dtype, loss.device
+    tiles, constants = tiling(inputs.velocity.shape, dtype)
+    partials = torch.empty((_ROWS, batch * tiles), dtype=dtype, device=device)
+    weights = None if inputs.weights is None else inputs.weights.contiguous()
+    mask = None if inputs.mask is None else inputs.mask.contiguous()
+    share = None if mask is None else torch.empty(batch, dtype=dtype, device=device)
+    views, flat = latents(
+        velocity=inputs.velocity,
+        sample=inputs.sample,
+        next_sample=inputs.next_sample,
+        reference_velocity=inputs.reference_velocity,
+        unconditional_velocity=inputs.unconditional_velocity,
+    )
+    rows: dict[str, Any] = {
+        name: row(getattr(inputs, name)) for name in ("advantage", "sample_drift", "velocity_scale", "std", "kl_std")
+    }
+    old_log_prob = inputs.old_log_prob.contiguous()
+    tensors = _Inputs(**views, **rows, old_log_prob=old_log_prob, weights=weights, mask=mask, share=share)
+    grid_height, grid_width = (height, width) if weights is None else weights.shape[1:]
+    arguments: dict[str, Any] = {
+        "inputs": tensors,
+        "partials": partials,
+        "shape": _Shape(height * width, width, grid_width, tiles),
+        "guidance_scale": inputs.guidance_scale,
+        "PATCH_H": height // grid_height,
+        "PATCH_W": width // grid_width,
+        "FLAT": flat,
+        **constants,
+    }
+    objective: dict[str, Any] = {
+        "gradient": gradient,
+        "batch": batch,
+        "kl_weight": inputs.kl_weight,
+        "ratio_low": 1 - inputs.clip_low,
+        "ratio_high": 1 + inputs.clip_high,
+    }
+    programs = (batch * tiles,)
+    calls = []
+    if mask is not None:
+        counting = {"mask": mask, "share": share, "size": height * width, "BLOCK": _MASK_BLOCK}
+        calls.append(KernelCall("mask", _share_kernel, (batch,), counting, OPTIONS | {"num_warps": _WIDE_WARPS}))
+    if inputs.granularity == "position":
+        calls.append(KernelCall("position", _position_kernel, programs, arguments | objective, OPTIONS))
+    else:
+        calls.append(KernelCall("image, sums", _image_sums_kernel, programs, arguments, OPTIONS))
+        calls.append(KernelCall("image", _image_kernel, programs, arguments | objective | {"SUMS": _SUMS}, OPTIONS))
+    adding: dict[str, Any] = {
+        "partials": partials,
+        "loss": loss,
+        "metrics": metrics,
+        "batch": batch,
+        "columns": batch * tiles,
+        "kl_weight": inputs.kl_weight,
+        "COLUMNS": _COLUMNS,
+    }
+    options = OPTIONS | {"num_warps": _COLUMNS_WARPS}
+    calls.append(KernelCall("metrics", _metrics_kernel, (len(METRICS),), adding, options))
+    return calls
+
+
+def scale_call(gradient: Tensor, scale: Tensor) -> KernelCall:
+    arguments = {"gradient": gradient, "scale": scale, "size": gradient.numel(), "BLOCK": _SCALE_BLOCK}
+    programs = (triton.cdiv(gradient.numel(), _SCALE_BLOCK),)
+    return KernelCall("scale", _scale_kernel, programs, arguments, OPTIONS | {"num_warps": _WIDE_WARPS})
+
+
+def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
+    """Every kernel on tensors without memory, to be compiled; one configuration serves all architectures."""
+    plain, last = torch.contiguous_format, torch.channels_last
+    calls: dict[str, KernelCall] = {}
+    for problem, inputs in {
+        "bf16, C 16": _without_memory(torch.bfloat16, 16, plain, "position"),
+        "bf16, C 16, channels last": _without_memory(torch.bfloat16, 16, last, "position"),
+        "fp32, C 32, guidance and mask": _without_memory(torch.float32, 32, plain, "position", everything=True),
+        "image, bf16, C 16": _without_memory(torch.bfloat16, 16, plain, "image"),
+    }.items():
+        loss, metrics, gradient = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape, dtype in (
+                ((), inputs.dtype()),
+                (len(METRICS), inputs.dtype()),
+                (inputs.velocity.shape, inputs.gradient_dtype()),
+            )
+        )
+        for call in kernel_calls(inputs, loss, metrics, gradient):
+            on_latents = call.kernel not in (_share_kernel, _metrics_kernel)
+            name = f"{call.name}, {problem.removeprefix('image, ')}" if on_latents else call.name
+            calls.setdefault(name, replace(call, name=name))
+        scaling = scale_call(gradient, loss)
+        calls.setdefault(scaling.name, scaling)
+    return list(calls.values())
+
+
+def _without_memory(
+    dtype: torch.dtype, channels: int, memory_format: torch.memory_format, granularity: str, everything: bool = False
+) -> reference.Inputs:
+    """Arguments of the loss at 512 px; with a KL, and with guidance and a mask too if it is to be `everything`."""
+    batch, height, width = 9, 64, 64
+
+    def latent() -> Tensor:
+        return torch.empty((batch, channels, height, width), dtype=dtype, device="meta", memory_format=memory_format)
+
+    positions, scalars = torch.empty((batch, height, width), device="meta"), torch.empty(batch, device="meta")
+    return reference.Inputs(
+        velocity=latent(),
+        sample=latent(),
+        next_sample=latent(),
+        old_log_prob=positions,
+        advantage=scalars,
+        sample_drift=scalars,
+        velocity_scale=scalars,
+        std=scalars,
+        kl_std=scalars,
+        weights=torch.empty((batch, height // 2, width // 2), device="meta"),
+        mask=positions.bool() if everything else None,
+        reference_velocity=latent(),
+        unconditional_velocity=latent() if everything else None,
+        clip_low=1e-4,
+        clip_high=1e-4,
+        granularity=granularity,
+        kl_weight=0.01,
+        guidance_scale=4.5 if everything else 1.0,
+    )
