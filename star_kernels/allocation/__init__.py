@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,6 +11,7 @@ from star_kernels import backends
 from star_kernels._checks import FLOATS, check_choice, check_number, check_tensor
 from star_kernels.allocation import cpu, reference
 
+KERNELS = ("cpu", "triton")
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
 
 
@@ -47,7 +48,7 @@ def allocation_map(
             clamp cut off much (c < 1), or fall below w_min where it filled up much (c > 1).
         mask: [B, h, w] bool, or 0 and 1 in an integer or floating dtype: the valid positions, None for all. Mass
             elsewhere is ignored, whatever it is, and the weight there is 0.
-        backend: "auto", "cpu", "reference" or "triton" (not written for this operator).
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         Weights [B, h, w] >= 0, fp32 (float64 for a float64 mass), whose mean over the valid positions of each sample
@@ -116,14 +117,13 @@ def _allocation_map(
     mask: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
-    chosen = backends.resolve_backend("allocation_map", backend, mass.device, ("cpu",))
+    chosen = backends.resolve_backend("allocation_map", backend, mass.device, KERNELS)
     if mask is not None and mask.dtype != torch.bool:
         _check_mask_values(mask)
         mask = mask != 0
-    if chosen == "reference":
+    if chosen != "cpu":
         _check_mass_values(mass, mask)
-    implementation = cpu.allocation_map if chosen == "cpu" else reference.allocation_map
-    return implementation(
+    return _implementation(chosen)(
         mass,
         (height, width),
         combine=combine,
@@ -133,6 +133,14 @@ def _allocation_map(
         clamp=None if clamp is None else (clamp[0], clamp[1]),
         mask=mask,
     )
+
+
+def _implementation(chosen: str) -> Callable[..., torch.Tensor]:
+    if chosen == "triton":
+        from star_kernels.allocation import triton_kernels
+
+        return triton_kernels.allocation_map
+    return cpu.allocation_map if chosen == "cpu" else reference.allocation_map
 
 
 @_allocation_map.register_fake

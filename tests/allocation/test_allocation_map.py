@@ -327,7 +327,6 @@ BAD_CALLS: list[tuple[str, dict[str, Any], type[Exception]]] = [
     ("mask", {"mask": torch.ones(2, 2, 3, device="meta")}, ValueError),
     ("backend", {"backend": None}, TypeError),
     ("backend", {"backend": "gpu"}, ValueError),
-    ("backend", {"backend": "triton"}, RuntimeError),
 ]
 
 
