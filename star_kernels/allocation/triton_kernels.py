@@ -24,6 +24,7 @@ from .._kernel_calls import KernelCall
 _ENTRIES, _POSITIONS, _FEWEST_POSITIONS = 8192, 2048, 16
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
+
 @triton.jit
 def _load_valid(mask, positions, inside):
     valid = inside
