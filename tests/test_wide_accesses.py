@@ -1,0 +1,44 @@
+"""Latents go through memory once, 16 bytes at a time, in what the compiler makes of the kernels that read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_ahead_of_time import python
+
+pytest.importorskip("triton")
+
+COUNT = """
+import json, re
+from star_kernels.policy_loss import triton_kernels as policy_loss
+from star_kernels.transition import triton_kernels as transition
+counts = {}
+for module in (policy_loss, transition):
+    for call in module.ahead_of_time_calls("sm_90"):
+        if re.match("position|step|log-prob", call.name):
+            code = call.compile("sm_90").asm["ptx"]
+            counts[call.name] = [len(re.findall(rf"{way}\\.global[.\\w]*\\.v4\\.b32", code)) for way in ("ld", "st")]
+print(json.dumps(counts))
+"""
+# Tensors read and written by each call, and bytes of an entry.
+TRAFFIC = {
+    "position, bf16, C 16": (4, 1, 2),
+    "position, bf16, C 16, channels last": (4, 1, 2),
+    "position, fp32, C 32, guidance and mask": (5, 1, 4),
+    "step, bf16, C 16, guidance": (4, 1, 2),
+    "step, bf16, C 16, guidance, channels last": (4, 1, 2),
+    "log-prob, fp32, C 32, guidance": (4, 0, 4),
+}
+
+
+def test_every_latent_is_read_and_written_once_in_accesses_of_16_bytes(tmp_path: Path) -> None:
+    run = python("-c", COUNT, cache=tmp_path)
+    assert run.returncode == 0, run.stderr
+    entries, lanes = 1024, 32
+    assert json.loads(run.stdout) == {
+        name: [tensors * entries * size // (lanes * 16) for tensors in (read, written)]
+        for name, (read, written, size) in TRAFFIC.items()
+    }
