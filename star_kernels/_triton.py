@@ -25,3 +25,22 @@ def dot(left, right, accumulator):
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     return tl.dot(left, right, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def _halves(matrix):
+    """The left and the right half of the columns of `matrix`."""
+    rows: tl.constexpr = matrix.shape[0]
+    columns: tl.constexpr = matrix.shape[1]
+    return tl.split(tl.permute(tl.reshape(matrix, [rows, 2, columns // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def dot_rows(left, right, accumulator):
+    """accumulator + left @ right^T in float32, for float32 in pieces that leave registers for something else."""
+    if left.dtype == tl.float32 and left.shape[1] > 32:
+        left0, left1 = _halves(left)
+        right0, right1 = _halves(right)
+        return dot_rows(left1, right1, dot_rows(left0, right0, accumulator))
+    else:
+        return dot(left, tl.trans(right), accumulator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 
 import pytest
 import torch
@@ -464,6 +465,40 @@ def test_other_dtypes_give_a_float32_mass(untrained, dtype):
     torch.testing.assert_close(output, plain, rtol=tolerance, atol=tolerance)
     _, masses = materialised_masses(transformer.double(), unit_weights().double(), **inputs(dtype=torch.float64))
     torch.testing.assert_close(recorder.mass.double(), torch.stack(masses).mean(0), rtol=5 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "reference",
+        "cpu",
+        pytest.param(
+            "triton",
+            marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
+def test_every_backend_records_the_same_and_is_as_precise_as_diffusers(untrained, backend, direction):
+    half = copy.deepcopy(untrained).bfloat16()
+    precise = copy.deepcopy(half).double()
+    arguments = inputs(dtype=torch.bfloat16)
+    wide = {name: value.double() for name, value in arguments.items()}
+    with torch.no_grad():
+        expected, masses = materialised_masses(precise, unit_weights().double(), direction, **wide)
+        plain = half(**arguments).sample
+        with record_attention(half, unit_weights(), direction=direction, backend=backend) as low:
+            output = half(**arguments).sample
+        with record_attention(untrained, unit_weights(), direction=direction, backend=backend) as single:
+            single_output = untrained(**inputs()).sample
+        single_expected, single_masses = materialised_masses(untrained, unit_weights(), direction, **inputs())
+    error = (output.double() - expected).square().mean().sqrt()
+    # Most of either error is the rounding of the model's other layers, which any changed bit of attention reshuffles.
+    assert error <= 1.2 * (plain.double() - expected).square().mean().sqrt()
+    mean = torch.stack(masses).mean(0)
+    assert (low.mass.double() - mean).abs().max() < 2e-2 * mean.max()
+    torch.testing.assert_close(single_output, single_expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(single.mass, torch.stack(single_masses).mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_computes_in_the_dtypes_that_it_does_without_recording(untrained):

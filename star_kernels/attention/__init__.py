@@ -14,6 +14,7 @@ from star_kernels.attention import cpu, reference
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 KERNELS: tuple[str, ...] = ("cpu", "triton")
+_MAX_HEAD_DIM_TRITON = 128
 
 
 def joint_attention(
@@ -170,7 +171,7 @@ def _joint_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, this layer's mass (empty without unit weights) and log-sum-exp."""
-    chosen = backends.resolve_backend("joint_attention", backend, query.device, KERNELS)
+    chosen = _resolve_backend(backend, query)
     if unit_weights is not None and unit_weights.device.type == "cpu":
         _check_unit_weights(unit_weights)
     # float64 is for checks of derivatives, and precise rather than fast: the reference computes it for every backend.
@@ -209,6 +210,13 @@ def _joint_attention(
                 scale=scale,
             )
     return out, query.new_empty(0) if mass is None else mass, log_sum_exp
+
+
+def _resolve_backend(backend: str, query: Tensor) -> str:
+    if query.shape[3] <= _MAX_HEAD_DIM_TRITON:
+        return backends.resolve_backend("joint_attention", backend, query.device, KERNELS)
+    name = f"joint_attention with head dimension {query.shape[3]}"
+    return backends.resolve_backend(name, backend, query.device, tuple(k for k in KERNELS if k != "triton"))
 
 
 def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -10,11 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from star_kernels._kernel_calls import KernelCall
-from star_kernels._triton import cast, dot
+from star_kernels._triton import cast, dot, dot_rows
 from star_kernels.attention import reference
 
-MAX_HEAD_DIM = 256
-MAX_FUSED_UNITS = 32
+MAX_FUSED_UNITS = 16
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -27,12 +27,20 @@ class Configuration:
         block_m: queries per program.
         block_n: keys per iteration.
         num_warps, num_stages: Triton's options of these names.
+        max_registers: per thread, on NVIDIA, so that as many programs fit on an SM with capture as without.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's compile options."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 # By architecture, then by bytes per element and head dimension (rounded up to a power of two).
@@ -40,42 +48,34 @@ CONFIGURATIONS: dict[str, dict[tuple[int, int], Configuration]] = {
     "sm_80": {
         (2, 32): Configuration(128, 64, 8, 3),
         (2, 64): Configuration(128, 64, 8, 3),
-        (2, 128): Configuration(128, 64, 8, 2),
-        (2, 256): Configuration(64, 32, 8, 2),
-        (4, 32): Configuration(64, 32, 4, 2),
-        (4, 64): Configuration(64, 32, 4, 2),
-        (4, 128): Configuration(32, 32, 4, 2),
-        (4, 256): Configuration(16, 32, 4, 1),
+        (2, 128): Configuration(128, 32, 8, 3),
+        (4, 32): Configuration(64, 32, 8, 2),
+        (4, 64): Configuration(32, 16, 4, 2),
+        (4, 128): Configuration(16, 16, 8, 1),
     },
     "sm_90": {
-        (2, 32): Configuration(128, 64, 8, 3),
-        (2, 64): Configuration(128, 64, 8, 3),
+        (2, 32): Configuration(128, 64, 8, 3, 128),
+        (2, 64): Configuration(128, 64, 8, 3, 128),
         (2, 128): Configuration(128, 64, 8, 3),
-        (2, 256): Configuration(128, 64, 8, 2),
-        (4, 32): Configuration(64, 32, 4, 2),
-        (4, 64): Configuration(64, 32, 4, 2),
-        (4, 128): Configuration(32, 32, 4, 2),
-        (4, 256): Configuration(16, 32, 4, 1),
+        (4, 32): Configuration(64, 32, 8, 2),
+        (4, 64): Configuration(32, 16, 4, 2),
+        (4, 128): Configuration(16, 16, 8, 1),
     },
     "sm_100": {
-        (2, 32): Configuration(128, 64, 8, 3),
-        (2, 64): Configuration(128, 64, 8, 3),
+        (2, 32): Configuration(128, 64, 8, 3, 128),
+        (2, 64): Configuration(128, 64, 8, 3, 128),
         (2, 128): Configuration(128, 64, 8, 3),
-        (2, 256): Configuration(128, 64, 8, 2),
-        (4, 32): Configuration(64, 32, 4, 2),
-        (4, 64): Configuration(64, 32, 4, 2),
-        (4, 128): Configuration(32, 32, 4, 2),
-        (4, 256): Configuration(16, 32, 4, 1),
+        (4, 32): Configuration(64, 32, 8, 2),
+        (4, 64): Configuration(32, 16, 4, 2),
+        (4, 128): Configuration(16, 16, 8, 1),
     },
     "gfx942": {
-        (2, 32): Configuration(128, 64, 4, 1),
-        (2, 64): Configuration(128, 64, 4, 1),
-        (2, 128): Configuration(128, 64, 4, 1),
-        (2, 256): Configuration(64, 32, 4, 1),
+        (2, 32): Configuration(128, 32, 4, 1),
+        (2, 64): Configuration(128, 32, 4, 1),
+        (2, 128): Configuration(64, 32, 4, 1),
         (4, 32): Configuration(64, 32, 4, 1),
         (4, 64): Configuration(64, 32, 4, 1),
         (4, 128): Configuration(32, 32, 4, 1),
-        (4, 256): Configuration(16, 32, 4, 1),
     },
 }
 
@@ -104,9 +104,15 @@ def _attend_tile(
     row_max,  # [BLOCK_M], of logits · scale · log2 e
     row_sum,  # [BLOCK_M]
     query,  # [BLOCK_M, BLOCK_D]
-    key_pointers,  # [BLOCK_N, BLOCK_D]
-    value_pointers,  # [BLOCK_N, BLOCK_D]
-    unit_pointers,  # [BLOCK_N, BLOCK_K] with CAPTURE
+    key_ptr,
+    value_ptr,
+    unit_ptr,
+    key_stride_n,
+    key_stride_d,
+    value_stride_n,
+    value_stride_d,
+    unit_stride_n,
+    unit_stride_k,
     keys_left,
     num_units,
     scale,
@@ -114,41 +120,45 @@ def _attend_tile(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNIT_ALIGNMENT: tl.constexpr,
     MASKED: tl.constexpr,
     CAPTURE: tl.constexpr,
 ):
-    """One step of the online softmax over a tile of keys."""
+    """One step of the online softmax: the BLOCK_N keys that the pointers show, or with MASKED those of them left."""
     tokens = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
+    key_pointers = key_ptr + (tokens[:, None] * key_stride_n + dims[None, :] * key_stride_d)
+    value_pointers = value_ptr + (tokens[:, None] * value_stride_n + dims[None, :] * value_stride_d)
     valid = tokens < keys_left
+    tile_mask = (dims < HEAD_DIM)[None, :]
     if MASKED:
-        key_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
-        key = tl.load(key_pointers, mask=key_mask, other=0.0)
-        value = tl.load(value_pointers, mask=key_mask, other=0.0)
-    elif HEAD_DIM < BLOCK_D:
-        key = tl.load(key_pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-        value = tl.load(value_pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-    else:
-        key = tl.load(key_pointers)
-        value = tl.load(value_pointers)
-
-    logits = dot(query, tl.trans(key), None)  # [BLOCK_M, BLOCK_N]
+        tile_mask = tile_mask & valid[:, None]
+    # Without a mask where none is needed: a copy that asks nothing goes to shared memory past the registers.
+    whole: tl.constexpr = not MASKED and HEAD_DIM == BLOCK_D
+    key = tl.load(key_pointers) if whole else tl.load(key_pointers, mask=tile_mask, other=0.0)
+    logits = dot_rows(query, key, tl.zeros([query.shape[0], BLOCK_N], dtype=tl.float32))
+    value = tl.load(value_pointers) if whole else tl.load(value_pointers, mask=tile_mask, other=0.0)
     if MASKED:
         logits = tl.where(valid[None, :], logits, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(logits, 1) * scale)
     exponentials = tl.exp2(tl.fma(logits, scale, -new_max[:, None]))
     correction = tl.exp2(row_max - new_max)
     row_sum = row_sum * correction + tl.sum(exponentials, 1)
-    probabilities = cast(exponentials, value.dtype)
-    accumulator = dot(probabilities, value, accumulator * correction[:, None])
     if CAPTURE:
+        # Before the values: where the weights are converted, this product is waited for at once, as they have no second
+        # buffer then.
         units = tl.arange(0, BLOCK_K)
-        unit_mask = (units < num_units)[None, :]
+        unit_mask = (units // UNIT_ALIGNMENT < num_units // UNIT_ALIGNMENT)[None, :]
         if MASKED:
             unit_mask = unit_mask & valid[:, None]
-        weights = tl.load(unit_pointers, mask=unit_mask, other=0.0).to(tl.float32)
+        unit_rows = tl.multiple_of(tokens * unit_stride_n, UNIT_ALIGNMENT)
+        unit_pointers = unit_ptr + (unit_rows[:, None] + units[None, :] * unit_stride_k)
+        weights = tl.load(unit_pointers, mask=unit_mask, other=0.0)
         mass_dtype: tl.constexpr = tl.float32 if value.dtype == tl.float32 else tl.bfloat16
-        mass = dot(cast(exponentials, mass_dtype), cast(weights, mass_dtype), mass * correction[:, None])
+        if weights.dtype != mass_dtype:
+            weights = cast(weights.to(tl.float32), mass_dtype)
+        mass = dot(cast(exponentials, mass_dtype), weights, mass * correction[:, None])
+    accumulator = dot(cast(exponentials, value.dtype), value, accumulator * correction[:, None])
     return accumulator, mass, new_max, row_sum
 
 
@@ -159,23 +169,27 @@ def _attend_keys(
     row_max,
     row_sum,
     query,
-    key_pointers,
-    value_pointers,
-    unit_pointers,
+    key_ptr,
+    value_ptr,
+    unit_ptr,
+    key_stride_n,
+    key_stride_d,
+    value_stride_n,
+    value_stride_d,
+    unit_stride_n,
+    unit_stride_k,
     num_keys,
-    key_stride,
-    value_stride,
-    unit_stride,
     num_units,
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNIT_ALIGNMENT: tl.constexpr,
     TAIL: tl.constexpr,
     CAPTURE: tl.constexpr,
 ):
-    """The online softmax over `num_keys` keys; TAIL says whether that is no multiple of BLOCK_N."""
+    """The online softmax over `num_keys` keys: BLOCK_N at a time, then the rest in one tile of TAIL."""
     num_full = num_keys // BLOCK_N * BLOCK_N
     for start in tl.range(0, num_full, BLOCK_N):
         first = tl.cast(start, tl.int64)
@@ -185,9 +199,15 @@ def _attend_keys(
             row_max,
             row_sum,
             query,
-            key_pointers + first * key_stride,
-            value_pointers + first * value_stride,
-            unit_pointers + first * unit_stride if CAPTURE else unit_pointers,
+            key_ptr + first * key_stride_n,
+            value_ptr + first * value_stride_n,
+            unit_ptr + first * unit_stride_n if CAPTURE else unit_ptr,
+            key_stride_n,
+            key_stride_d,
+            value_stride_n,
+            value_stride_d,
+            unit_stride_n,
+            unit_stride_k,
             num_keys,
             num_units,
             scale,
@@ -195,10 +215,13 @@ def _attend_keys(
             BLOCK_D,
             BLOCK_N,
             BLOCK_K,
+            UNIT_ALIGNMENT,
             MASKED=False,
             CAPTURE=CAPTURE,
         )
-    if TAIL:
+    if TAIL > 0 and num_full < num_keys:
+        # Always so where there is a TAIL. The branch is there for ptxas: without one, it lets no matrix products of the
+        # loop overlap, since what follows writes the accumulators too.
         first = tl.cast(num_full, tl.int64)
         accumulator, mass, row_max, row_sum = _attend_tile(
             accumulator,
@@ -206,16 +229,23 @@ def _attend_keys(
             row_max,
             row_sum,
             query,
-            key_pointers + first * key_stride,
-            value_pointers + first * value_stride,
-            unit_pointers + first * unit_stride if CAPTURE else unit_pointers,
+            key_ptr + first * key_stride_n,
+            value_ptr + first * value_stride_n,
+            unit_ptr + first * unit_stride_n if CAPTURE else unit_ptr,
+            key_stride_n,
+            key_stride_d,
+            value_stride_n,
+            value_stride_d,
+            unit_stride_n,
+            unit_stride_k,
             num_keys - num_full,
             num_units,
             scale,
             HEAD_DIM,
             BLOCK_D,
-            BLOCK_N,
+            TAIL,
             BLOCK_K,
+            UNIT_ALIGNMENT,
             MASKED=True,
             CAPTURE=CAPTURE,
         )
@@ -267,6 +297,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNIT_ALIGNMENT: tl.constexpr,
     IMAGE_TAIL: tl.constexpr,
     TEXT_TAIL: tl.constexpr,
 ):
@@ -274,64 +305,58 @@ def forward_kernel(
     query_blocks = tl.cdiv(num_queries, BLOCK_M)
     program = tl.program_id(0)
     first_query = program % query_blocks * BLOCK_M
-    head = (program // query_blocks % heads).to(tl.int64)
-    batch = (program // query_blocks // heads).to(tl.int64)
+    head = program // query_blocks % heads
+    batch = program // query_blocks // heads
+    head64 = head.to(tl.int64)
+    batch64 = batch.to(tl.int64)
 
     queries = first_query + tl.arange(0, BLOCK_M)
-    tokens = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     query_mask = (queries < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
-    query_base = query_ptr + batch * query_stride_b + head * query_stride_h
     query = tl.load(
-        query_base + queries.to(tl.int64)[:, None] * query_stride_n + dims[None, :] * query_stride_d,
+        query_ptr
+        + (batch64 * query_stride_b + head64 * query_stride_h)
+        + (queries.to(tl.int64)[:, None] * query_stride_n + dims[None, :] * query_stride_d),
         mask=query_mask,
         other=0.0,
     )
-    key_pointers = (
-        key_ptr
-        + batch * key_stride_b
-        + head * key_stride_h
-        + tokens[:, None] * key_stride_n
-        + dims[None, :] * key_stride_d
-    )
-    value_pointers = (
-        value_ptr
-        + batch * value_stride_b
-        + head * value_stride_h
-        + tokens[:, None] * value_stride_n
-        + dims[None, :] * value_stride_d
-    )
+    key_ptr += batch64 * key_stride_b + head64 * key_stride_h
+    value_ptr += batch64 * value_stride_b + head64 * value_stride_h
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
-    image_start = tl.cast(first_image_key, tl.int64)
+    first_image = tl.cast(first_image_key, tl.int64)
     accumulator, _, row_max, row_sum = _attend_keys(
         accumulator,
         row_sum,
         row_max,
         row_sum,
         query,
-        key_pointers + image_start * key_stride_n,
-        value_pointers + image_start * value_stride_n,
+        key_ptr + first_image * key_stride_n,
+        value_ptr + first_image * value_stride_n,
         unit_ptr,
-        num_image_keys,
         key_stride_n,
+        key_stride_d,
         value_stride_n,
+        value_stride_d,
         unit_stride_n,
+        unit_stride_k,
+        num_image_keys,
         num_units,
         scale,
         HEAD_DIM,
         BLOCK_D,
         BLOCK_N,
         BLOCK_K,
+        UNIT_ALIGNMENT,
         TAIL=IMAGE_TAIL,
         CAPTURE=False,
     )
 
-    text_start = tl.cast(first_text_key, tl.int64)
-    key_pointers += text_start * key_stride_n
-    value_pointers += text_start * value_stride_n
+    first_text = tl.cast(first_text_key, tl.int64)
+    key_ptr += first_text * key_stride_n
+    value_ptr += first_text * value_stride_n
     captured = (
         (batch >= first_row)
         & (batch < end_row)
@@ -339,74 +364,80 @@ def forward_kernel(
         & (first_query + BLOCK_M > first_image_query)
     )
     if BLOCK_K > 0 and captured:
-        units = tl.arange(0, BLOCK_K)
-        row = batch - first_row
-        unit_pointers = (
-            unit_ptr + row * unit_stride_b + tokens[:, None] * unit_stride_n + units[None, :] * unit_stride_k
-        )
+        row = batch64 - first_row
         accumulator, mass, row_max, row_sum = _attend_keys(
             accumulator,
             tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32),
             row_max,
             row_sum,
             query,
-            key_pointers,
-            value_pointers,
-            unit_pointers,
-            num_text_keys,
+            key_ptr,
+            value_ptr,
+            unit_ptr + tl.multiple_of(row * unit_stride_b, UNIT_ALIGNMENT),
             key_stride_n,
+            key_stride_d,
             value_stride_n,
+            value_stride_d,
             unit_stride_n,
+            unit_stride_k,
+            num_text_keys,
             num_units,
             scale,
             HEAD_DIM,
             BLOCK_D,
             BLOCK_N,
             BLOCK_K,
+            UNIT_ALIGNMENT,
             TAIL=TEXT_TAIL,
             CAPTURE=True,
         )
-        image_rows = queries - first_image_query
+        image_rows = first_query - first_image_query + tl.arange(0, BLOCK_M)
+        units = tl.arange(0, BLOCK_K)
         valid = (image_rows >= 0) & (image_rows < num_image_queries)
-        slot = head_mass_ptr + (row * heads + head) * num_image_queries * num_units
+        slot = head_mass_ptr + (row * heads + head64) * num_image_queries * num_units
         tl.store(
-            slot + image_rows.to(tl.int64)[:, None] * num_units + units[None, :],
+            slot + (image_rows.to(tl.int64)[:, None] * num_units + units[None, :]),
             mass / row_sum[:, None],
             mask=valid[:, None] & (units < num_units)[None, :],
         )
-    else:
+    elif num_text_keys > 0:
+        # A branch for ptxas too: one loop right behind the other is to it as bad.
         accumulator, _, row_max, row_sum = _attend_keys(
             accumulator,
             row_sum,
             row_max,
             row_sum,
             query,
-            key_pointers,
-            value_pointers,
+            key_ptr,
+            value_ptr,
             unit_ptr,
-            num_text_keys,
             key_stride_n,
+            key_stride_d,
             value_stride_n,
+            value_stride_d,
             unit_stride_n,
+            unit_stride_k,
+            num_text_keys,
             num_units,
             scale,
             HEAD_DIM,
             BLOCK_D,
             BLOCK_N,
             BLOCK_K,
+            UNIT_ALIGNMENT,
             TAIL=TEXT_TAIL,
             CAPTURE=False,
         )
 
-    out = accumulator / row_sum[:, None]
-    out_base = out_ptr + batch * out_stride_b + head * out_stride_h
     tl.store(
-        out_base + queries.to(tl.int64)[:, None] * out_stride_n + dims[None, :] * out_stride_d,
-        cast(out, out_ptr.dtype.element_ty),
+        out_ptr
+        + (batch64 * out_stride_b + head64 * out_stride_h)
+        + (queries.to(tl.int64)[:, None] * out_stride_n + dims[None, :] * out_stride_d),
+        cast(accumulator / row_sum[:, None], out_ptr.dtype.element_ty),
         mask=query_mask,
     )
     tl.store(
-        log_sum_exp_ptr + (batch * heads + head) * num_queries + queries,
+        log_sum_exp_ptr + (batch64 * heads + head64) * num_queries + queries,
         (row_max + tl.log2(row_sum)) * _LN_2,
         mask=queries < num_queries,
     )
@@ -453,7 +484,7 @@ def _unit_mass_tile(
         text_mask = text_mask & valid[:, None]
         unit_mask = unit_mask & valid[:, None]
     text = tl.load(text_pointers, mask=text_mask, other=0.0)
-    logits = dot(image, tl.trans(text), None)  # [BLOCK_M, BLOCK_N]
+    logits = dot_rows(image, text, tl.zeros([image.shape[0], BLOCK_N], dtype=tl.float32))
     if NORMALISE_ROWS:
         normaliser = row_normaliser[:, None]
     else:
@@ -584,6 +615,22 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def _tail(num_keys: int, block_n: int) -> int:
+    """The size of the tile that holds the keys left over after whole tiles, 0 where none is."""
+    left = num_keys % block_n
+    return max(16, triton.next_power_of_2(left)) if left else 0
+
+
+def _unit_alignment(unit_weights: Tensor | None) -> int:
+    """How many weights of a token may be loaded at once: 16 bytes, or one."""
+    if unit_weights is None:
+        return 1
+    together = 16 // unit_weights.itemsize
+    sizes = (unit_weights.shape[2], unit_weights.stride(0), unit_weights.stride(1))
+    aligned = unit_weights.stride(2) == 1 and all(size % together == 0 for size in sizes)
+    return together if aligned else 1
+
+
 def configuration_for(architecture: str, dtype: torch.dtype, head_dim: int) -> Configuration:
     """The table's entry for tensors of `dtype` and `head_dim`."""
     return CONFIGURATIONS[architecture][dtype.itemsize, max(32, padded_head_dim(head_dim))]
@@ -656,8 +703,9 @@ def forward_call(
         "BLOCK_M": configuration.block_m,
         "BLOCK_N": configuration.block_n,
         "BLOCK_K": 0 if num_units == 0 else max(16, triton.next_power_of_2(num_units)),
-        "IMAGE_TAIL": num_image_keys % configuration.block_n > 0,
-        "TEXT_TAIL": num_text_keys % configuration.block_n > 0,
+        "UNIT_ALIGNMENT": _unit_alignment(unit_weights),
+        "IMAGE_TAIL": _tail(num_image_keys, configuration.block_n),
+        "TEXT_TAIL": _tail(num_text_keys, configuration.block_n),
     }
     dtype = str(query.dtype).removeprefix("torch.")
     return KernelCall(
@@ -665,7 +713,7 @@ def forward_call(
         forward_kernel,
         (triton.cdiv(num_queries, configuration.block_m) * heads * batch,),
         arguments | constants,
-        {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages, "enable_fp_fusion": True},
+        configuration.options,
     )
 
 
