@@ -36,9 +36,9 @@ TOY: dict[str, Any] = SD35_MEDIUM | {
     "sample_size": 8,
     "num_layers": 2,
     "attention_head_dim": 32,
-    "num_attention_heads": 2,
+    "num_attention_heads": 1,
     "joint_attention_dim": 16,
-    "caption_projection_dim": 64,
+    "caption_projection_dim": 32,
     "pooled_projection_dim": 16,
     "pos_embed_max_size": 8,
     "dual_attention_layers": (0,),
@@ -58,7 +58,7 @@ class Size:
 
 
 SIZES = (Size(512, 205, 8, 8), Size(1024, 333, 8, 2))
-TOY_SIZES = (Size(64, 9, 2, 2),)
+TOY_SIZES = (Size(64, 9, 1, 2),)
 
 
 @dataclass(frozen=True)
