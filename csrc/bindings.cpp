@@ -80,11 +80,25 @@ TORCH_LIBRARY(star_kernels_cpu, m) {
   m.def(
       "joint_attention(Tensor query, Tensor key, Tensor value, Tensor? unit_weights, int num_image_tokens, bool text_first, "
       "float scale, int first_row, int end_row, bool text_to_image) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "transition_step(Tensor velocity, Tensor sample, Tensor? noise, Tensor? unconditional_velocity, Tensor sample_drift, "
+      "Tensor velocity_scale, Tensor std, float guidance_scale) -> (Tensor, Tensor)");
+  m.def(
+      "transition_log_prob(Tensor velocity, Tensor sample, Tensor next_sample, Tensor? unconditional_velocity, "
+      "Tensor sample_drift, Tensor velocity_scale, Tensor std, float guidance_scale) -> Tensor");
+  m.def(
+      "policy_loss(Tensor velocity, Tensor sample, Tensor next_sample, Tensor old_log_prob, Tensor advantage, "
+      "Tensor sample_drift, Tensor velocity_scale, Tensor std, Tensor kl_std, Tensor? weights, Tensor? mask, "
+      "Tensor? reference_velocity, Tensor? unconditional_velocity, float clip_low, float clip_high, bool per_image, "
+      "float kl_weight, float guidance_scale, bool with_gradient) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(star_kernels_cpu, CPU, m) {
   m.impl("allocation_map", allocation_map);
   m.impl("joint_attention", star_kernels::joint_attention);
+  m.impl("transition_step", star_kernels::transition_step);
+  m.impl("transition_log_prob", star_kernels::transition_log_prob);
+  m.impl("policy_loss", star_kernels::policy_loss);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

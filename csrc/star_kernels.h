@@ -24,6 +24,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> joint_attention(const at::Tensor&
                                                                int64_t num_image_tokens, bool text_first, double scale,
                                                                int64_t first_row, int64_t end_row, bool text_to_image);
 
+// One step of a sampler, docs/method.md, section 2: the next sample in the sample's dtype, and its log-prob [B, H, W] or,
+// without noise, an empty tensor. See transition.cpp.
+std::tuple<at::Tensor, at::Tensor> transition_step(const at::Tensor& velocity, const at::Tensor& sample,
+                                                   const std::optional<at::Tensor>& noise,
+                                                   const std::optional<at::Tensor>& unconditional_velocity,
+                                                   const at::Tensor& sample_drift, const at::Tensor& velocity_scale,
+                                                   const at::Tensor& std, double guidance_scale);
+
+// The log-prob [B, H, W] of a given next sample.
+at::Tensor transition_log_prob(const at::Tensor& velocity, const at::Tensor& sample, const at::Tensor& next_sample,
+                               const std::optional<at::Tensor>& unconditional_velocity, const at::Tensor& sample_drift,
+                               const at::Tensor& velocity_scale, const at::Tensor& std, double guidance_scale);
+
+// The objective of docs/method.md, section 5: loss [], metrics [8] and, if asked for, the gradient with respect to the
+// velocity, contiguous, in its dtype (float32 for float16), else an empty tensor. See policy_loss.cpp.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
+    const at::Tensor& velocity, const at::Tensor& sample, const at::Tensor& next_sample, const at::Tensor& old_log_prob,
+    const at::Tensor& advantage, const at::Tensor& sample_drift, const at::Tensor& velocity_scale, const at::Tensor& std,
+    const at::Tensor& kl_std, const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& reference_velocity, const std::optional<at::Tensor>& unconditional_velocity,
+    double clip_low, double clip_high, bool per_image, double kl_weight, double guidance_scale, bool with_gradient);
+
 struct CpuCapability {
   bool avx2 = false;         // with fused multiply-add and conversion from and to fp16
   bool avx512 = false;       // F, BW, DQ and VL

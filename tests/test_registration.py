@@ -63,7 +63,9 @@ def test_the_library_works_where_the_extension_is_missing():
     assert "allocation_map runs on its reference implementation" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["allocation_map", "joint_attention"])
+@pytest.mark.parametrize(
+    "name", ["allocation_map", "joint_attention", "policy_loss", "transition_log_prob", "transition_step"]
+)
 def test_the_extension_registers_its_operators_for_tensors_on_the_cpu(extension, name):
     assert name in dir(torch.ops.star_kernels_cpu) or hasattr(torch.ops.star_kernels_cpu, name)
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"star_kernels_cpu::{name}", "CPU")

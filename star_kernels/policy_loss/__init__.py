@@ -11,13 +11,13 @@ from torch import Tensor
 from .. import backends
 from .._checks import FLOATS, check_choice, check_number, check_tensor
 from .._gaussian import TransitionCoefficients, check_coefficients, check_guidance
-from . import reference
+from . import cpu, reference
 
 __all__ = ["PolicyLoss", "policy_loss"]
 
 GRANULARITIES = ("position", "image")
 KL_SCALES = ("variance", "std_dev")
-KERNELS = ("triton",)
+KERNELS = ("triton", "cpu")
 
 
 class PolicyLoss(NamedTuple):
@@ -82,7 +82,8 @@ def policy_loss(
             ``std_dev`` by 2·q², as Flow-GRPO's code does, for coefficients with a noise rate.
         unconditional_velocity: v_u for guidance, same shape as `velocity`, or None.
         guidance_scale: g ≥ 0 in v = v_u + g·(v_c − v_u); must be 1 without `unconditional_velocity`.
-        backend: ``auto``, ``triton`` or ``reference``.
+        backend: ``auto``, ``triton``, ``cpu`` (the C++ kernel; a float64 latent runs on the reference) or
+            ``reference``.
 
     Returns:
         PolicyLoss: `loss`, a scalar in float32 (float64 when every floating input is float64), and `metrics`, scalars
@@ -199,8 +200,6 @@ def _policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics and, if asked for, the gradient with respect to the velocity (else an empty tensor)."""
     chosen = backends.resolve_backend("policy_loss", backend, velocity.device, KERNELS)
-    if weights is not None and weights.device.type == "cpu" and bool((weights < 0).any()):
-        raise ValueError(f"weights: expected numbers of at least 0, got {weights.min().item()}")
     inputs = reference.Inputs(
         velocity,
         sample,
@@ -221,6 +220,10 @@ def _policy_loss(
         kl_weight,
         guidance_scale,
     )
+    if chosen == "cpu" and cpu.supports(inputs):
+        return cpu.policy_loss(inputs, with_gradient)
+    if weights is not None and weights.device.type == "cpu" and bool((weights < 0).any()):
+        raise ValueError(f"weights: expected numbers of at least 0, got {weights.min().item()}")
     if chosen == "triton":
         from . import triton_kernels
 

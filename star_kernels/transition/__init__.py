@@ -16,7 +16,7 @@ from .._gaussian import (
     compute_dtype,
     per_sample,
 )
-from . import reference
+from . import cpu, reference
 from .coefficients import transition_coefficients
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-KERNELS = ("triton",)
+KERNELS = ("triton", "cpu")
 
 
 class TransitionStep(NamedTuple):
@@ -64,7 +64,8 @@ def transition_step(
         noise: ε ~ N(0, I), same shape as `sample`. May be None for coefficients without noise, which ignore it.
         unconditional_velocity: v_u for guidance, same shape, or None.
         guidance_scale: g ≥ 0 in v = v_u + g·(v − v_u); must be 1 without `unconditional_velocity`.
-        backend: ``auto``, ``triton`` or ``reference``.
+        backend: ``auto``, ``triton``, ``cpu`` (the C++ kernel; a float64 latent runs on the reference) or
+            ``reference``.
 
     Returns:
         TransitionStep: `next_sample` [B, C, H, W] in the sample's dtype, contiguous; `log_prob` [B, H, W] in float32
@@ -119,7 +120,8 @@ def transition_log_prob(
         coefficients: from `transition_coefficients`, with B rows or one row for all samples.
         unconditional_velocity: v_u for guidance, same shape, or None.
         guidance_scale: g ≥ 0 in v = v_u + g·(v − v_u); must be 1 without `unconditional_velocity`.
-        backend: ``auto``, ``triton`` or ``reference``.
+        backend: ``auto``, ``triton``, ``cpu`` (the C++ kernel; a float64 latent runs on the reference) or
+            ``reference``.
 
     Returns:
         [B, H, W] in nats, float32 (float64 when every floating input is float64).
@@ -154,13 +156,15 @@ def _check_latents(velocity: Tensor, sample: Tensor) -> int:
     return velocity.shape[0]
 
 
-def _implementation(operator: str, backend: str, device: torch.device) -> Any:
-    """The module that runs an operator."""
-    if backends.resolve_backend(operator, backend, device, KERNELS) == "triton":
+def _implementation(operator: str, backend: str, *latents: Tensor | None) -> Any:
+    """The module that runs an operator on these latents."""
+    device = next(latent.device for latent in latents if latent is not None)
+    chosen = backends.resolve_backend(operator, backend, device, KERNELS)
+    if chosen == "triton":
         from . import triton_kernels
 
         return triton_kernels
-    return reference
+    return cpu if chosen == "cpu" and cpu.supports(*latents) else reference
 
 
 @torch.library.custom_op("star_kernels::transition_step", mutates_args=())
@@ -176,7 +180,7 @@ def _transition_step(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Next sample, and its log-prob or, without noise, an empty tensor: an operator cannot return None."""
-    implementation = _implementation("transition_step", backend, velocity.device)
+    implementation = _implementation("transition_step", backend, velocity, sample, noise, unconditional_velocity)
     next_sample, log_prob = implementation.transition_step(
         velocity,
         sample,
@@ -237,7 +241,10 @@ def _transition_log_prob(
     guidance_scale: float,
     backend: str,
 ) -> Tensor:
-    return _implementation("transition_log_prob", backend, velocity.device).transition_log_prob(
+    implementation = _implementation(
+        "transition_log_prob", backend, velocity, sample, next_sample, unconditional_velocity
+    )
+    return implementation.transition_log_prob(
         velocity,
         sample,
         next_sample,

@@ -1,0 +1,103 @@
+// The loops over latents [B, C, H, W] that csrc/policy_loss.cpp and csrc/transition.cpp ask for: no PyTorch in here.
+//
+// Both operators look at the deviation x' - mu of a Gaussian transition, docs/method.md, section 2. They share its
+// arithmetic, operation by operation, because a ratio is exactly 1 on policy only if the rollout and the loss compute the
+// same bits. Positions are worked on in blocks that follow from one sample's shape alone, and sums are taken block by block:
+// neither the batch nor the number of threads changes a bit.
+#pragma once
+
+#include <cstdint>
+
+namespace star_kernels {
+
+enum class Format { float32, bfloat16, float16 };
+
+// [B, C, H, W], contiguous or channels_last; without data where an argument was not given.
+struct LatentView {
+  void* data = nullptr;
+  Format format = Format::float32;
+  bool channels_last = false;
+};
+
+// Positions of one task, and of the tile that is in cache while it is worked on.
+constexpr int64_t kBlock = 1024, kTile = 128;
+
+struct LatentShape {
+  int64_t batch, channels, height, width;
+
+  int64_t positions() const { return height * width; }
+  int64_t blocks() const { return (positions() + kBlock - 1) / kBlock; }
+};
+
+// The scalars of one sample's transition and of its log-prob.
+struct TransitionScalars {
+  float sample_drift, velocity_scale, std;       // a - 1, b, s
+  float log_prob_scale, log_prob_offset;         // -1/(2 s^2 C), -log s - log(2 pi)/2
+};
+
+TransitionScalars transition_scalars(double sample_drift, double velocity_scale, double std, int64_t channels);
+
+// What makes a deviation of latents: x' - mu, mu - x = (a - 1) x + b (v_u + g (v - v_u)).
+struct TransitionInputs {
+  LatentShape shape;
+  LatentView velocity, unconditional_velocity, sample, next_sample;
+  float guidance_scale;
+  const TransitionScalars* scalars;  // [B]
+  bool beyond_cache;                 // too large to be found in a cache: fetch ahead, and write past it
+};
+
+struct TransitionProblem {
+  TransitionInputs inputs;  // next_sample: the one that is given, or the one to write
+  LatentView noise;         // with it the next sample is drawn, and without any next sample given it is the mean
+  bool draws;               // whether the next sample is written
+  float* log_prob;          // [B, H, W], or null
+};
+
+// Sums over the positions of one block, or over more.
+struct PolicyLossSums {
+  double policy = 0, kl = 0, ratio = 0, squared_log_ratio = 0;
+  double log_ratio = 0, weight = 0;  // for the image's ratio
+  double ratio_min = 0, ratio_max = 0;
+  int64_t counted = 0, clipped = 0;
+  bool negative_weight = false;
+};
+
+// The scalars of one sample's loss. Gradient = pull * deviation_factor * (x' - mu) + drift_factor * (mu - mu_ref).
+struct PolicyLossScalars {
+  float advantage, kl_scale, deviation_factor, drift_factor;
+  float image_pull = 0;  // the pull of every position at image granularity, once the sums are known
+};
+
+enum class PolicyLossPass {
+  position,        // sums and gradient with a ratio per position
+  image_sums,      // the sums that the image's ratio is made of
+  image_gradient,  // the gradient, with image_pull at every counted position
+};
+
+struct PolicyLossProblem {
+  TransitionInputs inputs;
+  LatentView reference_velocity, gradient;
+  const PolicyLossScalars* scalars;  // [B]
+  const float* old_log_prob;         // [B, H, W]
+  const float* weights;              // [B, rows, columns], or null
+  int64_t weight_rows, weight_columns;
+  const bool* mask;                  // [B, H, W], or null
+  float ratio_low, ratio_high;
+  PolicyLossSums* sums;              // [B, blocks]
+};
+
+constexpr float kLogRatioLimit = 20.0f;
+
+// Work on blocks [begin, end), numbered (sample, block); any cut among threads gives the same bits. `scratch` is 64-byte
+// aligned, belongs to the caller's thread and holds `scratch_floats`.
+struct GaussianKernels {
+  int64_t (*scratch_floats)(const LatentShape&);
+  void (*transition)(const TransitionProblem&, int64_t begin, int64_t end, float* scratch);
+  void (*policy_loss)(const PolicyLossProblem&, PolicyLossPass pass, int64_t begin, int64_t end, float* scratch);
+};
+
+GaussianKernels gaussian_default();
+GaussianKernels gaussian_avx2();
+GaussianKernels gaussian_avx512();
+
+}  // namespace star_kernels

@@ -1,0 +1,208 @@
+// The spatially resolved clipped objective and its gradient on the CPU, docs/method.md, section 5.
+//
+// Floor in fp32: velocity, sample and next sample read once and the gradient written once, 16 bytes per latent element,
+// against some ten operations per element and sixty per position (one exponential): bound by memory, by the third-level cache
+// at [9, 16, 64, 64] (9.4 MB) and by DRAM at [64, 16, 64, 64] (67 MB). Old log-probs, weights and mask are 1/C of that.
+//
+// A tile of positions is read channel by channel, with the sums of a few vectors of positions in registers. Its deviations
+// x' - mu stay in the first levels of cache, where the gradient finds them once the position's ratio is known. Nothing of size
+// [B, C, H, W] exists beside arguments and gradient. Sums of a block of tiles are added up in the order of blocks and samples,
+// in double: bits depend neither on the threads nor, for a sample's gradient, on its batch. At image granularity the ratio
+// needs all positions of a sample first: one thread makes both passes over it, the second of them from the second-level cache.
+
+#include "gaussian.h"
+#include "star_kernels.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace star_kernels {
+namespace {
+
+// Adds `more` to `sums`; the extremes start from infinity.
+void add(PolicyLossSums& sums, const PolicyLossSums& more) {
+  sums.policy += more.policy;
+  sums.kl += more.kl;
+  sums.ratio += more.ratio;
+  sums.squared_log_ratio += more.squared_log_ratio;
+  sums.log_ratio += more.log_ratio;
+  sums.weight += more.weight;
+  sums.ratio_min = std::min(sums.ratio_min, more.ratio_min);
+  sums.ratio_max = std::max(sums.ratio_max, more.ratio_max);
+  sums.counted += more.counted;
+  sums.clipped += more.clipped;
+  sums.negative_weight |= more.negative_weight;
+}
+
+PolicyLossSums no_sums() {
+  PolicyLossSums sums;
+  sums.ratio_min = std::numeric_limits<double>::infinity();
+  sums.ratio_max = -sums.ratio_min;
+  return sums;
+}
+
+PolicyLossSums total(const PolicyLossSums* parts, int64_t count) {
+  return std::accumulate(parts, parts + count, no_sums(), [](PolicyLossSums sums, const PolicyLossSums& part) {
+    add(sums, part);
+    return sums;
+  });
+}
+
+// Turns the sums over a sample's positions into those of its image, whose ratio is that of the mean log-ratio, and returns the
+// pull of every position: mean weight times -A ratio where the unclipped branch is active.
+float judge_image(PolicyLossSums& sums, double advantage, double divisor, const PolicyLossProblem& problem) {
+  if (sums.counted == 0) return 0.0f;
+  const double limit = kLogRatioLimit, log_ratio = sums.log_ratio / divisor, weight = sums.weight / divisor;
+  const double clamped = std::clamp(log_ratio, -limit, limit), ratio = std::exp(clamped);
+  const double low = problem.ratio_low, high = problem.ratio_high;
+  const double unclipped = -advantage * ratio, clipped = -advantage * std::clamp(ratio, low, high);
+  sums.policy = weight * std::max(unclipped, clipped);
+  sums.ratio = sums.ratio_min = sums.ratio_max = ratio;
+  sums.squared_log_ratio = clamped * clamped;
+  sums.clipped = ratio < low || ratio > high;
+  sums.counted = 1;
+  const bool active = unclipped >= clipped && std::abs(log_ratio) <= limit;
+  return active ? static_cast<float>(weight * unclipped) : 0.0f;
+}
+
+void refuse_weights(const at::Tensor& weights) {
+  const float* data = weights.const_data_ptr<float>();
+  const float least = std::accumulate(data, data + weights.numel(), 0.0f, [](float a, float b) { return std::min(a, b); });
+  TORCH_CHECK_VALUE(false, "weights: expected numbers of at least 0, got ", least);
+}
+
+// Valid positions of each sample.
+std::vector<int64_t> valid_positions(const bool* mask, const LatentShape& shape) {
+  std::vector<int64_t> valid(shape.batch, shape.positions());
+  if (mask == nullptr) return valid;
+  for (int64_t& count : valid) {
+    count = std::count(mask, mask + shape.positions(), true);
+    mask += shape.positions();
+  }
+  return valid;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
+    const at::Tensor& velocity, const at::Tensor& sample, const at::Tensor& next_sample, const at::Tensor& old_log_prob,
+    const at::Tensor& advantage, const at::Tensor& sample_drift, const at::Tensor& velocity_scale, const at::Tensor& std,
+    const at::Tensor& kl_std, const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& reference_velocity, const std::optional<at::Tensor>& unconditional_velocity,
+    double clip_low, double clip_high, bool per_image, double kl_weight, double guidance_scale, bool with_gradient) {
+  const LatentShape shape = latent_shape(velocity);
+  check_latent("velocity", velocity, velocity);
+  check_latent("sample", sample, velocity);
+  check_latent("next_sample", next_sample, velocity);
+  check_latent("reference_velocity", reference_velocity, velocity);
+  check_latent("unconditional_velocity", unconditional_velocity, velocity);
+  const at::Tensor v = dense_latent(velocity), x = dense_latent(sample), next = dense_latent(next_sample),
+                   reference = dense_latent(reference_velocity), u = dense_latent(unconditional_velocity);
+  const at::Tensor old = dense_floats("old_log_prob", old_log_prob, {shape.batch, shape.height, shape.width});
+  at::Tensor grid, valid_mask;
+  if (weights.has_value()) {
+    TORCH_CHECK_VALUE(weights->dim() == 3 && weights->numel() > 0 && shape.height % weights->size(1) == 0 &&
+                          shape.width % weights->size(2) == 0,
+                      "weights: expected a grid [", shape.batch, ", h, w] that divides the latent's, got ", weights->sizes());
+    grid = dense_floats("weights", *weights, {shape.batch, weights->size(1), weights->size(2)});
+  }
+  if (mask.has_value()) {
+    TORCH_CHECK_VALUE(mask->sizes() == old.sizes() && mask->scalar_type() == at::kBool, "mask: expected a bool tensor ",
+                      old.sizes(), ", got ", mask->scalar_type(), " with shape ", mask->sizes());
+    valid_mask = mask->contiguous();
+  }
+  const bool* mask_data = mask.has_value() ? valid_mask.const_data_ptr<bool>() : nullptr;
+
+  const std::vector<TransitionScalars> transitions = transition_scalars(sample_drift, velocity_scale, std, shape);
+  const std::vector<double> advantages = numbers("advantage", advantage, shape.batch),
+                            kl_stds = numbers("kl_std", kl_std, shape.batch);
+  const std::vector<int64_t> valid = valid_positions(mask_data, shape);
+  // A sample without valid positions has only zero terms; 1 keeps them from becoming 0/0.
+  std::vector<double> divisors(shape.batch);
+  std::transform(valid.begin(), valid.end(), divisors.begin(), [](int64_t count) { return std::max(1.0, double(count)); });
+  const double channels = static_cast<double>(shape.channels), batch = static_cast<double>(shape.batch);
+  std::vector<PolicyLossScalars> scalars;
+  scalars.reserve(shape.batch);
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    const double s = transitions[b].std, scale = transitions[b].velocity_scale, k = kl_stds[b];
+    const double mean_gradient = guidance_scale * scale / (batch * channels * divisors[b]);
+    scalars.push_back({static_cast<float>(advantages[b]), static_cast<float>(1.0 / (2.0 * channels * k * k)),
+                       static_cast<float>(mean_gradient / (s * s)),
+                       reference.defined() ? static_cast<float>(mean_gradient * kl_weight / (k * k)) : 0.0f});
+  }
+
+  // float16 cannot hold the gradient of one of many positions before a loss scale is applied, in backward.
+  const at::ScalarType type = velocity.scalar_type() == at::kHalf ? at::kFloat : velocity.scalar_type();
+  const at::Tensor gradient = with_gradient ? at::empty(velocity.sizes(), velocity.options().dtype(type))
+                                            : at::empty({0}, at::kFloat);
+
+  std::vector<PolicyLossSums> sums(shape.batch * shape.blocks());
+  PolicyLossProblem problem{{shape, view_latent(v), view_latent(u), view_latent(x), view_latent(next),
+                             static_cast<float>(guidance_scale), transitions.data(), is_beyond_cache(v)},
+                            view_latent(reference),
+                            with_gradient ? view_latent(gradient) : LatentView{},
+                            scalars.data(),
+                            old.const_data_ptr<float>(),
+                            grid.defined() ? grid.const_data_ptr<float>() : nullptr,
+                            grid.defined() ? grid.size(1) : 1,
+                            grid.defined() ? grid.size(2) : 1,
+                            mask_data,
+                            static_cast<float>(1.0 - clip_low),
+                            static_cast<float>(1.0 + clip_high),
+                            sums.data()};
+  const GaussianKernels kernels = gaussian_kernels();
+  const int64_t blocks = shape.blocks();
+  std::vector<PolicyLossSums> by_sample(shape.batch);
+  std::vector<int64_t> left_out(shape.batch);
+  const auto add_blocks = [&](int64_t b) {
+    by_sample[b] = total(&sums[b * blocks], blocks);
+    left_out[b] = valid[b] - by_sample[b].counted;
+  };
+  if (per_image) {
+    for_each_cut(kernels, shape, shape.batch, blocks, [&](int64_t begin, int64_t end, float* scratch) {
+      for (int64_t b = begin; b < end; ++b) {
+        kernels.policy_loss(problem, PolicyLossPass::image_sums, b * blocks, (b + 1) * blocks, scratch);
+        add_blocks(b);
+        scalars[b].image_pull = judge_image(by_sample[b], advantages[b], divisors[b], problem);
+        if (!with_gradient) continue;
+        kernels.policy_loss(problem, PolicyLossPass::image_gradient, b * blocks, (b + 1) * blocks, scratch);
+      }
+    });
+  } else {
+    for_each_cut(kernels, shape, shape.batch * blocks, 1, [&](int64_t begin, int64_t end, float* scratch) {
+      kernels.policy_loss(problem, PolicyLossPass::position, begin, end, scratch);
+    });
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      add_blocks(b);
+      by_sample[b].policy /= divisors[b];
+    }
+  }
+
+  double policy = 0.0, kl = 0.0;
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    policy += by_sample[b].policy / batch;
+    kl += by_sample[b].kl / divisors[b] / batch;
+  }
+  const PolicyLossSums all = total(by_sample.data(), shape.batch);
+  if (all.negative_weight) refuse_weights(grid);
+  const double number = static_cast<double>(std::max<int64_t>(all.counted, 1));
+  const bool none = all.counted == 0;
+  const at::Tensor loss = at::empty({}, at::kFloat), metrics = at::empty({8}, at::kFloat);
+  *loss.mutable_data_ptr<float>() = static_cast<float>(policy + kl_weight * kl);
+  const double values[8] = {policy,
+                            kl,
+                            static_cast<double>(all.clipped) / number,
+                            none ? 1.0 : all.ratio / number,
+                            none ? 1.0 : all.ratio_min,
+                            none ? 1.0 : all.ratio_max,
+                            all.squared_log_ratio / (2.0 * number),
+                            static_cast<double>(std::accumulate(left_out.begin(), left_out.end(), int64_t{0}))};
+  std::copy(values, values + 8, metrics.mutable_data_ptr<float>());
+  return {loss, metrics, gradient};
+}
+
+}  // namespace star_kernels

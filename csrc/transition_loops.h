@@ -1,0 +1,75 @@
+// One block of a transition, tile by tile: the next sample, drawn or given, and its log-prob. See csrc/transition.cpp.
+#pragma once
+
+#include "gaussian_loops.h"
+
+namespace star_kernels {
+namespace {
+
+template <typename Lanes>
+struct Transition {
+  using V = Vectors<Lanes>;
+  using Vec = typename V::Vec;
+  static constexpr int64_t kWidth = V::kWidth;
+
+  const TransitionProblem& problem;
+  const LatentShape& shape = problem.inputs.shape;
+
+  static int64_t scratch_floats(const LatentShape& shape) { return (6 * shape.channels + 1) * kTile; }
+
+  void run(int64_t begin, int64_t end, float* memory) const {
+    for (int64_t index = begin; index < end; ++index) {
+      const Range block = block_at(shape, index);
+      for (int64_t offset = 0; offset < block.count; offset += kTile) run(tile_at(block, offset), memory);
+    }
+  }
+
+  void run(const Range& tile, float* memory) const {
+    const TransitionInputs& inputs = problem.inputs;
+    const TransitionScalars& scalars = inputs.scalars[tile.sample];
+    float* buffers[6];
+    for (float*& buffer : buffers) {
+      buffer = memory;
+      memory += shape.channels * kTile;
+    }
+    float* spare = buffers[5];
+    const Tile velocity = guided_tile<Lanes>(inputs, tile, buffers[0], buffers[1], spare),
+               sample = read_tile<Lanes>(inputs.sample, shape, tile, buffers[2], spare);
+    const LatentView& given_view = problem.draws ? problem.noise : inputs.next_sample;
+    Tile given, drawn;
+    if (given_view.data != nullptr) given = read_tile<Lanes>(given_view, shape, tile, buffers[3], spare);
+    if (problem.draws) drawn = tile_to_write(inputs.next_sample, shape, tile, buffers[4]);
+    const Gaussian<Lanes> gaussian(scalars);
+    const Vec std = V::set(scalars.std);
+    const bool ahead = inputs.beyond_cache;
+    for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
+      Vec squares[kTogether] = {};
+      for (int64_t c = 0; c < shape.channels; ++c) {
+        if (ahead) {
+          for (const Tile* from : {&velocity, &sample}) fetch_ahead<Lanes>(*from, c, first);
+          if (given.data != nullptr) fetch_ahead<Lanes>(given, c, first);
+        }
+        Vec v[kTogether], x[kTogether], next[kTogether] = {};
+        load<Lanes>(velocity, c, first, v);
+        load<Lanes>(sample, c, first, x);
+        if (given.data != nullptr) load<Lanes>(given, c, first, next);
+        for (int i = 0; i < kTogether; ++i) {
+          const Vec shift = gaussian.shift(v[i], x[i]);
+          if (problem.draws) next[i] = V::rounded(Lanes::fma(std, next[i], x[i] + shift), inputs.next_sample.format);
+          const Vec deviation = gaussian.deviation(next[i], x[i], shift);
+          squares[i] = Lanes::fma(deviation, deviation, squares[i]);
+        }
+        if (problem.draws) store<Lanes>(drawn, c, first, next);
+      }
+      for (int i = 0; i < kTogether; ++i) {
+        V::store(memory + first + i * kWidth, Gaussian<Lanes>::log_prob(squares[i], scalars));
+      }
+    }
+    if (problem.draws) write_tile<Lanes>(inputs.next_sample, shape, tile, buffers[4]);
+    if (problem.log_prob == nullptr) return;
+    std::memcpy(problem.log_prob + tile.sample * shape.positions() + tile.first, memory, tile.count * sizeof(float));
+  }
+};
+
+}  // namespace
+}  // namespace star_kernels

@@ -1,0 +1,28 @@
+"""The call into csrc/policy_loss.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def supports(inputs: reference.Inputs) -> bool:
+    """Whether the kernel reads these latents: it has no float64."""
+    latents = (
+        inputs.velocity,
+        inputs.sample,
+        inputs.next_sample,
+        inputs.reference_velocity,
+        inputs.unconditional_velocity,
+    )
+    return not any(latent is not None and latent.dtype == torch.float64 for latent in latents)
+
+
+def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], metrics [8], and the gradient in `inputs.gradient_dtype()` or, unasked for, [0]."""
+    *tensors, clip_low, clip_high, granularity, kl_weight, guidance_scale = inputs
+    return torch.ops.star_kernels_cpu.policy_loss(
+        *tensors, clip_low, clip_high, granularity == "image", kl_weight, guidance_scale, with_gradient
+    )
