@@ -28,6 +28,7 @@ from typing import Any
 from bench.disassembly import KINDS, Instruction, Loop, count, find_loops, parse_amdgcn, parse_sass
 
 OPERATORS = ("attention", "allocation", "transition", "policy_loss")
+MEASURED = ("tensor", "special", "global", "shared")  # what capture must not add to the loop over image keys
 
 
 @dataclass(frozen=True)
@@ -239,10 +240,21 @@ def _statements(path: Path) -> list[tuple[range, str]]:
     ]
 
 
-def table(reports: list[KernelReport]) -> str:
-    """The reports as Markdown: one table of calls, one of their loops."""
-    calls_table: list[tuple[object, ...]] = [
-        ("architecture", "operator", "call", "warps", "stages", "registers", "spills", "shared", "blocks/SM", "limit"),
+def calls_table(reports: Iterable[KernelReport]) -> list[tuple[object, ...]]:
+    header = (
+        "architecture",
+        "operator",
+        "call",
+        "warps",
+        "stages",
+        "registers",
+        "spills",
+        "shared",
+        "blocks/SM",
+        "limit",
+    )
+    return [
+        header,
         *(
             (
                 r.architecture,
@@ -259,7 +271,10 @@ def table(reports: list[KernelReport]) -> str:
             for r in reports
         ),
     ]
-    loops_table: list[tuple[object, ...]] = [
+
+
+def loops_table(reports: Iterable[KernelReport]) -> list[tuple[object, ...]]:
+    return [
         ("architecture", "operator", "call", "loop", "instructions", *KINDS, "tensor opcodes", "groups"),
         *(
             (
@@ -276,7 +291,42 @@ def table(reports: list[KernelReport]) -> str:
             for loop in r.loops
         ),
     ]
-    return "\n\n".join(markdown(rows) for rows in (calls_table, loops_table))
+
+
+def capture_pairs(reports: Iterable[KernelReport]) -> list[tuple[KernelReport, KernelReport]]:
+    """Attention without and with capture that is otherwise the same."""
+    by_name = {(r.architecture, r.name): r for r in reports}
+    return [
+        (by_name[architecture, re.sub(r", \d+ units$", ", no capture", name)], capturing)
+        for (architecture, name), capturing in by_name.items()
+        if re.match(r"forward, .*, \d+ units$", name)
+    ]
+
+
+def image_loop(report: KernelReport) -> LoopReport:
+    """The loop over image keys: by its name, or where line information does not tell, the first with exponentials."""
+    named = [loop for loop in report.loops if loop.name == "image keys"]
+    return (named or [loop for loop in report.loops if "special" in loop.kinds])[0]
+
+
+def capture_table(reports: Iterable[KernelReport]) -> list[tuple[object, ...]]:
+    """What capture changes: each cell gives the value without and with it."""
+    rows: list[tuple[object, ...]] = [
+        ("architecture", "call", "registers", "blocks/SM", "image-key loop", *(f"of these {kind}" for kind in MEASURED))
+    ]
+    for plain, capturing in capture_pairs(reports):
+        loops = image_loop(plain), image_loop(capturing)
+        rows.append(
+            (
+                plain.architecture,
+                plain.name.removesuffix(", no capture"),
+                f"{plain.registers} / {capturing.registers}",
+                f"{plain.blocks_per_sm} / {capturing.blocks_per_sm}",
+                " / ".join(str(loop.instructions) for loop in loops),
+                *(" / ".join(str(loop.kinds.get(kind, 0)) for loop in loops) for kind in MEASURED),
+            )
+        )
+    return rows
 
 
 def markdown(rows: Sequence[tuple[object, ...]]) -> str:
@@ -285,6 +335,12 @@ def markdown(rows: Sequence[tuple[object, ...]]) -> str:
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
+
+
+def load(path: Path) -> list[KernelReport]:
+    """The reports that `main` wrote."""
+    kernels = json.loads(path.read_text())["kernels"]
+    return [KernelReport(**kernel | {"loops": [LoopReport(**loop) for loop in kernel["loops"]]}) for kernel in kernels]
 
 
 def main() -> None:
@@ -306,7 +362,9 @@ def main() -> None:
             for operator, call in calls(arguments.operator, architecture)
             if re.search(arguments.call, call.name)
         ]
-    print(f"Triton {triton.__version__}\n\n{table(reports)}")
+    print(f"Triton {triton.__version__}")
+    for rows in (calls_table(reports), loops_table(reports), capture_table(reports)):
+        print(f"\n{markdown(rows)}")
     if arguments.json:
         content = {"triton": triton.__version__, "limits": LIMITS, "kernels": reports}
         arguments.json.write_text(json.dumps(content, indent=1, default=asdict) + "\n")

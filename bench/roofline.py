@@ -1,0 +1,251 @@
+"""The least work that each operator can do, and the time that an H100 takes for it at best.
+
+``python -m bench.roofline`` prints bytes that have to move, operations of the tensor
+cores and exponentials per call, the time that each implies, and, from the static report that ``python -m
+bench.static_gpu`` wrote, how the attention kernel's loop over image keys divides the clock cycles of an SM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.attention_cases import Shape, sd35_medium
+from bench.static_gpu import KernelReport, LoopReport, calls_table, capture_table, load, markdown
+
+STATIC_REPORT = Path(__file__).parent / "results" / "static_gpu.json"
+TENSOR_TILE = 16  # columns of the narrowest tensor-core product: K units occupy as many
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one GPU; those of an SM per clock cycle.
+
+    The H100 SXM's data sheet gives 1,979 TFLOP/s for bfloat16 with sparsity, half of it without, and 3.35 TB/s; the
+    architecture's white paper 132 SMs with four tensor cores of 512 fused multiply-adds. The clock is the one at which
+    these two agree. The CUDA programming guide's table of arithmetic throughput gives the exponentials per cycle.
+    """
+
+    name: str
+    bytes_per_second: float
+    tensor_operations_per_second: float
+    sms: int
+    tensor_operations_per_cycle: int
+    exponentials_per_cycle: int
+    warp_instructions_per_cycle: int
+
+    @property
+    def clock(self) -> float:
+        return self.tensor_operations_per_second / self.sms / self.tensor_operations_per_cycle
+
+    @property
+    def exponentials_per_second(self) -> float:
+        return self.sms * self.exponentials_per_cycle * self.clock
+
+
+H100 = Machine("H100 SXM", 3.35e12, 1979e12 / 2, 132, 4 * 512 * 2, 16, 4)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call cannot avoid: every input read once, every output written once, the products and exponentials."""
+
+    name: str
+    bytes: int
+    tensor_operations: int = 0
+    exponentials: int = 0
+
+    def seconds(self, machine: Machine) -> dict[str, float]:
+        """The time that each resource needs by itself; the longest is the floor of the call."""
+        return {
+            "memory": self.bytes / machine.bytes_per_second,
+            "tensor cores": self.tensor_operations / machine.tensor_operations_per_second,
+            "exponentials": self.exponentials / machine.exponentials_per_second,
+        }
+
+
+def attention(shape: Shape, *, capture: bool, itemsize: int = 2) -> Work:
+    """The forward pass; capture reads the unit weights and writes one mass per head, in float32."""
+    rows = shape.batch * shape.heads
+    pairs = rows * shape.tokens**2
+    moved = 4 * rows * shape.tokens * shape.head_dim * itemsize + 4 * rows * shape.tokens
+    operations = 4 * pairs * shape.head_dim
+    if not capture:
+        return Work(f"attention, {shape.name}", moved, operations, pairs)
+    moved += 4 * shape.batch * shape.text * shape.units + 4 * rows * shape.image * shape.units
+    operations += 2 * rows * shape.image * shape.text * _columns(shape.units)
+    return Work(f"attention with capture, {shape.name}", moved, operations, pairs)
+
+
+def mean_over_heads(shape: Shape) -> Work:
+    masses = shape.batch * shape.image * shape.units
+    return Work(f"mean over heads, {shape.name}", 4 * masses * (shape.heads + 1))
+
+
+def text_to_image(shape: Shape, itemsize: int = 2) -> Work:
+    """T from the text rows' log-sum-exp: image keys, text queries and unit weights in, T out."""
+    rows = shape.batch * shape.heads
+    pairs = rows * shape.image * shape.text
+    moved = rows * shape.tokens * shape.head_dim * itemsize + 4 * rows * shape.text
+    moved += 4 * shape.batch * (shape.text + shape.image) * shape.units
+    return Work(f"text to image, {shape.name}", moved, 2 * pairs * (shape.head_dim + _columns(shape.units)), pairs)
+
+
+def _columns(units: int) -> int:
+    return (units + TENSOR_TILE - 1) // TENSOR_TILE * TENSOR_TILE
+
+
+@dataclass(frozen=True)
+class Latents:
+    """[B, C, H, W], the model's outputs in bfloat16, everything else in float32; K units over (H/2)·(W/2) tokens."""
+
+    batch: int
+    channels: int = 16
+    height: int = 64
+    width: int = 64
+    units: int = 8
+
+    @property
+    def positions(self) -> int:
+        return self.batch * self.height * self.width
+
+    @property
+    def elements(self) -> int:
+        return self.positions * self.channels
+
+    @property
+    def tokens(self) -> int:
+        return self.positions // 4
+
+    def __str__(self) -> str:
+        return f"[{self.batch}, {self.channels}, {self.height}, {self.width}]"
+
+
+def policy_loss(latents: Latents, *, kl: bool = False) -> Work:
+    """Velocity, sample, next sample, old log-probs and weights in, gradient out; with KL the reference velocity too."""
+    moved = latents.elements * (2 + 4 + 4 + 2 + (2 if kl else 0)) + 4 * latents.positions + 4 * latents.tokens
+    return Work(f"policy loss{' with KL' if kl else ''}, {latents}", moved, exponentials=latents.positions)
+
+
+def transition_step(latents: Latents) -> Work:
+    """Two velocities (guidance), sample and noise in, next sample and log-probs out."""
+    return Work(f"transition step, {latents}", latents.elements * (2 + 2 + 4 + 4 + 4) + 4 * latents.positions)
+
+
+def allocation_map(latents: Latents) -> Work:
+    return Work(f"allocation map, {latents}", 4 * latents.tokens * (latents.units + 1))
+
+
+def works() -> list[Work]:
+    """The rows of the table: S and L of SD3.5-medium, and the latents of a group and of a large batch."""
+    shapes = [sd35_medium(name, batch=8) for name in ("S", "L")]
+    latents = [Latents(9), Latents(64), Latents(256)]
+    return [
+        *(
+            work
+            for shape in shapes
+            for work in (
+                attention(shape, capture=False),
+                attention(shape, capture=True),
+                mean_over_heads(shape),
+                text_to_image(shape),
+            )
+        ),
+        *(policy_loss(size, kl=kl) for kl in (False, True) for size in latents),
+        *(transition_step(size) for size in latents),
+        *(allocation_map(size) for size in latents),
+    ]
+
+
+def loop_cycles(kernel: KernelReport, loop: LoopReport, machine: Machine) -> dict[str, float]:
+    """Clock cycles of an SM for one iteration of a loop by a block of Hopper warps, by each resource by itself."""
+    multiply_adds = 0
+    for opcode, times in loop.tensor.items():
+        rows, columns, depth = (int(size) for size in re.fullmatch(r"HGMMA\.(\d+)x(\d+)x(\d+)\..*", opcode).groups())  # type: ignore[union-attr]
+        multiply_adds += times * rows * columns * depth * kernel.warps // 4  # A warp group of four executes it.
+    return {
+        "tensor cores": 2 * multiply_adds / machine.tensor_operations_per_cycle,
+        "exponentials": loop.kinds["special"] * kernel.warps * 32 / machine.exponentials_per_cycle,
+        "issue": loop.instructions * kernel.warps / machine.warp_instructions_per_cycle,
+    }
+
+
+def attainable(cycles: dict[str, float], machine: Machine) -> tuple[float, float]:
+    """Operations per second where the tensor cores work side by side with all else, and where they take turns."""
+    operations = cycles["tensor cores"] * machine.tensor_operations_per_cycle * machine.sms * machine.clock
+    rest = max(cycles["exponentials"], cycles["issue"])
+    return operations / max(cycles["tensor cores"], rest), operations / (cycles["tensor cores"] + rest)
+
+
+def work_table(machine: Machine) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        ("call", "MB", "GFLOP", "exp2 / 1e6", "memory", "tensor cores", "exp2", "floor", "bound by")
+    ]
+    for work in works():
+        seconds = work.seconds(machine)
+        bound = max(seconds, key=lambda name: seconds[name])
+        rows.append(
+            (
+                work.name,
+                f"{work.bytes / 1e6:.1f}",
+                f"{work.tensor_operations / 1e9:.1f}" if work.tensor_operations else "",
+                f"{work.exponentials / 1e6:.1f}" if work.exponentials else "",
+                *(f"{time * 1e6:.1f} µs" if time else "" for time in seconds.values()),
+                f"{seconds[bound] * 1e6:.1f} µs",
+                bound,
+            )
+        )
+    return rows
+
+
+def loop_table(reports: list[KernelReport], machine: Machine) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        ("call on sm_90", "blocks/SM", "instructions", "tensor cores", "exp2", "issue", "side by side", "taking turns")
+    ]
+    for kernel in reports:
+        for loop in kernel.loops:
+            if kernel.architecture == "sm_90" and loop.name == "image keys" and loop.tensor:
+                cycles = loop_cycles(kernel, loop, machine)
+                rows.append(
+                    (
+                        kernel.name,
+                        str(kernel.blocks_per_sm),
+                        str(loop.instructions),
+                        *(f"{count:.0f}" for count in cycles.values()),
+                        *(f"{rate / 1e12:.0f} TFLOP/s" for rate in attainable(cycles, machine)),
+                    )
+                )
+    return rows
+
+
+def with_tables(page: str) -> str:
+    """The page with what stands between ``<!-- table: name -->`` and ``<!-- end -->`` brought up to date."""
+    reports = load(STATIC_REPORT)
+    tables: dict[str, Sequence[tuple[object, ...]]] = {
+        "work": work_table(H100),
+        "calls": calls_table(reports),
+        "capture": capture_table(reports),
+        "loops": loop_table(reports, H100),
+    }
+
+    def replace(block: re.Match[str]) -> str:
+        return f"{block[1]}\n\n{markdown(tables[block[2]])}\n\n<!-- end -->"
+
+    return re.sub(r"(<!-- table: (\w+) -->).*?<!-- end -->", replace, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, help="a page whose tables are to be brought up to date")
+    arguments = parser.parse_args()
+    print(f"{H100.name} at {H100.clock / 1e9:.2f} GHz\n\n{markdown(work_table(H100))}")
+    print(f"\n{markdown(loop_table(load(STATIC_REPORT), H100))}")
+    if arguments.page:
+        arguments.page.write_text(with_tables(arguments.page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
