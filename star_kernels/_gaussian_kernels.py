@@ -20,9 +20,9 @@ from torch import Tensor
 # Compiled for sm_90, the loss with KL in bf16 takes 49 instructions per element and lane with a tile of 1024 and one
 # warp. With 2048 and four warps, which meet in shared memory for every sum over channels, it takes 85: on 132 SMs at
 # 1.755 GHz issuing them for [256, 16, 64, 64] would last 48 µs, the memory 50. With 512 and one warp it takes 67; 2048
-# and one warp fill the registers.
+# and one warp fill the registers. More than 128 positions, as few channels would have, spill with everything on.
 _TILE = 1024
-_FEWEST_POSITIONS = 16
+_FEWEST_POSITIONS, _MOST_POSITIONS = 16, 128
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 
 _HALF_LOG_TWO_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
@@ -59,7 +59,12 @@ def latents(**tensors: Tensor | None) -> tuple[dict[str, Any], bool]:
         if tensor is None:
             views[name] = None
         elif flat:
-            views[name] = Latent(tensor, tensor.stride(0), tensor.stride(1), 0, strides[name] or 0)
+            column: Any = strides[name]
+            if column == tensor.shape[1]:
+                # Channels last. Of a number that is not a constant Triton knows only whether 16 divides it, and would
+                # read 4 or 8 channels one by one.
+                column = tl.constexpr(column)
+            views[name] = Latent(tensor, tensor.stride(0), tensor.stride(1), 0, column)
         else:
             views[name] = Latent(tensor, *tensor.stride())
     return views, flat
@@ -80,7 +85,7 @@ def tiling(shape: torch.Size, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
     """Tiles per sample of latents of that shape, and the constants of a kernel that computes on them in `dtype`."""
     _, channels, height, width = shape
     padded = triton.next_power_of_2(channels)
-    block = max(_TILE // padded, _FEWEST_POSITIONS)
+    block = min(max(_TILE // padded, _FEWEST_POSITIONS), _MOST_POSITIONS)
     constants = {"C": channels, "CP": padded, "BLOCK": block, "COMPUTE": _TYPES[dtype]}
     return triton.cdiv(height * width, block), constants
 

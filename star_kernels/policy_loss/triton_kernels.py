@@ -552,6 +552,9 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
         "bf16, C 16": _without_memory(torch.bfloat16, 16, plain, "position"),
         "bf16, C 16, channels last": _without_memory(torch.bfloat16, 16, last, "position"),
         "fp32, C 32, guidance and mask": _without_memory(torch.float32, 32, plain, "position", everything=True),
+        "fp32, C 4, channels last, guidance and mask": _without_memory(
+            torch.float32, 4, last, "position", everything=True
+        ),
         "image, bf16, C 16": _without_memory(torch.bfloat16, 16, plain, "image"),
     }.items():
         loss, metrics, gradient = (
