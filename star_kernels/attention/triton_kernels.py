@@ -46,7 +46,7 @@ class Configuration:
 # By architecture, then by bytes per element and head dimension (rounded up to a power of two).
 CONFIGURATIONS: dict[str, dict[tuple[int, int], Configuration]] = {
     "sm_80": {
-        (2, 32): Configuration(128, 64, 8, 3),
+        (2, 32): Configuration(128, 64, 8, 3, 128),
         (2, 64): Configuration(128, 64, 8, 3),
         (2, 128): Configuration(128, 32, 8, 3),
         (4, 32): Configuration(64, 32, 8, 2),
@@ -636,6 +636,13 @@ def configuration_for(architecture: str, dtype: torch.dtype, head_dim: int) -> C
     return CONFIGURATIONS[architecture][dtype.itemsize, max(32, padded_head_dim(head_dim))]
 
 
+def _unit_mass_configuration(dtype: torch.dtype, attention: Configuration) -> Configuration:
+    """Half the rows of the attention kernel: there are image tokens but for few programs, which loop over the heads."""
+    if dtype == torch.float32:
+        return attention
+    return Configuration(min(64, attention.block_m), min(32, attention.block_n), 4, min(2, attention.num_stages))
+
+
 def architecture_of(device: torch.device) -> str:
     """The entry of `CONFIGURATIONS` for a device, that of the nearest older one where it has none."""
     if device.type != "cuda":
@@ -741,8 +748,6 @@ def unit_mass_call(
     rows, heads, num_image, head_dim = image.shape
     num_text, num_units = text.shape[2], unit_weights.shape[2]
     block_k = min(64, max(16, triton.next_power_of_2(num_units)))
-    block_m = min(64, configuration.block_m)
-    block_n = min(64, configuration.block_n)
     arguments = {
         "image_ptr": image,
         "text_ptr": text,
@@ -761,20 +766,20 @@ def unit_mass_call(
         "scale": scale * _LOG2_E.value,
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
+        "BLOCK_M": configuration.block_m,
+        "BLOCK_N": configuration.block_n,
         "BLOCK_K": block_k,
         "NORMALISE_ROWS": normalise_rows,
-        "TEXT_TAIL": num_text % block_n > 0,
+        "TEXT_TAIL": num_text % configuration.block_n > 0,
     }
     dtype = str(image.dtype).removeprefix("torch.")
     direction = "image to text" if normalise_rows else "text to image"
     return KernelCall(
         f"mass from log-sum-exp, {direction}, {dtype}, head dim {head_dim}, {num_units} units",
         unit_mass_kernel,
-        (triton.cdiv(num_image, block_m) * triton.cdiv(num_units, block_k) * rows,),
+        (triton.cdiv(num_image, configuration.block_m) * triton.cdiv(num_units, block_k) * rows,),
         arguments,
-        {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True},
+        configuration.options,
     )
 
 
@@ -855,7 +860,7 @@ def prepare(
         mass,
         normalise_rows=to_text,
         scale=scale,
-        configuration=configuration,
+        configuration=_unit_mass_configuration(query.dtype, configuration),
     )
     return outputs, [forward, unit_mass]
 

@@ -229,6 +229,13 @@ def test_huge_logits_do_not_overflow(dtype: torch.dtype) -> None:
         assert mass.min() >= 0 and mass.max() <= (1 if direction == "image_to_text" else 11) * 1.004
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("units", [3, 17])
+def test_logits_far_below_zero_keep_padding_out(units: int, direction: str) -> None:
+    query, key, value, unit_weights = inputs(21, 11, units=units, heads=1)
+    check(query + 2, key - 2, value, unit_weights, num_image_tokens=21, direction=direction)
+
+
 def test_non_finite_input_shows_where_it_reaches_and_nowhere_else() -> None:
     query, key, value, unit_weights = inputs(21, 11, batch=2)
     query[0, 1, 5, 2] = float("nan")
