@@ -140,7 +140,7 @@ def policy_loss(
     else:
         kl_std = rows.noise_rate
     guidance = check_guidance(velocity, unconditional_velocity, guidance_scale)
-    loss, metrics, _ = _policy_loss(
+    inputs = reference.Inputs(
         velocity,
         sample,
         next_sample,
@@ -159,9 +159,12 @@ def policy_loss(
         granularity,
         kl_weight,
         guidance,
-        torch.is_grad_enabled() and velocity.requires_grad,
-        backend,
     )
+    with_gradient = torch.is_grad_enabled() and velocity.requires_grad
+    if _is_traced(velocity):
+        loss, metrics, _ = _policy_loss(*inputs, with_gradient, backend)
+    else:
+        loss, metrics = _LossAndGradient.apply(velocity, inputs, with_gradient, backend)
     return PolicyLoss(loss, dict(zip(reference.METRICS, metrics.unbind(), strict=True)))
 
 
@@ -173,6 +176,51 @@ def _check_clip_range(clip_range: object) -> tuple[float, float]:
         raise ValueError(f"clip_range: expected a number or (low, high), got {len(clip_range)} numbers")
     low, high = (check_number("clip_range", bound, low=0.0, high=1.0, high_open=True) for bound in clip_range)
     return low, high
+
+
+def _compute(inputs: reference.Inputs, with_gradient: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics and, if asked for, the gradient with respect to the velocity (else an empty tensor)."""
+    chosen = backends.resolve_backend("policy_loss", backend, inputs.velocity.device, KERNELS)
+    if chosen == "cpu" and cpu.supports(inputs):
+        return cpu.policy_loss(inputs, with_gradient)
+    if inputs.weights is not None and inputs.weights.device.type == "cpu" and bool((inputs.weights < 0).any()):
+        raise ValueError(f"weights: expected numbers of at least 0, got {inputs.weights.min().item()}")
+    if chosen == "triton":
+        from . import triton_kernels
+
+        return triton_kernels.policy_loss(inputs, with_gradient)
+    if not with_gradient:
+        loss, metrics = reference.policy_loss(inputs)
+        return loss, metrics, loss.new_empty(0)
+    loss, metrics, grad_velocity = reference.policy_loss_and_gradient(inputs)
+    return loss, metrics, grad_velocity.to(inputs.gradient_dtype()).contiguous()
+
+
+def _is_traced(velocity: Tensor) -> bool:
+    """Whether somebody looks at the operators that run: torch.compile, export, fake tensors, dispatch modes."""
+    return (
+        torch.compiler.is_compiling()
+        or type(velocity) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+class _LossAndGradient(torch.autograd.Function):
+    """What the operator below and its backward do, without the 0.2 ms that its registration in Python costs a step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _: Tensor, inputs: reference.Inputs, with_gradient: bool, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics, grad_velocity = _compute(inputs, with_gradient, backend)
+        _keep_gradient(ctx, grad_velocity, inputs.velocity.dtype, backend)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, grad_loss), None, None, None
 
 
 @torch.library.custom_op("star_kernels::policy_loss", mutates_args=())
@@ -199,7 +247,6 @@ def _policy_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics and, if asked for, the gradient with respect to the velocity (else an empty tensor)."""
-    chosen = backends.resolve_backend("policy_loss", backend, velocity.device, KERNELS)
     inputs = reference.Inputs(
         velocity,
         sample,
@@ -220,19 +267,7 @@ def _policy_loss(
         kl_weight,
         guidance_scale,
     )
-    if chosen == "cpu" and cpu.supports(inputs):
-        return cpu.policy_loss(inputs, with_gradient)
-    if weights is not None and weights.device.type == "cpu" and bool((weights < 0).any()):
-        raise ValueError(f"weights: expected numbers of at least 0, got {weights.min().item()}")
-    if chosen == "triton":
-        from . import triton_kernels
-
-        return triton_kernels.policy_loss(inputs, with_gradient)
-    if not with_gradient:
-        loss, metrics = reference.policy_loss(inputs)
-        return loss, metrics, loss.new_empty(0)
-    loss, metrics, grad_velocity = reference.policy_loss_and_gradient(inputs)
-    return loss, metrics, grad_velocity.to(inputs.gradient_dtype()).contiguous()
+    return _compute(inputs, with_gradient, backend)
 
 
 @_policy_loss.register_fake
@@ -285,29 +320,27 @@ def _(
     return loss, metrics, velocity.new_empty(velocity.shape, dtype=inputs.gradient_dtype())
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, metrics, grad_velocity = output
+def _keep_gradient(ctx: Any, grad_velocity: Tensor, dtype: torch.dtype, backend: str) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(metrics, grad_velocity)
     ctx.save_for_backward(grad_velocity)
-    ctx.dtype = inputs[0].dtype
-    ctx.backend = inputs[-1]
+    ctx.dtype = dtype
+    ctx.backend = backend
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    constants = (None,) * 19
+def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
+    """The saved gradient times that of the loss, in the velocity's dtype."""
     if grad_loss is None or not ctx.needs_input_grad[0]:
-        return (None, *constants)
+        return None
     (grad_velocity,) = ctx.saved_tensors
     if grad_velocity.dtype == ctx.dtype and _is_ours_to_give(grad_velocity):
         if backends.resolve_backend("policy_loss", ctx.backend, grad_velocity.device, KERNELS) == "triton":
             from . import triton_kernels
 
-            return (triton_kernels.scale_gradient_(grad_velocity, grad_loss), *constants)
+            return triton_kernels.scale_gradient_(grad_velocity, grad_loss)
         if grad_velocity.device.type == "cpu":
-            return (_scale_on_cpu_(grad_velocity, grad_loss.item()), *constants)
+            return _scale_on_cpu_(grad_velocity, grad_loss.item())
     # With the scale in its own dtype: as a tensor without dimensions it would be rounded to that of the gradient.
-    return ((grad_loss * grad_velocity.to(grad_loss.dtype)).to(ctx.dtype), *constants)
+    return (grad_loss * grad_velocity.to(grad_loss.dtype)).to(ctx.dtype)
 
 
 def _is_ours_to_give(saved: Tensor) -> bool:
@@ -325,4 +358,14 @@ def _scale_on_cpu_(grad_velocity: Tensor, scale: float) -> Tensor:
     return grad_velocity if scale == 1 else grad_velocity.mul_(scale)
 
 
-torch.library.register_autograd("star_kernels::policy_loss", _backward, setup_context=_save_gradient)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, metrics, grad_velocity = output
+    ctx.mark_non_differentiable(metrics, grad_velocity)
+    _keep_gradient(ctx, grad_velocity, inputs[0].dtype, inputs[-1])
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradient(ctx, grad_loss), *(None,) * 19
+
+
+torch.library.register_autograd("star_kernels::policy_loss", _backward, setup_context=_setup_context)

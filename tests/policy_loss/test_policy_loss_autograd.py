@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import star_kernels as sk
 from star_kernels.policy_loss import reference
@@ -109,6 +111,32 @@ def test_backward_hands_on_the_saved_gradient_without_a_second_one(dtype: torch.
     (gradient,) = torch.autograd.grad(loss, velocity)
     assert gradient.data_ptr() in [tensor.data_ptr() for tensor in saved] and gradient.dtype == dtype
     torch.testing.assert_close(gradient.double(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_plain_call_gives_what_the_registered_operator_gives(dtype: torch.dtype) -> None:
+    case = make_case(dtype=dtype)
+    velocity = case["velocity"].requires_grad_()
+    results = []
+    for mode in (contextlib.nullcontext(), Operators()):
+        with mode:
+            loss, metrics = sk.policy_loss(**case)
+        assert not any(value.requires_grad for value in metrics.values())
+        results.append([loss.detach(), *metrics.values(), *torch.autograd.grad(-0.5 * loss, velocity)])
+    assert "star_kernels::policy_loss" in mode.names
+    assert results[0][-1].any() and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_kept_graph_can_be_run_again() -> None:
