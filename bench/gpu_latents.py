@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -51,25 +50,19 @@ def _copy_rate(report: Report) -> float:
     return group["copy"].rates["GB/s"] if group is not None else float("nan")
 
 
-def _in_float64(case: LatentCase) -> LatentCase:
-    scalars = {name: getattr(case.coefficients, name).double() for name in ("sample_drift", "velocity_scale", "std")}
-    tensors = {entry.name: getattr(case, entry.name).double() for entry in fields(case) if entry.name != "coefficients"}
-    return LatentCase(**tensors, coefficients=replace(case.coefficients, noise_rate=None, **scalars))
-
-
 def _check_loss(report: Report, case: LatentCase) -> None:
-    _, _, exact = loss_reference.policy_loss_and_gradient(cases.loss_inputs(_in_float64(case)))
+    _, _, exact = loss_reference.policy_loss_and_gradient(cases.loss_inputs(cases.in_float64(case)))
     gradient = cases.loss_and_backward(case, report.backend)
-    what = f"policy loss, {_describe(case)}"
+    what = f"policy loss, {case}"
     report.check(f"{what}, gradient", relative_error(gradient, exact), LIMITS[case.velocity.dtype])
     report.check_equal(f"{what}, gradient of a second run", gradient, cases.loss_and_backward(case, report.backend))
 
 
 def _check_step(report: Report, case: LatentCase) -> None:
-    exact = cases.step(_in_float64(case), "reference")
+    exact = cases.step(cases.in_float64(case), "reference")
     step = cases.step(case, report.backend)
     assert step.log_prob is not None and exact.log_prob is not None
-    what = f"transition, {_describe(case)}"
+    what = f"transition, {case}"
     report.check(f"{what}, next sample", relative_error(step.next_sample, exact.next_sample), 1e-5)
     report.check(f"{what}, log-prob", relative_error(step.log_prob, exact.log_prob), 1e-5)
     # On policy a ratio is exactly 1 only if the two operators give the same log-prob.
@@ -103,10 +96,11 @@ def _times(report: Report, batch: int, copied: float) -> None:
         case = _case(report, batch, dtype)
         _measure(
             report,
-            f"policy loss forward and backward, {_describe(case)}",
+            f"policy loss forward and backward, {case}",
             {
-                "eager": functools.partial(cases.loss_and_backward, case, "reference"),
+                "eager": cases.eager_loss(case),
                 "torch.compile": cases.compiled_loss(case, compiler),
+                "torch.compile, gradient written out": cases.compiled_loss_and_gradient(case, compiler),
                 "fused": functools.partial(cases.loss_and_backward, case, report.backend),
             },
             cases.loss_bytes(case),
@@ -115,9 +109,9 @@ def _times(report: Report, batch: int, copied: float) -> None:
     case = _case(report, batch, torch.bfloat16)
     _measure(
         report,
-        f"transition step, {_describe(case)}",
+        f"transition step, {case}",
         {
-            "eager": functools.partial(cases.step, case, "reference"),
+            "eager": cases.eager_step(case),
             "torch.compile": cases.compiled_step(case, compiler),
             "fused": functools.partial(cases.step, case, report.backend),
         },
@@ -136,11 +130,6 @@ def _times(report: Report, batch: int, copied: float) -> None:
         cases.total_bytes(mass, mass[..., 0]),
         copied,
     )
-
-
-def _describe(case: LatentCase) -> str:
-    dtype = str(case.velocity.dtype).removeprefix("torch.")
-    return f"{'x'.join(map(str, case.velocity.shape))}, velocity in {dtype}"
 
 
 def _measure(report: Report, name: str, calls: Mapping[str, Callable[[], object]], moved: int, copied: float) -> None:

@@ -119,7 +119,7 @@ class CpuClock:
     Scratch that a kernel takes from the C library instead of PyTorch is not in it.
     """
 
-    shortest_round = 1e-3
+    shortest_round = 1e-2
 
     def seconds(self, function: Function, calls: int) -> float:
         start = time.perf_counter()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention_cases, harness, plot
+from bench import attention_cases, harness, latent_cases, plot
 from bench.harness import CpuClock, CudaClock, Group, Measurement, Member
 from star_kernels.attention import reference
 
@@ -228,6 +228,30 @@ def test_attention_baselines_compute_what_they_stand_for(dtype: torch.dtype) -> 
     torch.testing.assert_close(results["SDPA, no capture"].double(), expected, rtol=tolerance, atol=tolerance)
     assert results["fused, no capture"][1] is None
     torch.testing.assert_close(results["fused, capture"][1].double(), mass, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"granularity": "image"}, {"kl_and_guidance": True, "memory_format": torch.channels_last}],
+    ids=["plain", "image", "everything"],
+)
+def test_baselines_on_latents_compute_what_they_stand_for(options: dict[str, Any]) -> None:
+    case = latent_cases.make_case(3, 4, 8, torch.device("cpu"), **options)
+    exact = latent_cases.in_float64(case)
+    gradient = latent_cases.eager_loss(exact)()
+    step, log_prob = latent_cases.eager_step(exact)(), latent_cases.eager_log_prob(exact)()
+    assert gradient.dtype == log_prob.dtype == torch.float64 and gradient.any()
+    for result, expected in (
+        (latent_cases.eager_loss(case)(), gradient),
+        (latent_cases.compiled_loss(case, "eager")(), gradient),
+        (latent_cases.compiled_loss_and_gradient(case, "eager")(), gradient),
+        (latent_cases.loss_and_backward(case, "auto"), gradient),
+        *zip(latent_cases.compiled_step(case, "eager")(), step, strict=True),
+        *zip(latent_cases.step(case, "auto"), step, strict=True),
+        (latent_cases.compiled_log_prob(case, "eager")(), log_prob),
+        (latent_cases.log_prob(case, "auto"), log_prob),
+    ):
+        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_pytest_bench_measures_a_group_and_tells_pytest_benchmark(tmp_path: Path) -> None:
