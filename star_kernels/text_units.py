@@ -200,6 +200,11 @@ class TextUnits:
         return TextUnits(self.weights[order.to(self.weights.device)], *fields)
 
 
+def stands_in(prompt: str, unit: str) -> bool:
+    """Whether `TextUnits.from_prompts` finds a unit's text in a prompt: as whole words, whatever the letter case."""
+    return bool(_fold(unit)[0].strip()) and bool(_occurrences(_fold(prompt), [unit]))
+
+
 def _check_prompts(prompts: Sequence[str]) -> list[str]:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: expected a sequence of strings, got {type(prompts).__name__}")

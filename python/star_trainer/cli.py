@@ -42,12 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from star_trainer.rewards import RewardError
         from star_trainer.rollout import NonFiniteError
         from star_trainer.train import train
+        from star_trainer.units.cache import CacheError
+        from star_trainer.units.chat import ChatError
     except ConfigError as error:
         print(f"star-train: {error}", file=sys.stderr)
         return 2
     try:
         train(config)
-    except (ConfigError, CheckpointError, NonFiniteError, RewardError) as error:
+    except (CacheError, ChatError, CheckpointError, ConfigError, NonFiniteError, RewardError) as error:
         print(f"star-train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,6 +22,9 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+SectionType = TypeVar("SectionType", bound=_Section)
 
 
 class Run(_Section):
@@ -58,8 +61,32 @@ class Model(_Section):
 class Prompts(_Section):
     """What is drawn, and for which prompts it is measured."""
 
-    source: str = Field("scenes", description="'scenes', or a JSON-lines file with prompt, units and metadata")
-    held_out: str | None = Field(None, description="JSON-lines file of the held-out prompts, where source is a file")
+    source: str = Field(
+        "scenes", description="'scenes', or a file: .jsonl (prompt, units, metadata), .txt (a line each) or .tsv"
+    )
+    held_out: str | None = Field(None, description="file of the held-out prompts, where source is a file")
+
+
+class Units(_Section):
+    """Which phrases of a prompt matter; ``units: rules`` is short for ``units: {source: rules}``."""
+
+    source: Literal["file", "rules", "llm"] = Field(
+        "file", description="file (as they stand beside the prompts), rules, or llm (a chat model)"
+    )
+    cache: str | None = Field("~/.cache/star_kernels/units.sqlite", description="file of what was extracted, or null")
+    task: Literal["geneval", "ocr", "general"] = Field("general", description="what the chat model is told to look for")
+    model: str | None = Field(None, description="chat model: a folder, a name on a hub, or the endpoint's name for it")
+    endpoint: str | None = Field(None, description="base address of an OpenAI-compatible API, or null for transformers")
+    key_variable: str = Field("OPENAI_API_KEY", description="environment variable with the endpoint's key, if any")
+    batch_size: Positive = Field(16, description="prompts per question")
+    retries: int = Field(2, ge=0, description="further questions about an answer that cannot be used")
+    timeout: float = Field(120.0, gt=0.0, description="seconds until a request to the endpoint is given up")
+    max_new_tokens: Positive = Field(2048, description="length of an answer")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
 
 
 class RolloutConfig(_Section):
@@ -149,12 +176,18 @@ class Config(_Section):
     run: Run = Run()
     model: Model = Model()
     prompts: Prompts = Prompts()
+    units: Units = Units()
     rollout: RolloutConfig = RolloutConfig()
     reward: Reward = Reward()
     allocation: Allocation = Allocation()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
+
+    @property
+    def uses_maps(self) -> bool:
+        """Whether the method needs allocation maps, and so text units and recorded attention."""
+        return self.method not in ("uniform", "uniform_position")
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
@@ -174,6 +207,10 @@ class Config(_Section):
         clamp = self.allocation.clamp
         if clamp is not None and not 0.0 <= clamp[0] <= 1.0 <= clamp[1]:
             raise ValueError(f"allocation.clamp: expected low <= 1 <= high, both at least 0, got {list(clamp)}")
+        if (self.units.source == "llm") != (self.units.model is not None):
+            raise ValueError("units.model: expected a chat model exactly where units.source is llm")
+        if self.units.endpoint is not None and self.units.source != "llm":
+            raise ValueError(f"units.endpoint: expected none where units.source is {self.units.source}")
         if (self.prompts.source == "scenes") != (self.prompts.held_out is None):
             raise ValueError("prompts.held_out: expected a file exactly when prompts.source is a file")
         return self
@@ -212,6 +249,23 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     for name, value in (("preset", path.stem), ("method", config.method), ("seed", str(config.run.seed))):
         folder = folder.replace(f"{{{name}}}", value)
     return config.model_copy(update={"run": config.run.model_copy(update={"folder": folder})})
+
+
+def check_section(
+    section: type[SectionType], defaults: dict[str, Any], overrides: Sequence[str], name: str
+) -> SectionType:
+    """One section of the configuration from ``key=value`` overrides of `defaults`.
+
+    Raises:
+        ConfigError: an unknown key or a value of the wrong type or range; the message names the key.
+    """
+    tree = dict(defaults)
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, name)) from error
 
 
 _SHORT_KEYS = {"train.lr": "train.learning_rate"}

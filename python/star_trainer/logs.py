@@ -142,8 +142,7 @@ class RunLog:
             self.folder / "before_after.png",
         )
         # A picture of maps that no update has seen would only mislead.
-        uses_maps = self.state.config.method not in ("uniform", "uniform_position")
-        maps = self._draw_maps(shown) if uses_maps else None
+        maps = self._draw_maps(shown) if self.state.config.uses_maps else None
         for tracker in self.state.accelerator.trackers:
             if tracker.name == "tensorboard":
                 step = self.state.iteration

@@ -169,8 +169,7 @@ def collect(
     section = config.rollout
     repeated = [prompt for prompt in prompts for _ in range(section.samples)]
     embeddings = policy.encode([prompt.text for prompt in prompts]).repeat_interleave(section.samples)
-    records = config.method not in ("uniform", "uniform_position")
-    units = text_units(policy, prompts).repeat_interleave(section.samples) if records else None
+    units = text_units(policy, prompts).repeat_interleave(section.samples) if config.uses_maps else None
     trajectories: list[Trajectory] = []
     pending: list[Future[tuple[np.ndarray, np.ndarray, float]]] = []
     initial = None

@@ -22,6 +22,7 @@ from star_trainer.randomness import numpy_stream
 from star_trainer.rewards import load_reward
 from star_trainer.rollout import NonFiniteError, Rollout, collect
 from star_trainer.state import TrainingState, build_state
+from star_trainer.units import UnitExtractor
 
 
 def train(config: Config) -> dict[str, object]:
@@ -29,12 +30,17 @@ def train(config: Config) -> dict[str, object]:
 
     Raises:
         ConfigError: what can be seen of a bad configuration, before any weights load.
+        ChatError, CacheError: the text units cannot be extracted.
         CheckpointError: a run folder whose checkpoints cannot be used.
         NonFiniteError: too many updates in a row with NaN or infinity.
     """
     draw_training, draw_held_out = load_prompts(config.prompts)
     reward = load_reward(config.reward.terms)
     held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
+    extractor = UnitExtractor(config.units) if config.uses_maps else None
+    if extractor is not None:
+        shown = config.evaluation.pictures
+        held_out = [*extractor.fill(held_out[:shown]), *held_out[shown:]]
     state = build_state(config)
     folder = Path(config.run.folder)
     if not config.run.resume:
@@ -51,6 +57,8 @@ def train(config: Config) -> dict[str, object]:
             )
         for iteration in range(state.iteration, config.train.iterations):
             prompts = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
+            if extractor is not None:
+                prompts = extractor.fill(prompts)
             rollout = collect(state.policy, config, prompts[rank::processes], reward, worker, iteration, rank)
             advantages = group_advantages(
                 rollout.rewards,
@@ -61,6 +69,8 @@ def train(config: Config) -> dict[str, object]:
             start = time.perf_counter()
             metrics = update(state, rollout, advantages, iteration, log)
             rollout.seconds["update"] = time.perf_counter() - start
+            if extractor is not None and config.units.source == "llm":
+                metrics["units_by_rules_instead"] = float(extractor.replaced)
             state.iteration = iteration + 1
             log.iteration(rollout, advantages, metrics)
 

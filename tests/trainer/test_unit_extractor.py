@@ -1,0 +1,363 @@
+"""Text units from chat models that answer well, badly or not at all; their cache; and star-units."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from star_trainer.config import ConfigError, Units, load_config
+from star_trainer.policy import TINY_PIPELINE
+from star_trainer.prompts import read_prompts
+from star_trainer.scenes import ScenePrompt
+from star_trainer.units import UnitExtractor, chat
+from star_trainer.units.cache import CacheError, UnitCache
+from star_trainer.units.cli import main
+
+PROMPTS = ["a red cup on a table", 'a sign that says "Go"']
+GOOD = '[["red cup", "table"], ["Go", "sign"]]'
+
+
+class Script:
+    """A chat model that gives prepared answers, one after the other, and remembers what it was asked."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers = list(answers)
+        self.asked: list[list[chat.Message]] = []
+
+    def __call__(self, messages: list[chat.Message]) -> str:
+        self.asked.append(messages)
+        return self.answers.pop(0)
+
+
+def test_a_good_answer_is_taken_as_it_is() -> None:
+    script = Script(GOOD)
+    assert chat.ask(script, PROMPTS, "ocr", retries=2) == [["red cup", "table"], ["Go", "sign"]]
+    (messages,) = script.asked
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert json.loads(messages[1]["content"]) == PROMPTS
+
+
+MALFORMED = {
+    "prose": "Here are the units: red cup",
+    "a code fence": f"```json\n{GOOD}\n```",
+    "an object": '{"units": []}',
+    "too few": '[["red cup"]]',
+    "too many": '[["red cup"], ["Go"], ["x"]]',
+    "no strings": '[["red cup"], [1]]',
+    "no arrays": '["red cup", "Go"]',
+    "nothing": "",
+    "cut off": '[["red cup", "tab',
+    "trailing words": GOOD + " I hope this helps!",
+    "deep nesting": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_malformed_answer_is_complained_about_and_asked_for_again(kind: str) -> None:
+    script = Script(MALFORMED[kind], GOOD)
+    assert chat.ask(script, PROMPTS, "general", retries=1) == [["red cup", "table"], ["Go", "sign"]]
+    assert script.asked[1][-1]["role"] == "user"
+    assert "not the array" in script.asked[1][-1]["content"]
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_an_answer_that_stays_malformed_gives_nothing(kind: str) -> None:
+    assert chat.ask(Script(*[MALFORMED[kind]] * 3), PROMPTS, "general", retries=2) == [None, None]
+
+
+def test_what_is_not_in_the_prompt_is_refused_and_named() -> None:
+    script = Script('[["red cup", "saucer"], ["Go"]]', '[["red cup"], ["Stop"]]')
+    # The second prompt's first answer was usable, and stays.
+    assert chat.ask(script, PROMPTS, "general", retries=1) == [["red cup"], ["Go"]]
+    assert "saucer" in script.asked[1][-1]["content"]
+
+
+def test_a_prompt_without_a_phrase_is_asked_for_again() -> None:
+    script = Script('[[], ["Go"]]', GOOD)
+    assert chat.ask(script, PROMPTS, "general", retries=1) == [["red cup", "table"], ["Go"]]
+
+
+@pytest.mark.parametrize("task", chat.TASKS)
+def test_the_instruction_says_what_to_list_and_in_which_form(task: str) -> None:
+    text = chat.instruction(task)
+    assert "JSON array" in text and "letter by letter" in text
+    assert ("rendered text" in text) == (task == "ocr")
+    assert ("spatial relation" in text) == (task == "geneval")
+
+
+Reply = Callable[[dict[str, Any], int], tuple[int, bytes]]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Reply], tuple[str, list[dict[str, Any]]]]]:
+    """Start an endpoint that answers by a function of the request and its number; gives its address and its log."""
+    servers = []
+
+    def start(reply: Reply) -> tuple[str, list[dict[str, Any]]]:
+        requests: list[dict[str, Any]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+                status, content = reply(body, len(requests))
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/v1", requests
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def completion(text: str) -> bytes:
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+
+
+def settings(**options: Any) -> Units:
+    return Units(**{"source": "llm", "model": "small", "cache": None, **options})
+
+
+def prompts() -> list[ScenePrompt]:
+    return [ScenePrompt(text, {}) for text in PROMPTS]
+
+
+def test_an_endpoint_is_asked_as_openai_is(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    address, requests = serve(lambda body, number: (200, completion(GOOD)))
+    extractor = UnitExtractor(settings(endpoint=address, key_variable="MY_KEY", task="ocr"))
+    extractions = extractor(prompts())
+    assert [(e.units, e.source) for e in extractions] == [(("red cup", "table"), "llm"), (("Go", "sign"), "llm")]
+    (request,) = requests
+    assert request["path"] == "/v1/chat/completions" and request["key"] == "Bearer s3cret"
+    assert request["model"] == "small" and request["temperature"] == 0
+
+
+def test_prompts_with_unusable_answers_get_the_rules_and_are_counted(serve) -> None:
+    address, _ = serve(lambda body, number: (200, completion('[["red cup"], ["Halt"]]')))
+    extractor = UnitExtractor(settings(endpoint=address, retries=1))
+    first, second = extractor(prompts())
+    assert (first.units, first.source) == (("red cup",), "llm")
+    assert (second.units, second.source) == (("Go", "sign"), "rules for llm")
+    assert extractor.replaced == 1
+
+
+def test_an_endpoint_that_recovers_costs_a_retry(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat.time, "sleep", lambda seconds: None)
+    address, requests = serve(lambda body, number: (503, b"busy") if number < 3 else (200, completion(GOOD)))
+    assert len(UnitExtractor(settings(endpoint=address))(prompts())) == 2
+    assert len(requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "message", "count"),
+    [
+        (500, b"broken", "status 500", 4),
+        (401, b"no key", "status 401", 1),
+        (200, b"<html>", "no chat completion", 1),
+        (200, b'{"choices": []}', "no chat completion", 1),
+        (200, b'{"choices": [{"message": {"content": null}}]}', "no text", 1),
+    ],
+)
+def test_an_endpoint_that_does_not_answer_is_named(
+    serve, monkeypatch: pytest.MonkeyPatch, status: int, content: bytes, message: str, count: int
+) -> None:
+    monkeypatch.setattr(chat.time, "sleep", lambda seconds: None)
+    address, requests = serve(lambda body, number: (status, content))
+    with pytest.raises(chat.ChatError, match=f"units.endpoint: {address}.*{message}"):
+        UnitExtractor(settings(endpoint=address))(prompts())
+    assert len(requests) == count
+
+
+def test_a_dead_endpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat.time, "sleep", lambda seconds: None)
+    with pytest.raises(chat.ChatError, match=r"units.endpoint: http://127.0.0.1:9/v1"):
+        UnitExtractor(settings(endpoint="http://127.0.0.1:9/v1", timeout=1.0))(prompts())
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a Llama of random weights and a tokenizer with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = str(tmp_path_factory.mktemp("chat") / "model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<end>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_chat_model_of_transformers_is_run(chat_model: str) -> None:
+    talker = chat.TransformersChat(chat_model, max_new_tokens=5)
+    answer = talker([{"role": "user", "content": "hello"}])
+    assert isinstance(answer, str) and answer == talker([{"role": "user", "content": "hello"}])
+    # Random weights give no JSON: the rules step in.
+    extractor = UnitExtractor(settings(model=chat_model, max_new_tokens=5, retries=0))
+    assert [e.source for e in extractor(prompts())] == ["rules for llm"] * 2
+
+
+def test_a_chat_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(chat.ChatError, match=f"units.model: {tmp_path}"):
+        chat.TransformersChat(str(tmp_path), max_new_tokens=5)
+
+
+def test_what_was_extracted_once_comes_from_the_cache(serve, tmp_path: Path) -> None:
+    address, requests = serve(lambda body, number: (200, completion('[["red cup"], ["Halt"]]')))
+    options = {"endpoint": address, "retries": 0, "cache": str(tmp_path / "deep" / "units.sqlite")}
+    first = UnitExtractor(settings(**options))(prompts())
+    again = UnitExtractor(settings(**options))
+    address2, requests2 = serve(lambda body, number: (200, completion('[["Go"]]')))
+    again = UnitExtractor(settings(**{**options, "endpoint": address2}))
+    second = again(prompts())
+    # The usable answer was kept; the one that the rules stood in for is asked for anew.
+    assert first[0] == second[0] and second[1].units == ("Go",) and second[1].source == "llm"
+    assert len(requests) == 1 and json.loads(requests2[0]["messages"][1]["content"]) == [PROMPTS[1]]
+
+
+def test_the_cache_tells_extractors_and_requirements_apart(tmp_path: Path) -> None:
+    cache = str(tmp_path / "units.sqlite")
+    prompt = "a photo of a red cup and a dog"
+    include = [{"class": "dog", "count": 1}]
+    extractor = UnitExtractor(Units(source="rules", cache=cache))
+    assert extractor([ScenePrompt(prompt, {})])[0].units == ("red cup", "dog")
+    assert extractor([ScenePrompt(prompt, {"include": include})])[0].units == ("dog",)
+    assert UnitExtractor(settings(task="ocr")).name != UnitExtractor(settings(task="geneval")).name
+
+
+def test_prompts_that_come_twice_are_extracted_once(serve) -> None:
+    address, requests = serve(lambda body, number: (200, completion(GOOD)))
+    one, two = prompts()
+    extractions = UnitExtractor(settings(endpoint=address))([one, two, one, two, one])
+    assert [e.units[0] for e in extractions] == ["red cup", "Go", "red cup", "Go", "red cup"]
+    assert len(json.loads(requests[0]["messages"][1]["content"])) == 2
+
+
+def test_more_keys_than_a_statement_takes(tmp_path: Path) -> None:
+    cache = UnitCache(tmp_path / "units.sqlite")
+    cache.put({str(i): ("p", [str(i)]) for i in range(1200)})
+    found = cache.get([str(i) for i in range(1300)])
+    assert len(found) == 1200 and found["1199"] == ["1199"]
+
+
+def test_a_file_that_is_no_cache_is_named_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, but mine")
+    with pytest.raises(CacheError, match="notes.txt"):
+        UnitCache(path)
+    assert path.read_text() == "not a database, but mine"
+
+
+def test_a_cache_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match="file"):
+        UnitCache(tmp_path / "file" / "units.sqlite")
+
+
+def test_units_is_short_for_its_source() -> None:
+    assert load_config("tiny", ["units=rules"]).units.source == "rules"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("units=guess", "units.source"),
+        ("units.source=llm", "units.model"),
+        ("units.model=small", "units.model"),
+        ("units.endpoint=http://localhost", "units.endpoint"),
+        ("units.task=poetry", "units.task"),
+        ("units.retries=-1", "units.retries"),
+        ("units.colour=red", "units.colour"),
+        ("units=[rules]", "units"),
+    ],
+)
+def test_bad_settings_are_named(override: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load_config("tiny", [override])
+
+
+def test_star_units_writes_units_that_a_run_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "prompts.txt", tmp_path / "units.jsonl"
+    source.write_text("\n".join(["a red circle", "", 'a green square that says "Go"']) + "\n", encoding="utf-8")
+    arguments = [str(source), "--out", str(out), "--pipeline", str(TINY_PIPELINE), "--set", "cache=null"]
+    assert main([*arguments, "--max-sequence-length", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "red circle" in printed and "found in the token sequence: 3 of 3 (100.00%)" in printed
+    read = read_prompts(str(out), "prompts.source")
+    assert [(p.text, p.units) for p in read] == [
+        ("a red circle", ("red circle",)),
+        ('a green square that says "Go"', ("Go", "green square")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.txt"], "nowhere.txt"),
+        (["{prompts}", "--set", "source=llm"], "units.model"),
+        (["{prompts}", "--set", "colour=red"], "colour"),
+        (["{prompts}", "--pipeline", "{folder}"], "--pipeline"),
+        (["{prompts}", "--out", "{folder}/no/such/folder/out.jsonl"], "no/such/folder"),
+    ],
+)
+def test_star_units_says_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    filled = [part.format(prompts=tmp_path / "prompts.txt", folder=tmp_path) for part in arguments]
+    assert main([*filled, *([] if "--set" in filled else ["--set", "cache=null"])]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"\xff\xfe\x00", "UTF-8"),
+        ("p.txt", b"\n \n", "no prompts"),
+        ("p.tsv", b"Text\tCategory\na cat\tAnimals\n", "line 2.*column 'Prompt'"),
+        ("p.tsv", b"Category\tPrompt\nAnimals\n", "line 2.*2 columns"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 3}\n', "line 2"),
+        ("p.jsonl", b"{oops\n", "line 1.*JSON"),
+        ("p.jsonl", b'{"prompt": "a", "units": "a"}\n', "units"),
+        ("p.jsonl", b"[" * 100_000, "line 1"),
+    ],
+)
+def test_a_bad_file_of_prompts_names_its_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"prompts.source: .*{message}"):
+        read_prompts(str(tmp_path / name), "prompts.source")
+
+
+def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.tsv"
+    path.write_bytes(b"\xef\xbb\xbfPrompt\tCategory\r\na \xc3\xa9clair\tFood\r\na cat\tAnimals\r\n")
+    assert [(p.text, p.metadata["category"]) for p in read_prompts(str(path), "x")] == [
+        ("a éclair", "Food"),
+        ("a cat", "Animals"),
+    ]
