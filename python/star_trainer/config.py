@@ -170,8 +170,8 @@ class Config(_Section):
     """Everything that decides a run."""
 
     method: Method = Field("star", description="star, or a control: " + ", ".join(get_args(Method)[1:]))
-    backend: Literal["auto", "reference"] = Field(
-        "auto", description="auto (each operator's fastest kernel here) or reference (plain PyTorch)"
+    backend: Literal["auto", "triton", "cpu", "reference"] = Field(
+        "auto", description="auto (each operator's fastest kernel here), triton, cpu, or reference (plain PyTorch)"
     )
     run: Run = Run()
     model: Model = Model()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import star_kernels as sk
+from star_kernels.backends import resolve_backend
 from star_trainer.advantages import Advantages, control_weights, group_advantages
 from star_trainer.checkpoint import set_aside
-from star_trainer.config import Config
+from star_trainer.config import Config, ConfigError
 from star_trainer.evaluation import evaluate
 from star_trainer.logs import RunLog
 from star_trainer.prompts import load_prompts
@@ -34,6 +35,7 @@ def train(config: Config) -> dict[str, object]:
         CheckpointError: a run folder whose checkpoints cannot be used.
         NonFiniteError: too many updates in a row with NaN or infinity.
     """
+    check_backend(config.backend)
     draw_training, draw_held_out = load_prompts(config.prompts)
     reward = load_reward(config.reward.terms)
     held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
@@ -86,6 +88,19 @@ def train(config: Config) -> dict[str, object]:
             with state.averaged_weights():
                 log.evaluated(evaluate(state.policy, config, held_out, log.scorers))
         return log.finish()
+
+
+def check_backend(name: str) -> None:
+    """Refuse a backend that cannot run here before anything else is done.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolve_backend("the training", name, device, kernels=("triton", "cpu"))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def update(

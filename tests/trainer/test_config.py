@@ -30,7 +30,6 @@ REFUSED = {
     "train.advantage_std=median": "train.advantage_std",
     "method=stars": "method",
     "backend=cuda": "backend",
-    "backend=cpu": "backend",
     "rollout.sde_steps=0": "rollout.sde_steps",
     "rollout.samples=1": "rollout.samples",
     "rollout.sampler=ode": "rollout.sampler",
