@@ -110,7 +110,9 @@ class Reward(_Section):
     """What is rewarded: a weighted sum."""
 
     terms: dict[str, float] = Field(
-        {"scene_graded": 1.0}, description="weight by name, or by module:function for one's own", min_length=1
+        {"scene_graded": 1.0},
+        description="weight by name (scene_graded, scene_strict, ocr), or by module:function for one's own",
+        min_length=1,
     )
 
 

@@ -8,14 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from star_trainer.config import ConfigError
+from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.requirements import judge
 from star_trainer.rewards.scene_detector import detect
 from star_trainer.scenes import ScenePrompt
-
-
-class RewardError(ValueError):
-    """A reward that cannot be used: the wrong number of values, or NaN or infinity; the message names it."""
-
 
 RewardFunction = Callable[[np.ndarray, Sequence[ScenePrompt]], np.ndarray]
 
@@ -30,7 +26,18 @@ def scene_graded(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarr
     return np.array([judge(detect(i), p.metadata).graded for i, p in zip(images, prompts, strict=True)])
 
 
-_BY_NAME: dict[str, RewardFunction] = {"scene_strict": scene_strict, "scene_graded": scene_graded}
+def _ocr() -> RewardFunction:
+    # Not at the top, nor are others below: they need packages and models that most runs do without.
+    from star_trainer.rewards.ocr import OcrReward
+
+    return OcrReward()
+
+
+_BY_NAME: dict[str, Callable[[], RewardFunction]] = {
+    "scene_strict": lambda: scene_strict,
+    "scene_graded": lambda: scene_graded,
+    "ocr": _ocr,
+}
 
 
 def load_reward(terms: Mapping[str, float]) -> RewardFunction:
@@ -62,7 +69,7 @@ def load_reward(terms: Mapping[str, float]) -> RewardFunction:
 
 def _find(name: str) -> RewardFunction:
     if name in _BY_NAME:
-        return _BY_NAME[name]
+        return _BY_NAME[name]()
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(f"reward.terms: expected one of {', '.join(_BY_NAME)} or module:function, got {name!r}")

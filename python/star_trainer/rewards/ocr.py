@@ -1,0 +1,87 @@
+"""Rendered text: how close what RapidOCR reads in an image comes to the texts that the prompt quotes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from star_trainer.config import ConfigError
+from star_trainer.rewards.errors import RewardError
+from star_trainer.scenes import ScenePrompt
+from star_trainer.units.rules import quoted_texts
+
+_MOST_ORDERS = 4  # texts of which every order is tried: 24 comparisons
+
+
+class OcrReward:
+    """Reads every image with RapidOCR, whose wheel carries its models, and scores it with `text_score`.
+
+    Called with images [B, H, W, 3] uint8 (RGB) and their prompts; returns [B] float64 in [0, 1].
+
+    Raises:
+        ConfigError: RapidOCR is not installed.
+        RewardError: when called: a prompt that quotes no text.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from rapidocr_onnxruntime import RapidOCR
+        except ImportError as error:
+            raise ConfigError(
+                f"reward.terms: ocr needs the extra: pip install 'star-kernels[ocr]' ({error})"
+            ) from error
+        self._read = RapidOCR()
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+        return np.array(
+            [text_score(wanted(prompt.text), self.read(image)) for image, prompt in zip(images, prompts, strict=True)]
+        )
+
+    def read(self, image: np.ndarray) -> list[str]:
+        """The lines of text in an image [H, W, 3] uint8 (RGB), from top to bottom."""
+        lines, _ = self._read(np.ascontiguousarray(image[:, :, ::-1]))  # OpenCV's order of channels.
+        return [text for _, text, _ in lines or ()]
+
+
+def wanted(prompt: str) -> list[str]:
+    """The texts that a prompt quotes.
+
+    Raises:
+        RewardError: there are none.
+    """
+    texts = [prompt[begin:end] for begin, end in quoted_texts(prompt)]
+    if not texts:
+        raise RewardError(f"reward ocr: expected a prompt with a quoted text to render, got {prompt[:80]!r}")
+    return texts
+
+
+def text_score(texts: Sequence[str], lines: Sequence[str]) -> float:
+    """1 - (edit distance from what was read to the wanted texts) / (their length), between 0 and 1.
+
+    Letter case and white space do not count. A text that stands in what was read costs nothing, and neither does what
+    stands around it. What is left over is compared with the texts that were not found, in the order that fits best; its
+    distance is at most their length, so that any amount of other text costs no more than no text at all. For one text
+    this is the reward of Flow-GRPO.
+    """
+    targets = [_fold(text) for text in texts]
+    read = _fold("".join(lines))
+    missing = []
+    # The longest first, so that "Go" does not take the letters out of "Go home".
+    for index in sorted(range(len(targets)), key=lambda i: -len(targets[i])):
+        if targets[index] in read:
+            read = read.replace(targets[index], "", 1)
+        else:
+            missing.append(index)
+    left = sum(len(targets[index]) for index in missing)
+    if left == 0:
+        return 1.0
+    orders = permutations(missing) if len(missing) <= _MOST_ORDERS else [sorted(missing)]
+    distance = min(Levenshtein.distance(read, "".join(targets[index] for index in order)) for order in orders)
+    return 1.0 - min(distance, left) / sum(map(len, targets))
+
+
+def _fold(text: str) -> str:
+    return "".join(text.casefold().split())
