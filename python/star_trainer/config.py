@@ -106,14 +106,27 @@ class RolloutConfig(_Section):
     guidance_scale: float = Field(1.0, ge=1.0, description="classifier-free guidance; 1 is without")
 
 
+class RewardModels(_Section):
+    """The models that rewards load: folders, or names on a model hub."""
+
+    clip: str = Field("openai/clip-vit-large-patch14", description="of clip_score, and of geneval's colours")
+    pickscore: str = "yuvalkirstain/PickScore_v1"
+    pickscore_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    detector: str = Field(
+        "facebook/mask2former-swin-small-coco-instance", description="of geneval: instances of COCO's classes"
+    )
+
+
 class Reward(_Section):
     """What is rewarded: a weighted sum."""
 
     terms: dict[str, float] = Field(
         {"scene_graded": 1.0},
-        description="weight by name (scene_graded, scene_strict, ocr), or by module:function for one's own",
+        description="weight by name (scene_graded, scene_strict, geneval_graded, geneval_strict, ocr, pickscore, "
+        "clip_score), or by module:function for one's own",
         min_length=1,
     )
+    models: RewardModels = RewardModels()
 
 
 class Allocation(_Section):

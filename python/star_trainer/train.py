@@ -37,7 +37,7 @@ def train(config: Config) -> dict[str, object]:
     """
     check_backend(config.backend)
     draw_training, draw_held_out = load_prompts(config.prompts)
-    reward = load_reward(config.reward.terms)
+    reward = load_reward(config.reward.terms, config.reward.models)
     held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
     extractor = UnitExtractor(config.units) if config.uses_maps else None
     if extractor is not None:

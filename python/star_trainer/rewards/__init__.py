@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from star_trainer.config import ConfigError
+from star_trainer.config import ConfigError, RewardModels
 from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.requirements import judge
 from star_trainer.rewards.scene_detector import detect
 from star_trainer.scenes import ScenePrompt
+
+if TYPE_CHECKING:
+    from star_trainer.rewards.clip import ClipModel
+    from star_trainer.rewards.geneval import Detector
 
 RewardFunction = Callable[[np.ndarray, Sequence[ScenePrompt]], np.ndarray]
 
@@ -26,30 +32,71 @@ def scene_graded(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarr
     return np.array([judge(detect(i), p.metadata).graded for i, p in zip(images, prompts, strict=True)])
 
 
-def _ocr() -> RewardFunction:
-    # Not at the top, nor are others below: they need packages and models that most runs do without.
-    from star_trainer.rewards.ocr import OcrReward
+class _Models:
+    """The models of the rewards, each loaded when it is first asked for and then shared.
 
-    return OcrReward()
+    Imports are made here, not at the top: they need packages that most runs do without.
+    """
+
+    def __init__(self, names: RewardModels) -> None:
+        self.names = names
+
+    @cached_property
+    def clip(self) -> ClipModel:
+        from star_trainer.rewards.clip import ClipModel
+
+        return ClipModel(self.names.clip, key="reward.models.clip")
+
+    @cached_property
+    def detector(self) -> Detector:
+        from star_trainer.rewards.geneval import Detector
+
+        return Detector(self.names.detector, self.clip)
+
+    def geneval(self, *, strict: bool) -> RewardFunction:
+        from star_trainer.rewards.geneval import GenEvalReward
+
+        return GenEvalReward(self.detector, strict=strict)
+
+    def clip_score(self) -> RewardFunction:
+        from star_trainer.rewards.clip import ClipReward
+
+        return ClipReward(self.clip, scale="percent")
+
+    def pickscore(self) -> RewardFunction:
+        from star_trainer.rewards.clip import ClipModel, ClipReward
+
+        model = ClipModel(self.names.pickscore, self.names.pickscore_processor, key="reward.models.pickscore")
+        return ClipReward(model, scale="logit")
+
+    def ocr(self) -> RewardFunction:
+        from star_trainer.rewards.ocr import OcrReward
+
+        return OcrReward()
 
 
-_BY_NAME: dict[str, Callable[[], RewardFunction]] = {
-    "scene_strict": lambda: scene_strict,
-    "scene_graded": lambda: scene_graded,
-    "ocr": _ocr,
+_BY_NAME: dict[str, Callable[[_Models], RewardFunction]] = {
+    "scene_strict": lambda models: scene_strict,
+    "scene_graded": lambda models: scene_graded,
+    "geneval_strict": lambda models: models.geneval(strict=True),
+    "geneval_graded": lambda models: models.geneval(strict=False),
+    "ocr": _Models.ocr,
+    "pickscore": _Models.pickscore,
+    "clip_score": _Models.clip_score,
 }
 
 
-def load_reward(terms: Mapping[str, float]) -> RewardFunction:
-    """The weighted sum of rewards given by name or as ``module:function``.
+def load_reward(terms: Mapping[str, float], names: RewardModels | None = None) -> RewardFunction:
+    """The weighted sum of rewards given by name or as ``module:function``; `names` says which models they load.
 
     A reward is called with images [B, H, W, 3] uint8 and their B prompts and returns B finite numbers.
 
     Raises:
-        ConfigError: a name that is not known, or a module or function that cannot be imported.
+        ConfigError: a name that is not known, or a model, module or function that cannot be loaded.
         RewardError: when called: a reward that returns the wrong number of values, or NaN or infinity.
     """
-    functions = {name: _find(name) for name in terms}
+    models = _Models(RewardModels() if names is None else names)
+    functions = {name: _find(name, models) for name in terms}
 
     def reward(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
         total = np.zeros(len(prompts))
@@ -67,9 +114,9 @@ def load_reward(terms: Mapping[str, float]) -> RewardFunction:
     return reward
 
 
-def _find(name: str) -> RewardFunction:
+def _find(name: str, models: _Models) -> RewardFunction:
     if name in _BY_NAME:
-        return _BY_NAME[name]()
+        return _BY_NAME[name](models)
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(f"reward.terms: expected one of {', '.join(_BY_NAME)} or module:function, got {name!r}")

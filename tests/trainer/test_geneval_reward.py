@@ -1,0 +1,240 @@
+"""GenEval's reward: its detector on real classes with random weights, its thresholds, and its published decisions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from star_trainer.config import ConfigError
+from star_trainer.rewards.geneval import COLOURS, Detector, GenEvalReward, box_of, masked_crop
+from star_trainer.rewards.requirements import DetectedObject, judge
+from star_trainer.scenes import ScenePrompt
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+from tests.tiny_models import DATA
+
+try:
+    from transformers import Mask2FormerImageProcessorPil as Mask2FormerImageProcessor
+except ImportError:
+    from transformers import Mask2FormerImageProcessor
+
+RGB = {
+    "red": (220, 20, 20),
+    "blue": (20, 20, 220),
+    "green": (20, 160, 20),
+    "white": (250, 250, 250),
+    "black": (5, 5, 5),
+}
+
+
+class SeesColours:
+    """In CLIP's place: one axis per colour, an image's coordinates are the numbers of pixels near each colour."""
+
+    device = torch.device("cpu")
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[float(colour in text) for colour in COLOURS] for text in texts])
+
+    def embed_images(self, images: np.ndarray) -> torch.Tensor:
+        rows = []
+        for image in images:
+            counts = [float((np.abs(image - np.array(RGB.get(c, (999,) * 3))).sum(-1) < 60).sum()) for c in COLOURS]
+            rows.append(counts)
+        return torch.tensor(rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Mask2Former of random weights, as transformers saves it."""
+    folder = str(tmp_path_factory.mktemp("detector") / "model")
+    torch.manual_seed(0)
+    stages = [f"stage{i}" for i in range(1, 5)]
+    backbone = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, out_features=stages)
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=12,
+        id2label={0: "cat", 1: "mouse", 2: "tv"},
+    )
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector(folder: str) -> Detector:
+    return Detector(folder, SeesColours())  # type: ignore[arg-type]
+
+
+def test_instances_have_names_scores_and_masks_of_the_images_size(detector: Detector) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    found = detector.instances(image, threshold=0.0)
+    assert found
+    for name, score, mask in found:
+        assert name in ("cat", "computer mouse", "tv") and 0.0 < score < 1.0
+        assert mask.shape == (48, 80) and mask.dtype == bool and mask.any()
+    assert detector.instances(image, threshold=0.999) == []
+
+
+def mask(left: int, top: int, right: int, bottom: int) -> np.ndarray:
+    covered = np.zeros((60, 60), dtype=bool)
+    covered[top:bottom, left:right] = True
+    return covered
+
+
+@pytest.fixture
+def given(detector: Detector, monkeypatch: pytest.MonkeyPatch):
+    """Make the detector see what a test says."""
+
+    def see(*instances: tuple[str, float, np.ndarray]) -> Detector:
+        monkeypatch.setattr(detector, "instances", lambda image, threshold: [i for i in instances if i[1] > threshold])
+        return detector
+
+    return see
+
+
+def picture(**regions: tuple[int, int, int, int]) -> np.ndarray:
+    image = np.full((60, 60, 3), 250, dtype=np.uint8)
+    for colour, (left, top, right, bottom) in regions.items():
+        image[top:bottom, left:right] = RGB[colour]
+    return image
+
+
+def test_counting_asks_for_more_confidence(given) -> None:
+    detector = given(*[("cat", score, mask(0, 0, 5, 5)) for score in (0.95, 0.8, 0.2)])
+    assert len(detector(picture(), {"tag": "counting"})) == 1
+    assert len(detector(picture(), {"tag": "single_object"})) == 2
+
+
+def test_at_most_sixteen_objects_of_a_class_count(given) -> None:
+    detector = given(*[("cat", 0.5 + i / 100, mask(0, 0, 5, 5)) for i in range(20)], ("tv", 0.4, mask(0, 0, 5, 5)))
+    found = detector(picture(), {})
+    scores = [item.score for item in found if item.name == "cat"]
+    assert len(scores) == 16 and scores == sorted(scores, reverse=True) and max(scores) == 0.69
+    assert sum(item.name == "tv" for item in found) == 1
+
+
+def test_colours_are_those_of_the_object_and_not_of_what_is_around_it(given) -> None:
+    image = picture(blue=(10, 10, 30, 30), red=(10, 10, 20, 30))
+    # The mask is the blue half; in its bounding box with the rest of the image, red would be as frequent.
+    detector = given(("cat", 0.9, mask(20, 10, 30, 30)), ("tv", 0.9, mask(10, 10, 20, 30)))
+    metadata = {"include": [{"class": "cat", "count": 1, "color": "blue"}, {"class": "tv", "count": 1}]}
+    found = {item.name: item for item in detector(image, metadata)}
+    assert found["cat"].colour == "blue" and found["cat"].box == (20.0, 10.0, 30.0, 30.0)
+    # No colour is looked for where none is asked for.
+    assert found["tv"].colour is None
+
+
+@pytest.mark.parametrize(("asked", "strict", "graded"), [("blue", 1.0, 1.0), ("red", 0.0, 0.5)])
+def test_the_reward_is_the_verdict_on_what_was_seen(given, asked: str, strict: float, graded: float) -> None:
+    detector = given(("cat", 0.9, mask(10, 10, 30, 30)))
+    metadata = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": asked}]}
+    images, prompts = picture(blue=(10, 10, 30, 30))[None].repeat(2, 0), [ScenePrompt("x", metadata)] * 2
+    assert GenEvalReward(detector, strict=True)(images, prompts).tolist() == [strict] * 2
+    assert GenEvalReward(detector, strict=False)(images, prompts).tolist() == [graded] * 2
+
+
+def test_boxes_and_crops_of_masks() -> None:
+    assert box_of(mask(3, 4, 9, 6)) == (3.0, 4.0, 9.0, 6.0)
+    covered = mask(0, 0, 4, 4)
+    covered[1, 1] = False
+    crop = masked_crop(picture(red=(0, 0, 60, 60)), covered)
+    assert crop.shape == (4, 4, 3) and tuple(crop[1, 1]) == (153, 153, 153) and tuple(crop[0, 0]) == RGB["red"]
+
+
+def test_a_detector_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"reward.models.detector: {tmp_path}"):
+        Detector(str(tmp_path), SeesColours())  # type: ignore[arg-type]
+
+
+def published_decision(found: list[DetectedObject], metadata: dict[str, Any]) -> bool:
+    """What GenEval's evaluation decides, said once more and without the library: correct or not."""
+    objects: dict[str, list[DetectedObject]] = {}
+    for item in sorted(found, key=lambda item: -item.score):
+        objects.setdefault(item.name, []).append(item)
+    correct, groups = True, []
+    for requirement in metadata.get("include", []):
+        chosen = objects.get(requirement["class"], [])[: requirement["count"]]
+        matched = len(chosen) >= requirement["count"]
+        if matched and "color" in requirement:
+            matched = sum(item.colour == requirement["color"] for item in chosen) >= requirement["count"]
+        if matched and "position" in requirement:
+            wanted, target = requirement["position"]
+            if groups[target] is None:
+                matched = False
+            else:
+                for item in chosen:
+                    for other in groups[target]:
+                        matched = matched and wanted in published_relations(item, other)
+        correct = correct and matched
+        groups.append(chosen if matched else None)
+    for requirement in metadata.get("exclude", []):
+        correct = correct and len(objects.get(requirement["class"], [])) < requirement["count"]
+    return correct
+
+
+def published_relations(a: DetectedObject, b: DetectedObject) -> set[str]:
+    width = (a.box[2] - a.box[0]) + (b.box[2] - b.box[0])
+    height = (a.box[3] - a.box[1]) + (b.box[3] - b.box[1])
+    x = (a.box[0] + a.box[2]) / 2 - (b.box[0] + b.box[2]) / 2
+    y = (a.box[1] + a.box[3]) / 2 - (b.box[1] + b.box[3]) / 2
+    moved_x = max(abs(x) - 0.1 * width, 0.0) * (1 if x > 0 else -1)
+    moved_y = max(abs(y) - 0.1 * height, 0.0) * (1 if y > 0 else -1)
+    if abs(moved_x) < 1e-3 and abs(moved_y) < 1e-3:
+        return set()
+    length = (x * x + y * y) ** 0.5
+    relations = set()
+    if moved_x / length < -0.5:
+        relations.add("left of")
+    if moved_x / length > 0.5:
+        relations.add("right of")
+    if moved_y / length < -0.5:
+        relations.add("above")
+    if moved_y / length > 0.5:
+        relations.add("below")
+    return relations
+
+
+def random_detections(generator: np.random.Generator, metadata: dict[str, Any]) -> list[DetectedObject]:
+    """Objects of the prompt's classes and of another one, more or less as many as asked for, anywhere."""
+    wanted = {entry["class"]: entry for entry in metadata["include"]}
+    found = []
+    for name in [*wanted, "zebra"]:
+        entry = wanted.get(name, {"count": 0})
+        # Mostly what is asked for, so that both decisions are frequent.
+        count = entry["count"] if generator.random() < 0.7 else int(generator.integers(0, 6))
+        for _ in range(count):
+            colour = entry.get("color") if generator.random() < 0.8 else str(generator.choice(COLOURS))
+            left, top = generator.uniform(0, 400, 2)
+            width, height = generator.uniform(1, 150, 2)
+            found.append(DetectedObject(name, generator.random(), colour, (left, top, left + width, top + height)))
+    return [found[i] for i in generator.permutation(len(found))]
+
+
+def test_decisions_agree_with_genevals_published_evaluation() -> None:
+    path = DATA / "geneval_metadata.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not here")
+    prompts = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(prompts) == 553
+    generator = np.random.default_rng(0)
+    decisions: dict[str, list[bool]] = {}
+    for metadata in prompts:
+        for _ in range(20):
+            found = random_detections(generator, metadata)
+            expected = published_decision(found, metadata)
+            assert judge(found, metadata).strict == float(expected), (metadata, found)
+            decisions.setdefault(metadata["tag"], []).append(expected)
+    # Both decisions were met often, for every kind of prompt.
+    assert all(0.05 < np.mean(made) < 0.95 for made in decisions.values())
