@@ -117,16 +117,28 @@ class RewardModels(_Section):
     )
 
 
+class RemoteReward(_Section):
+    """The reward server that the term ``remote`` asks."""
+
+    url: str | None = Field(None, description="its address, such as http://localhost:8100")
+    format: Literal["png", "raw"] = Field("png", description="how images are sent")
+    token_variable: str = Field("STAR_REWARD_TOKEN", description="environment variable with its token, if it wants one")
+    batch_size: Positive = Field(64, description="images per request")
+    timeout: float = Field(120.0, gt=0.0, description="seconds until a request is given up")
+    retries: int = Field(5, ge=0, description="further attempts, with growing pauses, before it counts as dead")
+
+
 class Reward(_Section):
     """What is rewarded: a weighted sum."""
 
     terms: dict[str, float] = Field(
         {"scene_graded": 1.0},
         description="weight by name (scene_graded, scene_strict, geneval_graded, geneval_strict, ocr, pickscore, "
-        "clip_score), or by module:function for one's own",
+        "clip_score, remote), or by module:function for one's own",
         min_length=1,
     )
     models: RewardModels = RewardModels()
+    remote: RemoteReward = RemoteReward()
 
 
 class Allocation(_Section):

@@ -103,7 +103,15 @@ class TrainingState:
 
 
 # Settings that may change between a run and its resumption: they do not touch what is computed.
-_FREE_KEYS = {"run", "checkpoints"}
+_FREE_KEYS = (
+    "run.",
+    "checkpoints.",
+    "reward.remote.",
+    "units.cache",
+    "units.endpoint",
+    "units.key_variable",
+    "units.timeout",
+)
 
 
 def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], root: Path) -> None:
@@ -115,7 +123,7 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], root: P
     old, new = flatten(saved), flatten(current)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     # More iterations of the same training is what resuming is for.
-    changed = [k for k in keys if k.split(".")[0] not in _FREE_KEYS or k == "run.seed"]
+    changed = [key for key in keys if not key.startswith(_FREE_KEYS) or key == "run.seed"]
     changed = [key for key in changed if key != "train.iterations"]
     if changed:
         shown = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:4])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,12 @@ from star_trainer.logs import RunLog
 from star_trainer.prompts import load_prompts
 from star_trainer.randomness import numpy_stream
 from star_trainer.rewards import load_reward
+from star_trainer.rewards.errors import RewardError
 from star_trainer.rollout import NonFiniteError, Rollout, collect
 from star_trainer.state import TrainingState, build_state
 from star_trainer.units import UnitExtractor
+from star_trainer.units.cache import CacheError
+from star_trainer.units.chat import ChatError
 
 
 def train(config: Config) -> dict[str, object]:
@@ -33,11 +38,12 @@ def train(config: Config) -> dict[str, object]:
         ConfigError: what can be seen of a bad configuration, before any weights load.
         ChatError, CacheError: the text units cannot be extracted.
         CheckpointError: a run folder whose checkpoints cannot be used.
+        RewardError: a reward that cannot be had; what was trained so far is saved.
         NonFiniteError: too many updates in a row with NaN or infinity.
     """
     check_backend(config.backend)
     draw_training, draw_held_out = load_prompts(config.prompts)
-    reward = load_reward(config.reward.terms, config.reward.models)
+    reward = load_reward(config.reward)
     held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
     extractor = UnitExtractor(config.units) if config.uses_maps else None
     if extractor is not None:
@@ -50,7 +56,8 @@ def train(config: Config) -> dict[str, object]:
     resumed = state.restore(folder / "checkpoints")
     rank, processes = state.accelerator.process_index, state.accelerator.num_processes
 
-    with RunLog(state, held_out, reward, resumed=resumed) as log, ThreadPoolExecutor(1) as worker:
+    saving, running = saved_on_failure(state, folder / "checkpoints"), RunLog(state, held_out, reward, resumed=resumed)
+    with saving, running as log, ThreadPoolExecutor(1) as worker:
         log.evaluated_base()
         if state.iteration >= config.train.iterations:
             log.say(
@@ -88,6 +95,20 @@ def train(config: Config) -> dict[str, object]:
             with state.averaged_weights():
                 log.evaluated(evaluate(state.policy, config, held_out, log.scorers))
         return log.finish()
+
+
+@contextmanager
+def saved_on_failure(state: TrainingState, root: Path) -> Iterator[None]:
+    """Save what was trained so far when something outside of the trainer (a server, a model, a disk) gives out."""
+    try:
+        yield
+    except (CacheError, ChatError, RewardError) as error:
+        if state.iteration == 0:
+            raise
+        state.save(root)
+        raise type(error)(
+            f"{error}. {state.iteration} iterations are saved; the same command goes on from there"
+        ) from error
 
 
 def check_backend(name: str) -> None:

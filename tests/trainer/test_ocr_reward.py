@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 from rapidfuzz.distance import Levenshtein
+from star_trainer.config import Reward
 from star_trainer.rewards import load_reward
 from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.ocr import text_score, wanted
@@ -26,7 +27,7 @@ def picture(text: str, angle: float = 0.0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def ocr():
     pytest.importorskip("rapidocr_onnxruntime")
-    return load_reward({"ocr": 1.0})
+    return load_reward(Reward(terms={"ocr": 1.0}))
 
 
 def score(ocr, image: np.ndarray, prompt: str) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import star_trainer.rollout as rollout_module
 import torch
-from star_trainer.config import Config, Model, load_config
+from star_trainer.config import Config, Model, Reward, load_config
 from star_trainer.policy import Policy, load_policy
 from star_trainer.randomness import numpy_stream, stream
 from star_trainer.rewards import load_reward
@@ -125,7 +125,7 @@ def test_collecting_in_batches_keeps_groups_in_order_and_uses_the_worker(policy:
     )
     prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
     seen: list[int] = []
-    real = load_reward({"scene_graded": 1.0})
+    real = load_reward(Reward(terms={"scene_graded": 1.0}))
 
     def reward(images, batch):
         seen.append(len(images))
@@ -160,7 +160,9 @@ def test_groups_start_from_the_same_noise_where_shared_noise_says_so(policy: Pol
     config = load_config("tiny", [*overrides, "rollout.shared_noise=true"])
     prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
     with ThreadPoolExecutor(1) as worker:
-        rollout = collect(policy, config, prompts, load_reward({"scene_graded": 1.0}), worker, iteration=0, rank=0)
+        rollout = collect(
+            policy, config, prompts, load_reward(Reward(terms={"scene_graded": 1.0})), worker, iteration=0, rank=0
+        )
     start = rollout.trajectory.latents[0]
     assert torch.equal(start[0], start[1]) and torch.equal(start[3], start[5])
     assert not torch.equal(start[2], start[3])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from star_trainer.config import ConfigError, RewardModels
+from star_trainer.config import ConfigError, Reward
 from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.requirements import judge
 from star_trainer.rewards.scene_detector import detect
@@ -38,8 +38,9 @@ class _Models:
     Imports are made here, not at the top: they need packages that most runs do without.
     """
 
-    def __init__(self, names: RewardModels) -> None:
-        self.names = names
+    def __init__(self, config: Reward) -> None:
+        self.names = config.models
+        self.server = config.remote
 
     @cached_property
     def clip(self) -> ClipModel:
@@ -69,6 +70,11 @@ class _Models:
         model = ClipModel(self.names.pickscore, self.names.pickscore_processor, key="reward.models.pickscore")
         return ClipReward(model, scale="logit")
 
+    def remote(self) -> RewardFunction:
+        from star_trainer.rewards.remote import RemoteRewardClient
+
+        return RemoteRewardClient(self.server)
+
     def ocr(self) -> RewardFunction:
         from star_trainer.rewards.ocr import OcrReward
 
@@ -83,11 +89,12 @@ _BY_NAME: dict[str, Callable[[_Models], RewardFunction]] = {
     "ocr": _Models.ocr,
     "pickscore": _Models.pickscore,
     "clip_score": _Models.clip_score,
+    "remote": _Models.remote,
 }
 
 
-def load_reward(terms: Mapping[str, float], names: RewardModels | None = None) -> RewardFunction:
-    """The weighted sum of rewards given by name or as ``module:function``; `names` says which models they load.
+def load_reward(config: Reward) -> RewardFunction:
+    """The weighted sum of rewards given by name or as ``module:function``.
 
     A reward is called with images [B, H, W, 3] uint8 and their B prompts and returns B finite numbers.
 
@@ -95,8 +102,8 @@ def load_reward(terms: Mapping[str, float], names: RewardModels | None = None) -
         ConfigError: a name that is not known, or a model, module or function that cannot be loaded.
         RewardError: when called: a reward that returns the wrong number of values, or NaN or infinity.
     """
-    models = _Models(RewardModels() if names is None else names)
-    functions = {name: _find(name, models) for name in terms}
+    models = _Models(config)
+    functions = {name: _find(name, models) for name in config.terms}
 
     def reward(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
         total = np.zeros(len(prompts))
@@ -108,7 +115,7 @@ def load_reward(terms: Mapping[str, float], names: RewardModels | None = None) -
                 raise RewardError(
                     f"reward {name}: got NaN or infinity for sample {int(np.argmin(np.isfinite(values)))}"
                 )
-            total += terms[name] * values
+            total += config.terms[name] * values
         return total
 
     return reward
