@@ -54,6 +54,7 @@ class Model(_Section):
     pipeline: str = Field("tiny", description="'tiny' (comes with the package), a folder, or a name on a model hub")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights, and of autocast")
     max_sequence_length: Positive = Field(256, description="T5 positions; the tiny pipeline was trained with 16")
+    resolution: Positive | None = Field(None, description="pixels of an image's side, or null for the pipeline's own")
     lora: Lora | None = Field(Lora(), description="adapters, or null to train all weights of the transformer")
     gradient_checkpointing: bool = False
 

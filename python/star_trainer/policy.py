@@ -59,6 +59,8 @@ class Policy:
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
         size = self.model.config.sample_size
+        if self.config.resolution is not None:
+            size = self.config.resolution // self.pipeline.vae_scale_factor
         return self.model.config.in_channels, size, size
 
     @property

@@ -137,6 +137,13 @@ def _check_against_model(config: Config, policy: Policy) -> None:
     blocks = len(policy.model.transformer_blocks)
     if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
         raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
+    if config.model.resolution is not None:
+        token = policy.pipeline.vae_scale_factor * policy.model.config.patch_size
+        largest = token * policy.model.config.pos_embed_max_size
+        if config.model.resolution % token or config.model.resolution > largest:
+            raise ConfigError(
+                f"model.resolution: expected a multiple of {token} up to {largest}, got {config.model.resolution}"
+            )
     _, height, width = policy.latent_shape
     if config.method != "uniform" and config.train.clip_range * math.sqrt(height * width) >= 1.0:
         raise ConfigError(

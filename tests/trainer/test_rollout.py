@@ -89,6 +89,34 @@ def test_a_training_rollout_records_log_probs_and_maps_of_every_step(
     assert trajectory.weights.std() > 0
 
 
+def test_images_of_another_resolution_are_the_pipelines(prompts) -> None:
+    config = load_config("tiny", ["model.resolution=48"])
+    policy = load_policy(config.model)
+    trajectory = denoise(
+        policy,
+        policy.encode([prompt.text for prompt in prompts]),
+        steps=2,
+        kind="ode",
+        generator=stream(0, "test"),
+        units=text_units(policy, prompts),
+        allocation=config.allocation,
+    )
+    assert trajectory.weights is not None and trajectory.weights.shape == (2, len(prompts), 6, 6)
+    images = policy.decode(trajectory.latents[-1])
+    assert images.shape == (len(prompts), 48, 48, 3)
+    theirs = policy.pipeline(
+        [prompt.text for prompt in prompts],
+        height=48,
+        width=48,
+        latents=trajectory.latents[0],
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        max_sequence_length=config.model.max_sequence_length,
+        output_type="np",
+    ).images
+    assert abs(images / 255.0 - theirs).max() < 0.01
+
+
 def test_recording_changes_the_samples_by_rounding_only(policy: Policy, prompts) -> None:
     embeddings = policy.encode([prompt.text for prompt in prompts])
     options = {"steps": 3, "kind": "flow_sde", "eta": 0.7}

@@ -204,7 +204,9 @@ def test_a_lost_base_evaluation_is_made_again_from_the_base_weights(tmp_path: Pa
     assert second["base"] == pytest.approx(first["base"])
 
 
-@pytest.mark.parametrize("setting", ["allocation.layers=[99]", "train.clip_range=0.5"])
+@pytest.mark.parametrize(
+    "setting", ["allocation.layers=[99]", "train.clip_range=0.5", "model.resolution=30", "model.resolution=72"]
+)
 def test_what_only_the_model_can_tell_is_refused_before_the_run(setting: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=setting.partition("=")[0].replace(".", r"\.")):
         run(tmp_path, setting)
