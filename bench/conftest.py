@@ -17,6 +17,7 @@ from bench.harness import Group, Member
 
 _GROUPS = pytest.StashKey[list[Group]]()
 _QUEUE = pytest.StashKey[dict[str, list[Member]]]()
+_BUDGETS = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,13 +53,15 @@ def device() -> torch.device:
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`measure(function, group=..., name=..., baseline=False, work=None)` adds a member to a group.
+    """`measure(function, group=..., name=..., baseline=False, work=None, budget=None)` adds a member to a group.
 
-    `work` counts what one call does, by unit, as {"GB": 0.2}: the table then has the rate, GB/s.
+    `work` counts what one call does, by unit, as {"GB": 0.2}: the table then has the rate, GB/s. `budget` asks for more
+    seconds than usual for the group, in as many rounds as they allow, where a ratio near 1 is to be told from 1.
     The members that one test adds to a group are timed alternately when the test function has returned.
     """
     queue: dict[str, list[Member]] = {}
-    request.node.stash[_QUEUE] = queue
+    budgets: dict[str, float] = {}
+    request.node.stash[_QUEUE], request.node.stash[_BUDGETS] = queue, budgets
 
     def add(
         function: Callable[[], object],
@@ -67,7 +70,10 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         name: str,
         baseline: bool = False,
         work: Mapping[str, float] | None = None,
+        budget: float | None = None,
     ) -> None:
+        if budget is not None:
+            budgets[group] = budget
         queue.setdefault(group, []).append(Member(name, function, baseline, work or {}))
 
     return add
@@ -82,7 +88,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
             for member in members:
                 member.function()
             continue
-        group = harness.measure(members, harness.clock_for(harness.default_device()), name=name)
+        clock, budget = harness.clock_for(harness.default_device()), pyfuncitem.stash[_BUDGETS].get(name)
+        if budget is None:
+            group = harness.measure(members, clock, name=name)
+        else:
+            group = harness.measure(members, clock, name=name, budget=budget, max_rounds=10_000)
         pyfuncitem.config.stash[_GROUPS].append(group)
         _report(benchmark, group)
     return result

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 FORMAT = 1
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
+BUDGET = 5.0  # seconds for a group
 
 Function = Callable[[], object]
 
@@ -48,11 +49,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles."""
+    """Median and quartiles, and an interval that holds the median with 95 % confidence where rounds are alike."""
 
     median: float
     q1: float
     q3: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,14 @@ class Group:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles of at least one value."""
+    """Of at least one value. The interval is that of the sign test; fewer than six values give it less confidence."""
     if len(values) == 1:
-        return Spread(values[0], values[0], values[0])
+        return Spread(*(values[0],) * 5)
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, q1, q3)
+    ordered, count = sorted(values), len(values)
+    # Half of the values lie below the median, give or take sqrt(count) / 2 as a standard deviation.
+    cut = max(0, int((count - 1.96 * math.sqrt(count) - 1) / 2))
+    return Spread(median, q1, q3, ordered[cut], ordered[-1 - cut])
 
 
 class Clock(Protocol):
@@ -187,11 +193,17 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def measure(
-    members: Sequence[Member], clock: Clock, *, name: str, budget: float = 5.0, min_rounds: int = MIN_ROUNDS
+    members: Sequence[Member],
+    clock: Clock,
+    *,
+    name: str,
+    budget: float = BUDGET,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
 ) -> Group:
     """Time `members` alternately for about `budget` seconds, after warming each of them up.
 
-    However long a round takes, there are at least `min_rounds` of them, and never more than 100.
+    However long a round takes, there are at least `min_rounds` and at most `max_rounds` of them.
 
     Raises:
         ValueError: no members, two of one name, or two baselines.
@@ -208,7 +220,7 @@ def measure(
             peaks[member.name] = clock.peak_bytes(member.function)
         calls = {key: max(1, math.ceil(clock.shortest_round / max(value, 1e-7))) for key, value in estimates.items()}
         round_seconds = sum(estimates[key] * calls[key] for key in names)
-        rounds = min(MAX_ROUNDS, max(min_rounds, int(budget / max(round_seconds, 1e-9))))
+        rounds = min(max_rounds, max(min_rounds, int(budget / max(round_seconds, 1e-9))))
         order, shuffle = list(members), random.Random(0)
         seconds: dict[str, list[float]] = {key: [] for key in names}
         for _ in range(rounds):
@@ -232,10 +244,11 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def table(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """Groups as `group_as_dict` makes them, as lines: median time, ratio with its quartiles, peak memory, rates."""
+    """Groups as `group_as_dict` makes them, as lines: median time, ratio with quartiles and interval, memory, rates."""
     width = max((len(member["name"]) for group in groups for member in group["members"]), default=0)
     width += len(" (baseline)")
-    lines = [f"{'':<{width + 2}} {'median':>10}  {'time / baseline':<22} {'faster':>8} {'peak memory':>12}"]
+    head = f"{'':<{width + 2}} {'median':>10}  {'time / baseline':<22}  {'median within':<16}"
+    lines = [f"{head} {'faster':>8} {'peak memory':>12}"]
     for group in groups:
         lines.append(group["name"])
         for member in group["members"]:
@@ -243,10 +256,11 @@ def table(groups: Sequence[dict[str, Any]]) -> list[str]:
             line = f"  {label:<{width}} {format_seconds(member['seconds']['median']):>10}"
             ratio = member["ratio"]
             if ratio is None:
-                line += " " * 33
+                line += " " * 51
             else:
                 relative = f"{ratio['median']:.3f} [{ratio['q1']:.3f}, {ratio['q3']:.3f}]"
-                line += f"  {relative:<22} {1 / ratio['median']:>7.2f}x"
+                interval = f"[{ratio['low']:.3f}, {ratio['high']:.3f}]"
+                line += f"  {relative:<22}  {interval:<16} {1 / ratio['median']:>7.2f}x"
             rates = "".join(f"  {value:.3g} {unit}" for unit, value in member["rates"].items())
             lines.append(f"{line} {format_bytes(member['peak_bytes']):>12}{rates}")
     return lines

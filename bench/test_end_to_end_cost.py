@@ -23,6 +23,7 @@ from star_trainer.train import update
 METHODS = {"uniform": "uniform", "STAR": "star"}
 BACKENDS = {"fused": "auto", "eager": "reference"}
 STEPS = 4
+PRECISE_SECONDS = 90.0
 SETTINGS = (
     "rollout.prompts=4",
     "rollout.samples=8",
@@ -87,16 +88,32 @@ def describe(case: Case) -> str:
     return f"tiny pipeline, B {case.batch}, {height * width} image tokens"
 
 
-def test_rollout(measure: Callable[..., None], case: Case) -> None:
-    for label, backend in BACKENDS.items():
+def measure_methods(
+    measure: Callable[..., None], group: str, make: Callable[[str, str], Callable[[], object]], *, precise: bool
+) -> None:
+    """The methods on the kernels and on the definitions; precisely, on the kernels alone and for longer."""
+    for label, backend in list(BACKENDS.items())[: 1 if precise else None]:
         for method_label, method in METHODS.items():
-            call = functools.partial(roll_out, case, method, backend)
-            baseline = (label, method) == ("fused", "uniform")
-            group = f"rollout of {STEPS} steps, {describe(case)}"
-            measure(call, group=group, name=f"{method_label}, {label}", baseline=baseline)
+            measure(
+                make(method, backend),
+                group=f"{group}, precisely" if precise else group,
+                name=f"{method_label}, {label}",
+                baseline=(label, method) == ("fused", "uniform"),
+                budget=PRECISE_SECONDS if precise else None,
+            )
 
 
-def test_update(measure: Callable[..., None], case: Case) -> None:
+PRECISION = pytest.mark.parametrize("precise", [False, pytest.param(True, marks=pytest.mark.full, id="precisely")])
+
+
+@PRECISION
+def test_rollout(measure: Callable[..., None], case: Case, precise: bool) -> None:
+    group = f"rollout of {STEPS} steps, {describe(case)}"
+    measure_methods(measure, group, lambda *which: functools.partial(roll_out, case, *which), precise=precise)
+
+
+@PRECISION
+def test_update(measure: Callable[..., None], case: Case, precise: bool) -> None:
     trajectory = roll_out(case, "star", "auto")
     rewards = np.random.default_rng(0).random(case.batch)
     _, timesteps = case.state.policy.schedule(STEPS)
@@ -105,10 +122,8 @@ def test_update(measure: Callable[..., None], case: Case) -> None:
     # It writes to the log only to say that it was skipped, and fails here if it is.
     no_log = cast(RunLog, None)
     advantages = group_advantages(rewards, case.state.config.rollout.samples)
-    for label, backend in BACKENDS.items():
-        for method_label, method in METHODS.items():
-            state = case.with_method(method, backend)
-            call = functools.partial(update, state, rollout, advantages, 0, no_log)
-            baseline = (label, method) == ("fused", "uniform")
-            group = f"update on 2 steps, {describe(case)}"
-            measure(call, group=group, name=f"{method_label}, {label}", baseline=baseline)
+
+    def make(method: str, backend: str) -> Callable[[], object]:
+        return functools.partial(update, case.with_method(method, backend), rollout, advantages, 0, no_log)
+
+    measure_methods(measure, f"update on 2 steps, {describe(case)}", make, precise=precise)

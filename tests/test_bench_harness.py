@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def test_ratio_survives_a_machine_that_slows_down() -> None:
     ratio = group.ratio("fast")
     assert ratio is not None
     assert ratio.median == pytest.approx(1 / 3)
-    assert group.ratio("slow") == harness.Spread(1.0, 1.0, 1.0)
+    assert group.ratio("slow") == harness.Spread(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 def test_members_are_timed_in_turn_and_in_changing_order() -> None:
@@ -78,8 +79,15 @@ def test_members_that_cannot_be_told_apart_are_refused() -> None:
 
 
 def test_quartiles() -> None:
-    assert harness.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == harness.Spread(3.0, 2.0, 4.0)
-    assert harness.spread([7.0]) == harness.Spread(7.0, 7.0, 7.0)
+    assert harness.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == harness.Spread(3.0, 2.0, 4.0, 1.0, 5.0)
+    assert harness.spread([7.0]) == harness.Spread(7.0, 7.0, 7.0, 7.0, 7.0)
+
+
+@pytest.mark.parametrize("count", [6, 20, 101])
+def test_the_interval_holds_the_median_as_often_as_it_says(count: int) -> None:
+    generator = random.Random(0)
+    spreads = [harness.spread([generator.random() for _ in range(count)]) for _ in range(2000)]
+    assert 0.94 < sum(s.low <= 0.5 <= s.high for s in spreads) / 2000 < 0.99
 
 
 def test_cpu_clock_repeats_and_divides() -> None:
@@ -151,8 +159,8 @@ def test_results_are_read_back_as_written_and_drawn(tmp_path: Path) -> None:
     assert b == {
         "name": "b",
         "rounds": 3,
-        "seconds": {"median": 1.0, "q1": 0.75, "q3": 1.5},
-        "ratio": {"median": 0.5, "q1": 0.5, "q3": 0.5},
+        "seconds": {"median": 1.0, "q1": 0.75, "q3": 1.5, "low": 0.5, "high": 2.0},
+        "ratio": {"median": 0.5, "q1": 0.5, "q3": 0.5, "low": 0.5, "high": 0.5},
         "peak_bytes": 2_500_000,
         "rates": {"GB/s": 3.0},
     }
