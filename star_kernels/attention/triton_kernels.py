@@ -24,7 +24,7 @@ the same bytes, but hold 0.15 GB at S and 0.6 GB at L.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ CONFIGURATIONS: dict[str, dict[tuple[int, int], Configuration]] = {
         (2, 32): Configuration(128, 64, 8, 3, 128),
         (2, 64): Configuration(128, 64, 8, 3),
         (2, 128): Configuration(128, 32, 8, 3),
-        (4, 32): Configuration(64, 32, 8, 2),
+        (4, 32): Configuration(32, 32, 4, 2),
         (4, 64): Configuration(32, 16, 4, 2),
         (4, 128): Configuration(16, 16, 8, 1),
     },
@@ -79,7 +79,7 @@ CONFIGURATIONS: dict[str, dict[tuple[int, int], Configuration]] = {
         (2, 32): Configuration(128, 64, 8, 3, 128),
         (2, 64): Configuration(128, 64, 8, 3, 128),
         (2, 128): Configuration(128, 64, 8, 3),
-        (4, 32): Configuration(64, 32, 8, 2),
+        (4, 32): Configuration(32, 32, 4, 2),
         (4, 64): Configuration(32, 16, 4, 2),
         (4, 128): Configuration(16, 16, 8, 1),
     },
@@ -87,7 +87,7 @@ CONFIGURATIONS: dict[str, dict[tuple[int, int], Configuration]] = {
         (2, 32): Configuration(128, 64, 8, 3, 128),
         (2, 64): Configuration(128, 64, 8, 3, 128),
         (2, 128): Configuration(128, 64, 8, 3),
-        (4, 32): Configuration(64, 32, 8, 2),
+        (4, 32): Configuration(32, 32, 4, 2),
         (4, 64): Configuration(32, 16, 4, 2),
         (4, 128): Configuration(16, 16, 8, 1),
     },
@@ -659,10 +659,13 @@ def configuration_for(architecture: str, dtype: torch.dtype, head_dim: int) -> C
 
 
 def _unit_mass_configuration(dtype: torch.dtype, attention: Configuration) -> Configuration:
-    """Half the rows of the attention kernel: there are image tokens but for few programs, which loop over the heads."""
+    """At most 64 rows: there are image tokens but for few programs, which loop over the heads.
+
+    With as many keys as the attention kernel takes at a time, some of the table's rows would spill registers.
+    """
     if dtype == torch.float32:
-        return attention
-    return Configuration(min(64, attention.block_m), min(32, attention.block_n), 4, min(2, attention.num_stages))
+        return replace(attention, block_n=16)
+    return Configuration(min(64, attention.block_m), max(16, attention.block_n // 2), 4, min(2, attention.num_stages))
 
 
 def architecture_of(device: torch.device) -> str:
@@ -769,7 +772,7 @@ def unit_mass_call(
     """
     rows, heads, num_image, head_dim = image.shape
     num_text, num_units = text.shape[2], unit_weights.shape[2]
-    block_k = min(64, max(16, triton.next_power_of_2(num_units)))
+    block_k = 16 if num_units <= 16 else 32  # More at once would spill registers in float32.
     arguments = {
         "image_ptr": image,
         "text_ptr": text,
@@ -926,7 +929,12 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
         shape = (batch, image + text, heads, head_dim)
         dtype = torch.float32 if itemsize == 4 else torch.bfloat16
         query, key, value = (torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2) for _ in range(3))
-        for num_units, direction in ((0, "image_to_text"), (8, "image_to_text"), (8, "text_to_image")):
+        for num_units, direction in (
+            (0, "image_to_text"),
+            (8, "image_to_text"),
+            (MAX_FUSED_UNITS + 1, "image_to_text"),
+            (8, "text_to_image"),
+        ):
             _, row = prepare(
                 query,
                 key,
