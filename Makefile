@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 # Byte code is made on first use: doing it for every module of every package takes longer than the download.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
+# The oldest Triton that the kernels must compile under, in a folder that only their tests look into.
+OLDEST_TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -26,7 +28,7 @@ help: ## Show this list
 demo: $(VENV)/.built ## Post-train a small Stable Diffusion 3 pipeline with STAR and show what it gained
 	$(BIN)/star-train tiny $(DEMO_ARGS)
 
-test: $(VENV)/.built-dev ## Run the tests
+test: $(VENV)/.built-dev $(VENV)/.installed-triton-3.6 ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 tests
 
 bench: $(VENV)/.built-dev ## Measure the operators, a rollout and an update against their unfused baselines
@@ -52,6 +54,11 @@ $(VENV)/.installed: requirements.txt
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.installed-triton-3.6: | $(VENV)/.installed
+	@echo "Installing the oldest supported Triton into $(VENV)/triton-3.6, for the tests that compile kernels"
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/triton-3.6 '$(OLDEST_TRITON); sys_platform == "linux"'
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)

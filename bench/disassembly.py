@@ -31,6 +31,17 @@ _KIND_OF_OPCODE = tuple(
 )
 
 
+_ACCESS = re.compile(
+    r"(?:LDG|STG|LDGSTS|LD|ST)\b(?:\.(?!(?:[US]8|[US]16|64|128)\b)\w+)*(?:\.(?P<sass>[US]8|[US]16|64|128)\b)?"
+    r"|(?:buffer|global|flat)_(?:load|store)_(?P<gcn>[us]?byte|[us]?short|dword(?:x[234])?)"
+)
+_WIDTHS = {
+    **{"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16},
+    **{"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2},
+    **{"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16},
+}
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction.
@@ -53,7 +64,18 @@ class Instruction:
 
     @property
     def kind(self) -> str:
+        if self.text.startswith("@!PT "):  # Never executed: ptxas keeps instructions apart with it.
+            return "other"
         return next((kind for pattern, kind in _KIND_OF_OPCODE if pattern.match(self.opcode)), "other")
+
+    @property
+    def global_bytes(self) -> int:
+        """What one thread moves from or to global memory; 0 for asynchronous copies of whole tiles."""
+        found = _ACCESS.match(self.opcode) if self.kind == "global" else None
+        if found is None:
+            return 0
+        width = found["sass"] or found["gcn"]
+        return _WIDTHS[width] if width else 4
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """The least work that each operator can do, and the time that an H100 takes for it at best.
 
-``python -m bench.roofline`` prints bytes that have to move, operations of the tensor
-cores and exponentials per call, the time that each implies, and, from the static report that ``python -m
-bench.static_gpu`` wrote, how the attention kernel's loop over image keys divides the clock cycles of an SM.
+``python -m bench.roofline`` prints bytes that have to move, operations of the tensor cores and exponentials per call
+and the time that each implies. From the static report that ``python -m bench.static_gpu`` wrote it adds how the
+attention kernel's loop over image keys divides the clock cycles of an SM, and what the other kernels request of memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from bench.attention_cases import Shape, sd35_medium
 from bench.static_gpu import KernelReport, LoopReport, calls_table, capture_table, load, markdown
 
 STATIC_REPORT = Path(__file__).parent / "results" / "static_gpu.json"
+# Iterations of a kernel's loop with the arguments that it was compiled for, where that is not one; 0: left out, as it
+# only adds up what another kernel left, or runs only where a gradient has to be scaled.
+TRIPS = {"mean over heads": 24 // 8, "mask": 64 * 64 // 2048, "metrics": 0, "scale": 0}
 TENSOR_TILE = 16  # columns of the narrowest tensor-core product: K units occupy as many
 
 
@@ -221,6 +225,36 @@ def loop_table(reports: list[KernelReport], machine: Machine) -> list[tuple[str,
     return rows
 
 
+def traffic_table(reports: list[KernelReport], machine: Machine) -> list[tuple[str, ...]]:
+    """What the kernels without matrix products ask of memory, beside the tensors that they are given."""
+    rows: list[tuple[str, ...]] = [
+        ("call on sm_90", "programs", "tensors", "requested", "ratio", "memory", "issue", "blocks/SM")
+    ]
+    for kernel in reports:
+        trips = TRIPS.get(kernel.name, 1)
+        if kernel.architecture != "sm_90" or trips == 0 or (kernel.operator == "attention" and trips == 1):
+            continue
+        again = trips - 1
+        threads = kernel.programs * kernel.warps * 32
+        requested = threads * (kernel.global_bytes + again * sum(loop.global_bytes for loop in kernel.loops))
+        executed = kernel.instructions + again * sum(loop.instructions for loop in kernel.loops)
+        programs_of_an_sm = math.ceil(kernel.programs / machine.sms)
+        cycles = programs_of_an_sm * kernel.warps * executed / machine.warp_instructions_per_cycle
+        rows.append(
+            (
+                f"{kernel.operator}: {kernel.name}",
+                str(kernel.programs),
+                f"{kernel.tensor_bytes / 1e6:.2f} MB",
+                f"{requested / 1e6:.2f} MB",
+                f"{requested / kernel.tensor_bytes:.2f}",
+                f"{kernel.tensor_bytes / machine.bytes_per_second * 1e6:.2f} µs",
+                f"{cycles / machine.clock * 1e6:.2f} µs",
+                str(kernel.blocks_per_sm),
+            )
+        )
+    return rows
+
+
 def with_tables(page: str) -> str:
     """The page with what stands between ``<!-- table: name -->`` and ``<!-- end -->`` brought up to date."""
     reports = load(STATIC_REPORT)
@@ -229,6 +263,7 @@ def with_tables(page: str) -> str:
         "calls": calls_table(reports),
         "capture": capture_table(reports),
         "loops": loop_table(reports, H100),
+        "traffic": traffic_table(reports, H100),
     }
 
     def replace(block: re.Match[str]) -> str:
@@ -242,7 +277,9 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="a page whose tables are to be brought up to date")
     arguments = parser.parse_args()
     print(f"{H100.name} at {H100.clock / 1e9:.2f} GHz\n\n{markdown(work_table(H100))}")
-    print(f"\n{markdown(loop_table(load(STATIC_REPORT), H100))}")
+    reports = load(STATIC_REPORT)
+    for rows in (loop_table(reports, H100), traffic_table(reports, H100)):
+        print(f"\n{markdown(rows)}")
     if arguments.page:
         arguments.page.write_text(with_tables(arguments.page.read_text()))
 

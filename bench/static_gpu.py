@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,7 +29,8 @@ from typing import Any
 from bench.disassembly import KINDS, Instruction, Loop, count, find_loops, parse_amdgcn, parse_sass
 
 OPERATORS = ("attention", "allocation", "transition", "policy_loss")
-MEASURED = ("tensor", "special", "global", "shared")  # what capture must not add to the loop over image keys
+MEASURED = ("tensor", "special", "global", "shared", "local")  # what capture must not add to the loop over image keys
+SCRATCH = ("partials", "scratch")  # arguments that hold what a kernel leaves for the next one or for itself
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class LoopReport:
         tensor: tensor-core instructions by opcode.
         tensor_groups: batches in which the tensor-core instructions of Hopper are waited for. As many as there are
             instructions means that ptxas has serialised them.
+        global_bytes: that a thread moves from and to global memory in an iteration.
     """
 
     name: str
@@ -82,16 +85,27 @@ class LoopReport:
     kinds: dict[str, int]
     tensor: dict[str, int]
     tensor_groups: int
+    global_bytes: int
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One compiled call; sizes in bytes, registers per thread."""
+    """One compiled call; sizes in bytes, registers per thread.
+
+    Attributes:
+        settings: what the code chose: launch options, tile sizes and other constants.
+        programs: of the call, with the arguments that were compiled for.
+        tensor_bytes: of the tensors among these arguments, scratch left out.
+        global_bytes: that a thread moves from and to global memory if it executes every instruction once.
+    """
 
     operator: str
     name: str
     architecture: str
     kernel: str
+    settings: dict[str, Any]
+    programs: int
+    tensor_bytes: int
     warps: int
     stages: int
     registers: int
@@ -104,11 +118,13 @@ class KernelReport:
     instructions: int
     kinds: dict[str, int]
     tensor: dict[str, int]
+    global_bytes: int
     loops: list[LoopReport]
 
     @property
     def spills(self) -> bool:
-        return self.stack > 0 or self.spill_instructions > 0
+        """Not by the stack: ptxas can set some aside and then leave it alone."""
+        return self.spill_instructions > 0
 
 
 def blocks_per_sm(limits: Limits, warps: int, registers: int, shared: int, columns: int = 0) -> tuple[int, str]:
@@ -136,6 +152,26 @@ def calls(operators: Iterable[str], architecture: str) -> Iterator[tuple[str, An
             yield from ((operator, call) for call in module.ahead_of_time_calls(architecture))
 
 
+def settings(call: Any) -> dict[str, Any]:
+    """What the operator chose for `call`, as it can be written to JSON: launch options and constants."""
+    chosen = call.options | {name: value for name, value in call.arguments.items() if name.isupper()}
+    return {name: value if isinstance(value, bool | int) else str(value) for name, value in sorted(chosen.items())}
+
+
+def _tensors(value: object) -> Iterator[Any]:
+    """The tensors in nested tuples."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "element_size"):
+        yield value
+
+
+def _tensor_bytes(call: Any) -> int:
+    kept = tuple(value for name, value in call.arguments.items() if name not in SCRATCH)
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors(kept)}.values())
+
+
 def report(operator: str, call: Any, architecture: str) -> KernelReport:
     """Compile `call` for `architecture` and read the result."""
     compiled = call.compile(architecture)
@@ -144,6 +180,7 @@ def report(operator: str, call: Any, architecture: str) -> KernelReport:
         instructions = parse_amdgcn(text)
         registers, stack = _amd_field(text, "vgpr_count"), _amd_field(text, "private_segment_fixed_size")
         spills = _amd_field(text, "vgpr_spill_count") + _amd_field(text, "sgpr_spill_count")
+        spills += count(instructions)["local"]
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
@@ -160,6 +197,9 @@ def report(operator: str, call: Any, architecture: str) -> KernelReport:
         call.name,
         architecture,
         metadata.name,
+        settings(call),
+        math.prod(call.grid),
+        _tensor_bytes(call),
         metadata.num_warps,
         metadata.num_stages,
         registers,
@@ -172,6 +212,7 @@ def report(operator: str, call: Any, architecture: str) -> KernelReport:
         len(instructions),
         _kinds(instructions),
         _tensor(instructions),
+        _global_bytes(instructions),
         _loops(call.kernel, find_loops(instructions)),
     )
 
@@ -200,6 +241,10 @@ def _tensor(instructions: Iterable[Instruction]) -> dict[str, int]:
     return dict(sorted(Counter(i.opcode for i in instructions if i.kind == "tensor").items()))
 
 
+def _global_bytes(instructions: Iterable[Instruction]) -> int:
+    return sum(instruction.global_bytes for instruction in instructions)
+
+
 def _loops(kernel: Any, loops: list[Loop]) -> list[LoopReport]:
     """Reports of the loops that compute; those that wait for a barrier, a handful of instructions, are left out."""
     reports = []
@@ -209,7 +254,17 @@ def _loops(kernel: Any, loops: list[Loop]) -> list[LoopReport]:
             continue
         groups = sum(i.kind == "tensor" and "gsb" in i.text for i in loop.instructions)
         name = _loop_name(kernel, loop)
-        reports.append(LoopReport(name, loop.depth, len(loop.instructions), kinds, _tensor(loop.instructions), groups))
+        reports.append(
+            LoopReport(
+                name,
+                loop.depth,
+                len(loop.instructions),
+                kinds,
+                _tensor(loop.instructions),
+                groups,
+                _global_bytes(loop.instructions),
+            )
+        )
     return reports
 
 
@@ -233,8 +288,9 @@ def _loop_name(kernel: Any, loop: Loop) -> str:
 def _statements(path: Path) -> list[tuple[range, str]]:
     """The statements of a file that have no body: their lines and their text in lower case."""
     source = path.read_text()
+    lines = source.lower().splitlines()
     return [
-        (range(node.lineno, (node.end_lineno or node.lineno) + 1), (ast.get_source_segment(source, node) or "").lower())
+        (range(node.lineno, (node.end_lineno or node.lineno) + 1), "\n".join(lines[node.lineno - 1 : node.end_lineno]))
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.stmt) and not hasattr(node, "body")
     ]

@@ -13,14 +13,32 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench.static_gpu import LIMITS, MEASURED, OPERATORS, KernelReport, calls, capture_pairs, image_loop, load, settings
+from star_kernels.attention.triton_kernels import CONFIGURATIONS
+
 ROOT = Path(__file__).resolve().parents[1]
+OLDEST_TRITON = Path(sys.prefix) / "triton-3.6"  # where `make test` puts it
 Kernel = dict[str, Any]
 
+# Which calls are compiled under the oldest Triton, as compiling all takes minutes: everything for AMD; for sm_90 all
+# but attention in float32, which has no tensor cores there; for the other NVIDIA architectures, which have the same
+# compiler, attention at the head dimension of Stable Diffusion 3.5. With that folder in PYTHONPATH,
+# ``python -m bench.static_gpu`` compiles all.
+UNDER_OLDEST = {
+    "sm_80": "forward, bfloat16, head dim 64",
+    "sm_90": "^(?!(forward|mass from).*float32)",
+    "sm_100": "forward, bfloat16, head dim 64",
+    "gfx942": "",
+}
 
-def python(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python from the root of the repository, without Triton's interpreter, with a compilation cache in `cache`."""
+
+def python(*arguments: str, cache: Path, first: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python from the root of the repository, without Triton's interpreter, with a compilation cache in `cache`.
+
+    Modules are looked for in `first`, then in the repository, then where they are installed.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join((str(ROOT), str(ROOT / "python")))
+    path = os.pathsep.join(str(folder) for folder in (first, ROOT, ROOT / "python") if folder)
     environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
     return subprocess.run(
         [sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -47,3 +65,70 @@ def test_the_report_sees_spills_and_loops(architecture: str, tmp_path: Path) -> 
         assert inner["tensor_groups"] == 1
     else:
         assert inner["tensor"].keys() == {"v_mfma_f32_32x32x8_bf16"}
+
+
+@pytest.mark.parametrize("architecture", LIMITS)
+def test_every_row_of_the_attention_table_is_compiled_for_every_use(architecture: str) -> None:
+    tiles = {
+        call.name: (call.arguments["BLOCK_M"], call.arguments["BLOCK_N"], call.options["num_warps"])
+        for _, call in calls(["attention"], architecture)
+        if "BLOCK_N" in call.arguments
+    }
+    for (itemsize, head_dim), row in CONFIGURATIONS[architecture].items():
+        tensors = f"{'float32' if itemsize == 4 else 'bfloat16'}, head dim {head_dim}"
+        for use in ("no capture", "8 units"):
+            assert tiles.pop(f"forward, {tensors}, {use}") == (row.block_m, row.block_n, row.num_warps)
+        for direction, units in (("text to image", 8), ("image to text", 17)):
+            tiles.pop(f"mass from log-sum-exp, {direction}, {tensors}, {units} units")
+    assert not tiles
+
+
+@pytest.mark.parametrize("architecture", LIMITS)
+def test_the_kernels_are_what_their_tables_promise(architecture: str, tmp_path: Path) -> None:
+    reports = compile_all(architecture, tmp_path)
+    assert {(r.operator, r.name): r.settings for r in reports} == {
+        (operator, call.name): json.loads(json.dumps(settings(call)))
+        for operator, call in calls(OPERATORS, architecture)
+    }
+    assert len(capture_pairs(reports)) == len(CONFIGURATIONS[architecture])
+    assert not complaints(reports)
+
+
+@pytest.mark.skipif(not OLDEST_TRITON.exists(), reason=f"{OLDEST_TRITON} is not there; make test installs it")
+@pytest.mark.parametrize("architecture", LIMITS)
+def test_the_kernels_are_the_same_under_the_oldest_triton(architecture: str, tmp_path: Path) -> None:
+    reports = compile_all(architecture, tmp_path, UNDER_OLDEST[architecture], OLDEST_TRITON)
+    assert len(capture_pairs(reports)) == {"sm_80": 1, "sm_90": 3, "sm_100": 1, "gfx942": 6}[architecture]
+    assert not complaints(reports)
+
+
+def compile_all(architecture: str, folder: Path, names: str = "", triton: Path | None = None) -> list[KernelReport]:
+    """The reports of the calls that match `names`, compiled for `architecture` by a Triton that may lie elsewhere."""
+    file = folder / "static_gpu.json"
+    arguments = ("--architecture", architecture, "--call", names, "--json", str(file))
+    run = python("-m", "bench.static_gpu", *arguments, cache=folder / "cache", first=triton)
+    assert file.exists(), run.stderr
+    version = json.loads(file.read_text())["triton"]
+    assert triton is None or version.startswith("3.6."), version
+    return load(file)
+
+
+def complaints(reports: list[KernelReport]) -> list[str]:
+    """Where the machine code is not what the kernels were written for."""
+    found = [f"{report.name} spills registers" for report in reports if report.spills]
+    for report in reports:
+        loops = [loop for loop in report.loops if loop.tensor]
+        if report.operator == "attention" and "bfloat16" in report.name and not loops:
+            found.append(f"{report.name} has no tensor-core instruction in a loop")
+        if report.architecture == "sm_90":
+            for loop in loops:
+                if not all(opcode.startswith("HGMMA") for opcode in loop.tensor):
+                    found.append(f"{report.name}, {loop.name}: {loop.tensor} is not wgmma")
+                if not 0 < loop.tensor_groups < sum(loop.tensor.values()):
+                    found.append(f"{report.name}, {loop.name}: each wgmma is waited for")
+    for plain, capturing in capture_pairs(reports):
+        before, after = image_loop(plain), image_loop(capturing)
+        more = {kind for kind in MEASURED if after.kinds.get(kind, 0) > before.kinds.get(kind, 0)}
+        if more or after.instructions > 1.02 * before.instructions:
+            found.append(f"{capturing.name}: the loop over image keys goes from {before} to {after}")
+    return found

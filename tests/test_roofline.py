@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from bench.attention_cases import sd35_medium
 from bench.roofline import (
     H100,
+    STATIC_REPORT,
     Latents,
     attainable,
     attention,
@@ -16,8 +18,10 @@ from bench.roofline import (
     mean_over_heads,
     policy_loss,
     text_to_image,
+    traffic_table,
+    with_tables,
 )
-from bench.static_gpu import KernelReport, LoopReport
+from bench.static_gpu import LIMITS, OPERATORS, KernelReport, LoopReport, calls, load, settings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 SMALL = sd35_medium("S", batch=8)  # 24 heads of 64, 1024 + 205 tokens, 8 units
@@ -66,10 +70,37 @@ def test_floor_is_the_time_of_the_busiest_resource() -> None:
 
 def test_cycles_of_a_tile_follow_from_its_instructions() -> None:
     # 128 queries x 64 keys at head dim 64 by two warp groups: each 64 x 64 x 64 is four instructions, of two products.
-    loop = LoopReport("image keys", 1, 312, {"special": 34}, {"HGMMA.64x64x16.F32.BF16": 8}, 2)
-    kernel = KernelReport("", "", "sm_90", "", 8, 3, 128, 0, 0, 0, 0, 2, "", 0, {}, {}, [loop])
+    loop = LoopReport("image keys", 1, 312, {"special": 34}, {"HGMMA.64x64x16.F32.BF16": 8}, 2, 0)
+    kernel = KernelReport("", "", "sm_90", "", {}, 1, 0, 8, 3, 128, 0, 0, 0, 0, 2, "", 0, {}, {}, 0, [loop])
     cycles = loop_cycles(kernel, loop, H100)
     assert cycles == {"tensor cores": 4 * 128 * 64 * 64 / 4096, "exponentials": 34 * 8 * 32 / 16, "issue": 312 * 8 / 4}
     side_by_side, taking_turns = attainable(cycles, H100)
     assert side_by_side == pytest.approx(989.5e12 * 512 / 624)
     assert taking_turns == pytest.approx(989.5e12 * 512 / (512 + 624))
+
+
+def test_traffic_counts_every_iteration_of_every_thread() -> None:
+    # 264 programs of 4 warps, two for each SM: 8 bytes a thread and 50 instructions in each of three iterations, and
+    # 4 bytes and 30 instructions after them.
+    loop = LoopReport("heads", 1, 50, {}, {}, 0, 8)
+    sizes = (264, 5 * 264 * 128, 4, 3, 30, 0, 0, 0, 0, 16, "warps", 80)
+    kernel = KernelReport("attention", "mean over heads", "sm_90", "", {}, *sizes, {}, {}, 12, [loop])
+    _, row = traffic_table([kernel], H100)
+    assert row[:5] == ("attention: mean over heads", "264", "0.17 MB", "0.95 MB", "5.60")
+    assert row[6] == f"{2 * 4 * (3 * 50 + 30) / 4 / H100.clock * 1e6:.2f} µs"
+
+
+def test_the_page_shows_the_tables_of_the_committed_report() -> None:
+    page = PAGE.read_text()
+    assert page.count("<!-- table: ") == 5
+    assert page == with_tables(page), "python -m bench.roofline --page docs/kernels.md brings the page up to date"
+
+
+def test_the_committed_report_is_of_the_configurations_in_the_code() -> None:
+    pytest.importorskip("triton")
+    reported = {(kernel.architecture, kernel.operator, kernel.name): kernel.settings for kernel in load(STATIC_REPORT)}
+    assert reported == {
+        (architecture, operator, call.name): json.loads(json.dumps(settings(call)))
+        for architecture in LIMITS
+        for operator, call in calls(OPERATORS, architecture)
+    }, "python -m bench.static_gpu --json bench/results/static_gpu.json compiles everything anew"

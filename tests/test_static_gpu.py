@@ -144,6 +144,28 @@ def test_kind_of_an_instruction(opcode: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("opcode", "width"),
+    [
+        ("LDG.E.128.CONSTANT", 16),
+        ("LDG.E.U16", 2),
+        ("STG.E", 4),
+        ("LDGSTS.E.BYPASS.128", 16),
+        ("UTMALDG.2D", 0),
+        ("LDS.128", 0),
+        ("global_load_dwordx4", 16),
+        ("buffer_store_short", 2),
+        ("global_load_ubyte", 1),
+    ],
+)
+def test_bytes_that_a_thread_moves(opcode: str, width: int) -> None:
+    assert Instruction(opcode, opcode, (), (), None, True).global_bytes == width
+
+
+def test_what_is_never_executed_is_no_access() -> None:
+    assert Instruction("LDS", "@!PT LDS RZ, [RZ]", (), (), None, True).kind == "other"
+
+
+@pytest.mark.parametrize(
     ("architecture", "warps", "registers", "shared", "columns", "expected"),
     [
         ("sm_90", 8, 128, 48 << 10, 0, (2, "registers")),
