@@ -2,6 +2,8 @@
 
 Needs torch in the environment that builds (``pip install --no-build-isolation``), so that the extension is compiled
 against the PyTorch it will run with. ``STAR_KERNELS_BUILD_CPU=0`` leaves the extension out; torch is then not needed.
+``STAR_KERNELS_CXXFLAGS`` holds further flags for the compiler: ``-Werror`` in ``.ci/run``; those of the sanitizers,
+which the linker needs too (``LDFLAGS``), in ``tests/test_sanitizers.py``.
 """
 
 import os
