@@ -147,6 +147,42 @@ void split_channels(const float* from, int64_t channels, int64_t count, float* t
   }
 }
 
+// [kChannels][stride] -> [kWidth, kChannels]: the rounds of split_channels backwards.
+template <typename Lanes, int kChannels>
+STAR_INLINE void join_channels(const float* from, int64_t stride, float* to) {
+  using V = Vectors<Lanes>;
+  typename V::Vec values[kChannels], next[kChannels];
+  for (int i = 0; i < kChannels; ++i) values[i] = V::load(from + i * stride);
+  for (int rounds = 1; rounds < kChannels; rounds *= 2) {
+    for (int i = 0; i < kChannels / 2; ++i) {
+      next[2 * i] = Lanes::low_pairs(values[i], values[i + kChannels / 2]);
+      next[2 * i + 1] = Lanes::high_pairs(values[i], values[i + kChannels / 2]);
+    }
+    std::memcpy(values, next, sizeof values);
+  }
+  for (int i = 0; i < kChannels; ++i) V::store(to + i * V::kWidth, values[i]);
+}
+
+// [channels][kTile] -> [count, channels].
+template <typename Lanes>
+void join_channels(const float* from, int64_t channels, int64_t count, float* to) {
+  int64_t done = count / Lanes::kWidth * Lanes::kWidth;
+  for (int64_t p = 0; p + Lanes::kWidth <= count; p += Lanes::kWidth) {
+    float* block = to + p * channels;
+    switch (channels) {
+      case 2: join_channels<Lanes, 2>(from + p, kTile, block); break;
+      case 4: join_channels<Lanes, 4>(from + p, kTile, block); break;
+      case 8: join_channels<Lanes, 8>(from + p, kTile, block); break;
+      case 16: join_channels<Lanes, 16>(from + p, kTile, block); break;
+      case 32: join_channels<Lanes, 32>(from + p, kTile, block); break;
+      default: done = 0;
+    }
+  }
+  for (int64_t p = done; p < count; ++p) {
+    for (int64_t c = 0; c < channels; ++c) to[p * channels + c] = from[c * kTile + p];
+  }
+}
+
 // Positions [first, first + count) of one sample.
 struct Range {
   int64_t sample, first, count;
@@ -210,15 +246,22 @@ Tile read_tile(const LatentView& view, const LatentShape& shape, const Range& ti
   return buffered(buffer);
 }
 
-// Where to write a tile of a contiguous latent: in memory where that can hold it, else in `buffer`, from where `write_tile`
-// takes it.
+// Where to write a tile of a latent: in memory where that can hold it, else in `buffer`, from where `write_tile` takes it.
 inline Tile tile_to_write(const LatentView& view, const LatentShape& shape, const Range& tile, float* buffer) {
   return in_place(view, tile) ? direct_tile(view, shape, tile) : buffered(buffer);
 }
 
+// `spare` holds [channels][kTile] floats, like `buffer`.
 template <typename Lanes>
-void write_tile(const LatentView& view, const LatentShape& shape, const Range& tile, const float* buffer) {
+void write_tile(const LatentView& view, const LatentShape& shape, const Range& tile, const float* buffer, float* spare) {
   if (in_place(view, tile)) return;
+  if (view.channels_last) {
+    const int64_t begin = index_of(view, shape, tile, 0);
+    const bool is_float = view.format == Format::float32;
+    join_channels<Lanes>(buffer, shape.channels, tile.count, is_float ? static_cast<float*>(view.data) + begin : spare);
+    if (!is_float) write_floats<Lanes>(view.data, view.format, begin, spare, tile.count * shape.channels);
+    return;
+  }
   for (int64_t c = 0; c < shape.channels; ++c) {
     write_floats<Lanes>(view.data, view.format, index_of(view, shape, tile, c), buffer + c * kTile, tile.count);
   }

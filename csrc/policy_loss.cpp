@@ -16,9 +16,11 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <vector>
 
 namespace star_kernels {
 namespace {
@@ -137,7 +139,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
 
   // float16 cannot hold the gradient of one of many positions before a loss scale is applied, in backward.
   const at::ScalarType type = velocity.scalar_type() == at::kHalf ? at::kFloat : velocity.scalar_type();
-  const at::Tensor gradient = with_gradient ? at::empty(velocity.sizes(), velocity.options().dtype(type))
+  // Laid out like the velocity: autograd copies the gradient of a leaf that is not.
+  const auto format = is_channels_last(velocity) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const at::Tensor gradient = with_gradient ? at::empty(velocity.sizes(), velocity.options().dtype(type), format)
                                             : at::empty({0}, at::kFloat);
 
   std::vector<PolicyLossSums> sums(shape.batch * shape.blocks());

@@ -326,7 +326,7 @@ struct PolicyLoss {
         }
       }
     }
-    write_tile<Lanes>(problem.gradient, shape, tile, work.gradient);
+    write_tile<Lanes>(problem.gradient, shape, tile, work.gradient, work.spare);
   }
 };
 

@@ -38,7 +38,8 @@ at::Tensor transition_log_prob(const at::Tensor& velocity, const at::Tensor& sam
                                const at::Tensor& velocity_scale, const at::Tensor& std, double guidance_scale);
 
 // The objective of docs/method.md, section 5: loss [], metrics [8] and, if asked for, the gradient with respect to the
-// velocity, contiguous, in its dtype (float32 for float16), else an empty tensor. See policy_loss.cpp.
+// velocity, in its dtype (float32 for float16), channels_last where the velocity is and only that, else contiguous; without
+// it an empty tensor. See policy_loss.cpp.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
     const at::Tensor& velocity, const at::Tensor& sample, const at::Tensor& next_sample, const at::Tensor& old_log_prob,
     const at::Tensor& advantage, const at::Tensor& sample_drift, const at::Tensor& velocity_scale, const at::Tensor& std,

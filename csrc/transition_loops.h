@@ -65,7 +65,7 @@ struct Transition {
         V::store(memory + first + i * kWidth, Gaussian<Lanes>::log_prob(squares[i], scalars));
       }
     }
-    if (problem.draws) write_tile<Lanes>(inputs.next_sample, shape, tile, buffers[4]);
+    if (problem.draws) write_tile<Lanes>(inputs.next_sample, shape, tile, buffers[4], spare);
     if (problem.log_prob == nullptr) return;
     std::memcpy(problem.log_prob + tile.sample * shape.positions() + tile.first, memory, tile.count * sizeof(float));
   }

@@ -154,11 +154,21 @@ def load_velocity(
 
 
 @triton.jit
-def store_tile(target, values, sample, positions, inside, size, C: tl.constexpr, CP: tl.constexpr):
-    """Values in the dtype of `target`, a contiguous [B, C, H, W] of `size` positions."""
+def store_tile(
+    target,
+    values,
+    sample,
+    positions,
+    inside,
+    size,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr = False,
+):
+    """Values in the dtype of `target`, a [B, C, H, W] of `size` positions, contiguous or channels_last."""
     channels = tl.arange(0, CP)[:, None]
     start = target + sample.to(tl.int64) * C * size
-    offsets = channels * size + positions[None, :]
+    offsets = channels + positions[None, :] * C if CHANNELS_LAST else channels * size + positions[None, :]
     tl.store(start + offsets, values, mask=(channels < C) & inside[None, :])
 
 

@@ -193,7 +193,7 @@ def _compute(inputs: reference.Inputs, with_gradient: bool, backend: str) -> tup
         loss, metrics = reference.policy_loss(inputs)
         return loss, metrics, loss.new_empty(0)
     loss, metrics, grad_velocity = reference.policy_loss_and_gradient(inputs)
-    return loss, metrics, grad_velocity.to(inputs.gradient_dtype()).contiguous()
+    return loss, metrics, grad_velocity.to(inputs.gradient_dtype(), memory_format=inputs.gradient_format())
 
 
 def _is_traced(velocity: Tensor) -> bool:
@@ -317,7 +317,7 @@ def _(
     loss, metrics = velocity.new_empty((), dtype=dtype), velocity.new_empty((len(reference.METRICS),), dtype=dtype)
     if not with_gradient:
         return loss, metrics, loss.new_empty(0)
-    return loss, metrics, velocity.new_empty(velocity.shape, dtype=inputs.gradient_dtype())
+    return loss, metrics, inputs.empty_gradient()
 
 
 def _keep_gradient(ctx: Any, grad_velocity: Tensor, dtype: torch.dtype, backend: str) -> None:

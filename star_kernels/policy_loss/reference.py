@@ -70,6 +70,18 @@ class Inputs(NamedTuple):
         """
         return self.velocity.dtype if self.velocity.dtype == torch.bfloat16 else self.dtype()
 
+    def gradient_format(self) -> torch.memory_format:
+        """channels_last where the velocity is and only that, else contiguous.
+
+        Autograd copies the gradient of a leaf that does not lie in memory as the leaf does.
+        """
+        contiguous = self.velocity.is_contiguous()
+        last = not contiguous and self.velocity.is_contiguous(memory_format=torch.channels_last)
+        return torch.channels_last if last else torch.contiguous_format
+
+    def empty_gradient(self) -> Tensor:
+        return torch.empty_like(self.velocity, dtype=self.gradient_dtype(), memory_format=self.gradient_format())
+
 
 class _Terms(NamedTuple):
     """What the loss and its gradient are both made of."""

@@ -207,6 +207,7 @@ def _store_gradient(
     counted,
     C: tl.constexpr,
     CP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """∂loss/∂v of a tile; `pull` is [1, BLOCK], or a scalar for an image."""
@@ -218,7 +219,7 @@ def _store_gradient(
     # A product would not do: zero times a deviation that is NaN is NaN.
     values = tl.where(counted[None, :], factor * grad_mean, 0.0)
     rounded = cast(values, gradient.dtype.element_ty)
-    store_tile(gradient, rounded, sample, positions, positions < shape.size, shape.size, C, CP)
+    store_tile(gradient, rounded, sample, positions, positions < shape.size, shape.size, C, CP, CHANNELS_LAST)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -238,6 +239,7 @@ def _position_kernel(
     PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr,
     FLAT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     sample = tl.program_id(0) // shape.tiles
@@ -265,6 +267,7 @@ def _position_kernel(
             counted,
             C,
             CP,
+            CHANNELS_LAST,
             COMPUTE,
         )
     share = scalars[5]
@@ -335,6 +338,7 @@ def _image_kernel(
     PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr,
     FLAT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
     SUMS: tl.constexpr,
 ):
@@ -381,6 +385,7 @@ def _image_kernel(
             counted,
             C,
             CP,
+            CHANNELS_LAST,
             COMPUTE,
         )
 
@@ -458,10 +463,7 @@ def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, 
     dtype, device = inputs.dtype(), inputs.velocity.device
     loss = torch.empty((), dtype=dtype, device=device)
     metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
-    if with_gradient:
-        gradient = torch.empty(inputs.velocity.shape, dtype=inputs.gradient_dtype(), device=device)
-    else:
-        gradient = torch.empty(0, dtype=dtype, device=device)
+    gradient = inputs.empty_gradient() if with_gradient else torch.empty(0, dtype=dtype, device=device)
     with torch.cuda.device_of(inputs.velocity):
         for call in kernel_calls(inputs, loss, metrics, gradient if with_gradient else None):
             call.launch()
@@ -509,6 +511,7 @@ def kernel_calls(inputs: reference.Inputs, loss: Tensor, metrics: Tensor, gradie
     }
     objective: dict[str, Any] = {
         "gradient": gradient,
+        "CHANNELS_LAST": inputs.gradient_format() == torch.channels_last,
         "batch": batch,
         "kl_weight": inputs.kl_weight,
         "ratio_low": 1 - inputs.clip_low,
@@ -557,14 +560,8 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
         ),
         "image, bf16, C 16": _without_memory(torch.bfloat16, 16, plain, "image"),
     }.items():
-        loss, metrics, gradient = (
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape, dtype in (
-                ((), inputs.dtype()),
-                (len(METRICS), inputs.dtype()),
-                (inputs.velocity.shape, inputs.gradient_dtype()),
-            )
-        )
+        loss = torch.empty((), dtype=inputs.dtype(), device="meta")
+        metrics, gradient = loss.new_empty(len(METRICS)), inputs.empty_gradient()
         for call in kernel_calls(inputs, loss, metrics, gradient):
             on_latents = call.kernel not in (_share_kernel, _metrics_kernel)
             name = f"{call.name}, {problem.removeprefix('image, ')}" if on_latents else call.name

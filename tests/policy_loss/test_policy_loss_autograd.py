@@ -247,3 +247,27 @@ def test_a_compiled_loss_takes_other_batch_sizes_clip_ranges_and_granularities()
     for batch, clip, granularity in ((2, 1e-4, "position"), (3, (1e-3, 2e-3), "image"), (5, 0.1, "position")):
         case = make_case(batch=batch) | {"clip_range": clip, "granularity": granularity}
         torch.testing.assert_close(compiled(**case).loss, sk.policy_loss(**case).loss)
+
+
+def channels_last(latent: Tensor) -> Tensor:
+    return latent.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 5, 16])
+def test_the_gradient_lies_in_memory_like_the_velocity_so_that_autograd_keeps_it(
+    backend: str, dtype: torch.dtype, channels: int
+) -> None:
+    if (reason := sk.available_backends()[backend]) is not None:
+        pytest.skip(reason)
+    case = make_case(channels=channels, grid=(5, 7), dtype=dtype) | {"backend": backend}
+    gradients = []
+    for layout in (Tensor.contiguous, channels_last):
+        velocity = layout(case["velocity"].detach()).requires_grad_()
+        handed: list[int] = []
+        velocity.register_hook(lambda gradient, handed=handed: handed.append(gradient.data_ptr()))
+        sk.policy_loss(**(case | {"velocity": velocity})).loss.backward()
+        assert velocity.grad is not None and velocity.grad.data_ptr() == handed[0]
+        gradients.append(velocity.grad)
+    assert torch.equal(*gradients)

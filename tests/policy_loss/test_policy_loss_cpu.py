@@ -306,8 +306,12 @@ class _LargeResults(TorchDispatchMode):
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_takes_the_memory_of_one_gradient(granularity: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_takes_the_memory_of_one_gradient(
+    granularity: str, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
     case = make_case(channels=16, grid=(32, 32), batch=4, dtype=dtype) | {"granularity": granularity}
+    case["velocity"] = case["velocity"].to(memory_format=layout)
     peaks = {backend: peak_of_a_step(case, backend) for backend in ("cpu", "reference")}
     gradient = case["velocity"].nbytes
     # Beside the gradient: scratch of the threads, and per-position and per-sample numbers.
@@ -331,9 +335,10 @@ def peak_of_a_step(case: dict[str, Any], backend: str) -> int:
     return peak
 
 
-def test_a_step_makes_no_second_tensor_of_the_latents_size() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_makes_no_second_tensor_of_the_latents_size(layout: torch.memory_format) -> None:
     case = make_case(channels=16, grid=(32, 32), batch=4) | {"backend": "cpu"}
-    velocity = case["velocity"].requires_grad_()
+    case["velocity"] = velocity = case["velocity"].to(memory_format=layout).requires_grad_()
     with _LargeResults(velocity.nbytes) as large:
         sk.policy_loss(**case).loss.backward()
     assert velocity.grad is not None
