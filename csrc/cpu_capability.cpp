@@ -48,7 +48,7 @@ CpuCapability cpu_capability() {
   if (!bit(basic.ecx, 27)) return capability;  // without OSXSAVE there is no xgetbv
   const uint64_t state = saved_state();
   capability.avx2 = has(state, ymm) && bit(extended.ebx, 5) && bit(basic.ecx, 12) && bit(basic.ecx, 29);
-  capability.avx512 = has(state, zmm) && bit(extended.ebx, 16) && bit(extended.ebx, 17) && bit(extended.ebx, 30) &&
+  capability.avx512 = capability.avx2 && has(state, zmm) && bit(extended.ebx, 16) && bit(extended.ebx, 17) && bit(extended.ebx, 30) &&
                       bit(extended.ebx, 31);
   capability.avx512_bf16 = capability.avx512 && bit(more.eax, 5);
   capability.amx = has(state, tiles) && bit(extended.edx, 24) && bit(extended.edx, 22);

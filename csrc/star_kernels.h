@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
 
 struct CpuCapability {
   bool avx2 = false;         // with fused multiply-add and conversion from and to fp16
-  bool avx512 = false;       // F, BW, DQ and VL
+  bool avx512 = false;       // F, BW, DQ and VL, and all of avx2
   bool avx512_bf16 = false;  // dot products of bf16 pairs
   bool amx = false;          // tiles with bf16 products; a process still has to ask the kernel for the tile state
 };
