@@ -183,8 +183,8 @@ void map_batch(const at::Tensor& mass, const at::Tensor& mask, const at::Tensor&
 at::Tensor allocation_map(const at::Tensor& mass, const std::optional<at::Tensor>& mask, int64_t height, int64_t width,
                           Combine combine, double sharpness, bool smooth, double strength,
                           std::optional<std::array<double, 2>> clamp) {
-  TORCH_CHECK_VALUE(mass.dim() == 3 && mass.size(1) == height * width, "mass: expected shape [B, ", height * width,
-                    ", K], got ", mass.sizes());
+  TORCH_CHECK_VALUE(mass.dim() == 3 && mass.size(1) == height * width && mass.numel() > 0, "mass: expected shape [B, ",
+                    height * width, ", K] without zero sizes, got ", mass.sizes());
   const Shape shape{height, width, mass.size(2)};
   const Options options{combine, sharpness, smooth, strength, clamp};
   const at::Tensor dense_mass = mass.contiguous();
