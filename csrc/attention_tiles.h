@@ -1,8 +1,9 @@
 // The tiles of joint attention, written once over the vectors of an instruction set. Included by one source per set, after
 // the switch to that set, hence the anonymous namespace: each source has its own copy, compiled for its own instructions.
 //
-// `Lanes` gives Vec (kWidth floats), load, store, set1, fma, max, add, mul, exp2, sum and largest, and the shape of a product
-// tile: kRows rows by kColumns vectors of accumulators, chosen to fill the register file.
+// `Lanes` gives Vec (kWidth floats), aligned load and store, store_first (only the first lanes, unaligned), read (of any scalar,
+// unaligned), turn (kWidth vectors transposed), first (the other lanes zero), arithmetic, max, sum and exp2, and the shape of a
+// product tile: kRows rows by kColumns vectors of accumulators, chosen to fill the register file.
 // `Element` is what products are made of: float, or Bf16Pair, two neighbours of the inner dimension in one 32-bit element.
 #pragma once
 
