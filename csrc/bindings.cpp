@@ -10,6 +10,7 @@
 #include <c10/util/Exception.h>
 
 #include <string>
+#include <vector>
 
 #ifndef STAR_KERNELS_FLAGS
 #define STAR_KERNELS_FLAGS ""

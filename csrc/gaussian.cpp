@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace star_kernels {
@@ -48,7 +49,7 @@ LatentView view_latent(const at::Tensor& latent) {
 bool is_beyond_cache(const at::Tensor& latent) { return latent.nbytes() > kCachedBytes; }
 
 LatentShape latent_shape(const at::Tensor& velocity) {
-  TORCH_CHECK_VALUE(velocity.dim() == 4 && velocity.numel() > 0, 
+  TORCH_CHECK_VALUE(velocity.dim() == 4 && velocity.numel() > 0,
                     "velocity: expected shape [B, C, H, W] without zero sizes, got ", velocity.sizes());
   return {velocity.size(0), velocity.size(1), velocity.size(2), velocity.size(3)};
 }

@@ -35,8 +35,6 @@ struct TransitionScalars {
   float log_prob_scale, log_prob_offset;         // -1/(2 s^2 C), -log s - log(2 pi)/2
 };
 
-TransitionScalars transition_scalars(double sample_drift, double velocity_scale, double std, int64_t channels);
-
 // What makes a deviation of latents: x' - mu, mu - x = (a - 1) x + b (v_u + g (v - v_u)).
 struct TransitionInputs {
   LatentShape shape;
