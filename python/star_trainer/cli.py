@@ -27,12 +27,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    parser.add_argument("--dry-run", action="store_true", help="load no weights; say what the run would need and do")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 0, or 2 with one line of explanation for a configuration or run that cannot go on."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         config = load_config(options.config, options.overrides)
@@ -48,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"star-train: {error}", file=sys.stderr)
         return 2
     try:
+        if options.dry_run:
+            from star_trainer.dry_run import report
+
+            print(report(config))
+            return 0
         train(config)
     except (CacheError, ChatError, CheckpointError, ConfigError, NonFiniteError, RewardError) as error:
         print(f"star-train: {error}", file=sys.stderr)

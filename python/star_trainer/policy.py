@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from star_trainer.config import ConfigError, Model
+from star_trainer.config import Config, ConfigError, Lora, Model
 
 TINY_PIPELINE = Path(__file__).parent / "tiny_sd3" / "pipeline"
 
@@ -165,6 +165,46 @@ class Policy:
         return np.ascontiguousarray(np.round(pixels * 255.0).astype(np.uint8))
 
 
+def add_adapter(transformer: Any, config: Lora) -> None:
+    """Add low-rank adapters to a transformer.
+
+    Raises:
+        ConfigError: targets that match no layer.
+    """
+    from peft import LoraConfig
+
+    adapter = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), init_lora_weights="gaussian"
+    )
+    try:
+        transformer.add_adapter(adapter)
+    except ValueError as error:
+        raise ConfigError(f"model.lora.targets: {error}") from error
+
+
+def check_against_model(config: Config, transformer: Any, vae_scale: int) -> None:
+    """What of a configuration only the transformer (its configuration is enough) and the autoencoder's scale can tell.
+
+    Raises:
+        ConfigError: a resolution, a layer or a clip range that does not suit them.
+    """
+    shape = transformer.config
+    resolution = config.model.resolution
+    token = vae_scale * shape.patch_size
+    largest = token * shape.pos_embed_max_size
+    if resolution is not None and (resolution % token or resolution > largest):
+        raise ConfigError(f"model.resolution: expected a multiple of {token} up to {largest}, got {resolution}")
+    blocks = shape.num_layers
+    if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
+        raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
+    side = shape.sample_size if resolution is None else resolution // vae_scale
+    if config.method != "uniform" and config.train.clip_range * side >= 1.0:
+        raise ConfigError(
+            f"train.clip_range: expected below 1/sqrt(H*W) = {1.0 / side:.4g} where ratios are per position, "
+            f"got {config.train.clip_range}"
+        )
+
+
 def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
     """Load the pipeline and add what is trained: adapters, or all weights of the transformer.
 
@@ -177,7 +217,6 @@ def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
             that match no layer.
     """
     from diffusers import StableDiffusion3Pipeline
-    from peft import LoraConfig
 
     source = str(TINY_PIPELINE) if config.pipeline == "tiny" else config.pipeline
     dtype = getattr(torch, config.dtype)
@@ -200,16 +239,7 @@ def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
         frozen_copy = copy.deepcopy(transformer) if keep_reference else None
         transformer.requires_grad_(True)
     else:
-        adapter = LoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            target_modules=list(config.lora.targets),
-            init_lora_weights="gaussian",
-        )
-        try:
-            transformer.add_adapter(adapter)
-        except ValueError as error:
-            raise ConfigError(f"model.lora.targets: {error}") from error
+        add_adapter(transformer, config.lora)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from diffusers.training_utils import EMAModel
 
 from star_trainer import checkpoint
 from star_trainer.config import Config, ConfigError
-from star_trainer.policy import Policy, load_policy
+from star_trainer.policy import Policy, check_against_model, load_policy
 
 
 @dataclass
@@ -132,26 +131,6 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], root: P
         )
 
 
-def _check_against_model(config: Config, policy: Policy) -> None:
-    """What of the configuration only the model can tell."""
-    blocks = len(policy.model.transformer_blocks)
-    if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
-        raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
-    if config.model.resolution is not None:
-        token = policy.pipeline.vae_scale_factor * policy.model.config.patch_size
-        largest = token * policy.model.config.pos_embed_max_size
-        if config.model.resolution % token or config.model.resolution > largest:
-            raise ConfigError(
-                f"model.resolution: expected a multiple of {token} up to {largest}, got {config.model.resolution}"
-            )
-    _, height, width = policy.latent_shape
-    if config.method != "uniform" and config.train.clip_range * math.sqrt(height * width) >= 1.0:
-        raise ConfigError(
-            f"train.clip_range: expected below 1/sqrt(H*W) = {1.0 / math.sqrt(height * width):.4g} where ratios are "
-            f"per position, got {config.train.clip_range}"
-        )
-
-
 def build_state(config: Config) -> TrainingState:
     """Load the model and set up what trains it; deterministic in `run.seed`."""
     tracker = "tensorboard"
@@ -166,7 +145,7 @@ def build_state(config: Config) -> TrainingState:
         raise ConfigError(f"training runs in one process so far, and {accelerator.num_processes} were launched")
     torch.manual_seed(config.run.seed)
     policy = load_policy(config.model, keep_reference=config.train.kl_weight > 0.0)
-    _check_against_model(config, policy)
+    check_against_model(config, policy.model, policy.pipeline.vae_scale_factor)
     policy.pipeline.to(accelerator.device)
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(
