@@ -299,15 +299,37 @@ STAR_INLINE void store(const Tile& tile, int64_t channel, int64_t position, type
   }
 }
 
-// Asks for the positions that are kTile further: the next tile of a latent that is read in place.
-template <typename Lanes>
-STAR_INLINE void fetch_ahead(const Tile& tile, int64_t channel, int64_t position) {
-  constexpr int64_t kLine = 64;
-  const char* from = tile.at(channel, position + kTile);
-  for (int64_t byte = 0; byte < kSpan<Lanes> * bytes_of(tile.format); byte += kLine) {
-    __builtin_prefetch(from + byte, 0, 2);
+// The block that comes next, of latents that are read in place. It is asked for while this one is worked on, in the order in
+// which it lies in memory: then the hardware's prefetchers run ahead within each page. They would not with a few lines of every
+// channel at a time, and the requests that a core itself can have in flight do not fill the bandwidth of memory.
+class BlockAhead {
+ public:
+  void add(const LatentView& view, const LatentShape& shape, const Range& block) {
+    if (view.data == nullptr || view.channels_last || block.count < kBlock) return;
+    const int64_t bytes = bytes_of(view.format);
+    const char* data = static_cast<const char*>(view.data) + index_of(view, shape, block, 0) * bytes;
+    latents_[count_++] = {data, shape.positions() * bytes, kTile * bytes};
   }
-}
+
+  // Chunk kBlock / kTile * c + i is tile i of channel c; a block has as many chunks as its tiles have channels in all.
+  STAR_INLINE void fetch(int64_t chunk) const {
+    constexpr int64_t kLine = 64, kChunks = kBlock / kTile;
+    for (int i = 0; i < count_; ++i) {
+      const Latent& latent = latents_[i];
+      const char* from = latent.data + chunk / kChunks * latent.channel_bytes + chunk % kChunks * latent.chunk_bytes;
+      for (int64_t byte = 0; byte < latent.chunk_bytes; byte += kLine) __builtin_prefetch(from + byte, 0, 2);
+    }
+  }
+
+ private:
+  struct Latent {
+    const char* data;
+    int64_t channel_bytes, chunk_bytes;
+  };
+
+  Latent latents_[4];
+  int count_ = 0;
+};
 
 // v_u + g (v - v_u) in `other`, or v where there is no v_u.
 template <typename Lanes>

@@ -82,10 +82,11 @@ struct PolicyLoss {
     Work work(memory, shape);
     for (int64_t index = begin; index < end; ++index) {
       const Range block = block_at(shape, index);
+      const BlockAhead ahead = index + 1 < end ? block_ahead(block_at(shape, index + 1)) : BlockAhead();
       LaneSums sums;
       for (int64_t offset = 0; offset < block.count; offset += kTile) {
         const Range tile = tile_at(block, offset);
-        measure(tile, work);
+        measure(tile, work, ahead, offset / kTile * shape.channels);
         read_weights(tile, work);
         const bool all = compare(tile, work);
         if (pass == PolicyLossPass::position) {
@@ -107,21 +108,29 @@ struct PolicyLoss {
     if (problem.inputs.beyond_cache) Lanes::fence();
   }
 
-  // x' - mu and mu - mu_ref of every channel; the sums of their squares stand where log-ratio and KL will be.
-  void measure(const Range& tile, const Work& work) const {
+  BlockAhead block_ahead(const Range& block) const {
+    BlockAhead ahead;
+    const TransitionInputs& inputs = problem.inputs;
+    if (!inputs.beyond_cache) return ahead;
+    for (const LatentView* view : {&inputs.velocity, &inputs.sample, &inputs.next_sample, &problem.reference_velocity}) {
+      ahead.add(*view, shape, block);
+    }
+    return ahead;
+  }
+
+  // x' - mu and mu - mu_ref of every channel; the sums of their squares stand where log-ratio and KL will be. Meanwhile the next
+  // block's chunks from `chunk` on are fetched.
+  void measure(const Range& tile, const Work& work, const BlockAhead& ahead, int64_t chunk) const {
     const TransitionInputs& inputs = problem.inputs;
     const Tile velocity = guided_tile<Lanes>(inputs, tile, work.velocity, work.unconditional, work.spare),
                sample = read_tile<Lanes>(inputs.sample, shape, tile, work.sample, work.spare),
                next_sample = read_tile<Lanes>(inputs.next_sample, shape, tile, work.next_sample, work.spare);
     const Gaussian<Lanes> gaussian(inputs.scalars[tile.sample]);
     const int64_t channels = shape.channels;
-    const bool ahead = inputs.beyond_cache;
     for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
       Vec squares[kTogether] = {};
       for (int64_t c = 0; c < channels; ++c) {
-        if (ahead) {
-          for (const Tile* from : {&velocity, &sample, &next_sample}) fetch_ahead<Lanes>(*from, c, first);
-        }
+        if (first == 0) ahead.fetch(chunk + c);
         Vec v[kTogether], x[kTogether], next[kTogether];
         load<Lanes>(velocity, c, first, v);
         load<Lanes>(sample, c, first, x);
@@ -139,7 +148,6 @@ struct PolicyLoss {
     for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
       Vec squares[kTogether] = {};
       for (int64_t c = 0; c < channels; ++c) {
-        if (ahead) fetch_ahead<Lanes>(reference, c, first);
         Vec v[kTogether], anchor[kTogether];
         load<Lanes>(velocity, c, first, v);
         load<Lanes>(reference, c, first, anchor);

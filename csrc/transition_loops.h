@@ -20,11 +20,24 @@ struct Transition {
   void run(int64_t begin, int64_t end, float* memory) const {
     for (int64_t index = begin; index < end; ++index) {
       const Range block = block_at(shape, index);
-      for (int64_t offset = 0; offset < block.count; offset += kTile) run(tile_at(block, offset), memory);
+      const BlockAhead ahead = index + 1 < end ? block_ahead(block_at(shape, index + 1)) : BlockAhead();
+      for (int64_t offset = 0; offset < block.count; offset += kTile) {
+        run(tile_at(block, offset), memory, ahead, offset / kTile * shape.channels);
+      }
     }
   }
 
-  void run(const Range& tile, float* memory) const {
+  BlockAhead block_ahead(const Range& block) const {
+    BlockAhead ahead;
+    const TransitionInputs& inputs = problem.inputs;
+    if (!inputs.beyond_cache) return ahead;
+    const LatentView& given = problem.draws ? problem.noise : inputs.next_sample;
+    for (const LatentView* view : {&inputs.velocity, &inputs.sample, &given}) ahead.add(*view, shape, block);
+    return ahead;
+  }
+
+  // Meanwhile the next block's chunks from `chunk` on are fetched.
+  void run(const Range& tile, float* memory, const BlockAhead& ahead, int64_t chunk) const {
     const TransitionInputs& inputs = problem.inputs;
     const TransitionScalars& scalars = inputs.scalars[tile.sample];
     float* buffers[6];
@@ -41,14 +54,10 @@ struct Transition {
     if (problem.draws) drawn = tile_to_write(inputs.next_sample, shape, tile, buffers[4]);
     const Gaussian<Lanes> gaussian(scalars);
     const Vec std = V::set(scalars.std);
-    const bool ahead = inputs.beyond_cache;
     for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
       Vec squares[kTogether] = {};
       for (int64_t c = 0; c < shape.channels; ++c) {
-        if (ahead) {
-          for (const Tile* from : {&velocity, &sample}) fetch_ahead<Lanes>(*from, c, first);
-          if (given.data != nullptr) fetch_ahead<Lanes>(given, c, first);
-        }
+        if (first == 0) ahead.fetch(chunk + c);
         Vec v[kTogether], x[kTogether], next[kTogether] = {};
         load<Lanes>(velocity, c, first, v);
         load<Lanes>(sample, c, first, x);
