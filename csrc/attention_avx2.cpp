@@ -69,6 +69,11 @@ struct Avx2Lanes {
   static STAR_INLINE Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
   static STAR_INLINE Vec multiply_add(Vec a, Vec b, Vec c, float) { return fma(a, b, c); }
   static STAR_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static STAR_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+  static STAR_INLINE Vec if_below(float bound, Vec a, Vec b) {
+    const Vec magnitude = _mm256_andnot_ps(set1(-0.0f), a);
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(magnitude, set1(bound), _CMP_LT_OQ));
+  }
   static STAR_INLINE float sum(Vec v) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

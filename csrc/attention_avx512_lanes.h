@@ -61,6 +61,10 @@ struct Avx512Lanes {
   static STAR_INLINE Vec multiply_add(Vec a, Vec b, Vec c, float) { return fma(a, b, c); }
   // Zero-masked forms under a full mask: the plain ones make GCC 12 warn of its own header's undefined vectors.
   static STAR_INLINE Vec max(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+  static STAR_INLINE Vec min(Vec a, Vec b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+  static STAR_INLINE Vec if_below(float bound, Vec a, Vec b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(a), set1(bound), _CMP_LT_OQ), b, a);
+  }
   template <int kOrder>
   static STAR_INLINE Vec quarters(Vec v) {
     return _mm512_maskz_shuffle_f32x4(0xffff, v, v, kOrder);

@@ -37,6 +37,11 @@ struct DefaultLanes {
   static STAR_INLINE Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
   static STAR_INLINE Vec multiply_add(Vec a, Vec b, Vec c, float) { return a * b + c; }
   static STAR_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+  static STAR_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+  static STAR_INLINE Vec if_below(float bound, Vec a, Vec b) {
+    const Vec limit = set1(bound);
+    return (a < limit) & (a > -limit) ? a : b;
+  }
   static STAR_INLINE float sum(Vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
   static STAR_INLINE Vec first(Vec v, int64_t n) {
     for (int64_t i = n; i < kWidth; ++i) v[i] = 0.0f;

@@ -2,8 +2,9 @@
 // the switch to that set, hence the anonymous namespace: each source has its own copy, compiled for its own instructions.
 //
 // `Lanes` gives Vec (kWidth floats), aligned load and store, store_first (only the first lanes, unaligned), read (of any scalar,
-// unaligned), turn (kWidth vectors transposed), first (the other lanes zero), arithmetic, max, sum and exp2, and the shape of a
-// product tile: kRows rows by kColumns vectors of accumulators, chosen to fill the register file.
+// unaligned), turn (kWidth vectors transposed), first (the other lanes zero), if_below (the first vector where its magnitude is
+// below a bound, else the second), arithmetic, min, max, sum and exp2, and the shape of a product tile: kRows rows by kColumns
+// vectors of accumulators, chosen to fill the register file.
 // `Element` is what products are made of: float, or Bf16Pair, two neighbours of the inner dimension in one 32-bit element.
 #pragma once
 
@@ -27,6 +28,9 @@ constexpr int64_t kLogitsStride = kKeyBlock + 16;
 // Of a row maximum before the first key: finite, so that a logit of -inf has a difference to it.
 constexpr float kLowest = -3e38f;
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+// Of a scaled row maximum: from here on float32 is so coarse that its rounding moves every exponent of the row by up to 8,
+// further up beyond what exp2 can take.
+constexpr float kHuge = 268435456.0f;
 
 struct Bf16Pair {
   uint32_t bits;
@@ -37,6 +41,19 @@ template <typename Element>
 constexpr int64_t kPerElement = 1;
 template <>
 constexpr int64_t kPerElement<Bf16Pair> = 2;
+
+// What logits are multiplied with, before exp2. In a row whose maximum would be huge the factor is a power of two, so that
+// the maximum is exact and the largest exponent 0. Two logits that differ are then so far apart, by 16 or more in the
+// exponent, that a factor up to twice as large changes no probability by more than 2^-16.
+struct Scales {
+  explicit Scales(float scale) : plain(scale * kLog2E), huge(std::exp2(std::ceil(std::log2(plain)))) {}
+  float plain, huge;
+  float of(float scaled_maximum) const { return std::abs(scaled_maximum) < kHuge ? plain : huge; }
+  // The maximum by the plain factor.
+  float plainly(float scaled_maximum) const {
+    return std::abs(scaled_maximum) < kHuge ? scaled_maximum : scaled_maximum / huge * plain;
+  }
+};
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -312,7 +329,8 @@ struct Attention {
 
   // New row maxima of `rows` rows from `first` on, and the factors that bring what was summed so far there.
   static void raise_maxima(const AttentionProblem& p, const Scratch& s, int64_t first, int64_t rows) {
-    const Vec scale = Lanes::set1(p.scale * kLog2E);
+    const Scales scales(p.scale);
+    const Vec plain = Lanes::set1(scales.plain), huge = Lanes::set1(scales.huge);
     for (int64_t r = 0; r < rows; r += kWidth) {
       Vec lines[kWidth];
 #pragma GCC unroll 16
@@ -325,7 +343,8 @@ struct Attention {
       }
       float* largest = s.largest + maximum_of(first) + r;
       const Vec old_largest = Lanes::load(largest);
-      const Vec new_largest = Lanes::max(Lanes::mul(lines[0], scale), old_largest);
+      const Vec scaled = Lanes::mul(lines[0], plain);
+      const Vec new_largest = Lanes::max(Lanes::if_below(kHuge, scaled, Lanes::mul(lines[0], huge)), old_largest);
       Lanes::store(s.rescale + r, Lanes::exp2(Lanes::sub(old_largest, new_largest)));
       Lanes::store(largest, new_largest);
     }
@@ -341,12 +360,13 @@ struct Attention {
   // with the values takes pairs.
   template <bool kKeep>
   static void softmax_rows(const AttentionProblem& p, const Scratch& s, int64_t first, int64_t rows, int64_t count) {
-    const Vec scale = Lanes::set1(p.scale * kLog2E);
+    const Scales scales(p.scale);
     const int64_t whole = count / kWidth * kWidth;
     for (int64_t r = 0; r < rows; ++r) {
       float* line = s.logits + r * kLogitsStride;
       Element* pairs = kPairs ? s.probability + r * kLogitsStride / kPer : nullptr;
-      const Vec largest = Lanes::set1(s.largest[maximum_of(first) + r]);
+      const float row_largest = s.largest[maximum_of(first) + r];
+      const Vec largest = Lanes::set1(row_largest), scale = Lanes::set1(scales.of(row_largest));
       float* normaliser = s.normaliser + (first + r) * kWidth;
       Vec sum = Lanes::mul(Lanes::load(normaliser), Lanes::set1(s.rescale[r]));
       for (int64_t c = 0; c < whole; c += kWidth) {
@@ -418,6 +438,7 @@ struct Attention {
   static void attend_rows(const AttentionProblem& p, const Scratch& s, int64_t b, int64_t head, int64_t first_query) {
     const int64_t rows = smaller(kTaskRows, p.num_queries - first_query), width = value_width(p);
     const int64_t text = p.text_keys.size();
+    const Scales scales(p.scale);
     const float* unit_weights = captures(p, b) ? p.unit_weights + (b - p.rows.begin) * text * p.units_stride : nullptr;
     pack_turned<kRows>(p, row(p.query, b, head, first_query), p.query.token, rows, s.query);
     for (int64_t i = 0; i < kTaskRows / kSubRows * kMaxima; ++i) s.largest[i] = kLowest;
@@ -445,7 +466,8 @@ struct Attention {
       const int64_t query = first_query + r;
       const float normaliser = Lanes::sum(Lanes::load(s.normaliser + r * kWidth));
       const float inverse = 1.0f / normaliser;
-      p.log_sum_exp[(b * p.heads + head) * p.num_queries + query] = (s.largest[maximum_of(r)] + std::log2(normaliser)) * kLn2;
+      const float largest = scales.plainly(s.largest[maximum_of(r)]);
+      p.log_sum_exp[(b * p.heads + head) * p.num_queries + query] = (largest + std::log2(normaliser)) * kLn2;
       Scalar* out = static_cast<Scalar*>(p.out.data) + b * p.out.batch + head * p.out.head + query * p.out.token;
       for (int64_t d = 0; d < p.head_dim; ++d) out[d] = static_cast<Scalar>(s.out[r * width + d] * inverse);
       if (unit_weights == nullptr || query < p.image_queries.begin || query >= p.image_queries.end) continue;
@@ -476,7 +498,7 @@ struct Attention {
     const int64_t n = depth(p), text = p.text_queries.size();
     const float* unit_weights = p.unit_weights + (b - p.rows.begin) * text * p.units_stride;
     const float* log_sum_exp = p.log_sum_exp + (b * p.heads + head) * p.num_queries + p.text_queries.begin;
-    const Vec scale = Lanes::set1(p.scale * kLog2E);
+    const Vec scale = Lanes::set1(Scales(p.scale).plain);
     pack_turned<kRows>(p, row(p.key, b, head, p.image_keys.begin + first), p.key.token, rows, s.query);
     for (int64_t i = 0; i < kTaskRows * p.units_stride; ++i) s.mass[i] = 0.0f;
     for (int64_t r = 0; r < kSubRows; ++r) s.rescale[r] = 1.0f;
@@ -490,7 +512,9 @@ struct Attention {
         for (int64_t i = 0; i < groups * kRows; ++i) {
           float* line = s.logits + i * kLogitsStride;
           for (int64_t c = 0; c < count; c += kWidth) {
-            Lanes::store(line + c, Lanes::exp2(Lanes::fma(Lanes::load(line + c), scale, Lanes::load(shift + c))));
+            // Never above 0 but by the rounding of the log-sum-exp.
+            const Vec exponent = Lanes::min(Lanes::zero(), Lanes::fma(Lanes::load(line + c), scale, Lanes::load(shift + c)));
+            Lanes::store(line + c, Lanes::exp2(exponent));
           }
         }
         accumulate(s.logits, kLogitsStride, unit_weights + query * p.units_stride, p.units_stride, kPanel, count, groups, p.units,

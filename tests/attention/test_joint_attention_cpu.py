@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 from typing import Any
 
 import pytest
@@ -255,6 +256,23 @@ def test_logits_of_ten_thousand_do_not_overflow(level: str, dtype: torch.dtype, 
     torch.testing.assert_close(out.double(), wanted_out, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(mass.double(), wanted_mass, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(log_sum_exp.double(), wanted_log_sum_exp, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("magnitude", [1e7, 3e9, 1e10, 1e30])
+def test_exponents_do_not_exceed_zero_however_large_the_logits(level: str, magnitude: float) -> None:
+    query, key, value, _ = inputs(270, 40)
+    # Small whole numbers: the logits are exact in both formats, and often equal. Rows of one sign, too.
+    query, key = (query * 2).round(), (key * 2).round()
+    key[..., 0] = 1
+    query[:, :, ::3, 0], query[:, :, 1::3, 0] = -400, 400
+    tensors = query * 2.0 ** round(math.log2(magnitude)), key, value, torch.ones(2, 40, 1)
+    out, mass, log_sum_exp = run(tensors, num_image_tokens=270, scale=0.125)
+    wanted_out, wanted_mass, wanted_log_sum_exp = expected(tensors, num_image_tokens=270, scale=0.125)
+    assert error(out, wanted_out) < 1e-5
+    assert error(mass, wanted_mass) < 1e-5
+    torch.testing.assert_close(log_sum_exp.double(), wanted_log_sum_exp, rtol=1e-6, atol=1e-5)
+    _, received, _ = run(tensors, "text_to_image", num_image_tokens=270, scale=0.125)
+    assert received.min() >= 0 and received.max() <= 40
 
 
 def test_a_logit_of_minus_infinity_has_probability_zero(level: str) -> None:
