@@ -57,7 +57,8 @@ def policy_loss(
 
     Only `velocity` gets a gradient, computed together with the loss. Every other input is a constant, also when it
     requires a gradient; the unconditional velocity is one by the method's choice. Log-ratios are clamped to ±20, and
-    where the clamp acts the gradient is zero.
+    where the clamp acts the gradient is zero. The gradient can be differentiated with respect to the incoming one;
+    second derivatives with respect to `velocity` are not implemented and raise NotImplementedError.
 
     A position where the log-ratio, the advantage times the weight or the KL is not finite adds nothing to the loss or
     the gradient and is counted in `non_finite`; the divisor Σm still counts it, so that the other positions keep
@@ -164,7 +165,7 @@ def policy_loss(
     if _is_traced(velocity):
         loss, metrics, _ = _policy_loss(*inputs, with_gradient, backend)
     else:
-        loss, metrics = _LossAndGradient.apply(velocity, inputs, with_gradient, backend)
+        loss, metrics, _ = _LossAndGradient.apply(velocity, inputs, with_gradient, backend)
     return PolicyLoss(loss, dict(zip(reference.METRICS, metrics.unbind(), strict=True)))
 
 
@@ -212,11 +213,10 @@ class _LossAndGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, _: Tensor, inputs: reference.Inputs, with_gradient: bool, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        loss, metrics, grad_velocity = _compute(inputs, with_gradient, backend)
-        _keep_gradient(ctx, grad_velocity, inputs.velocity.dtype, backend)
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = _compute(inputs, with_gradient, backend)
+        _keep_gradient(ctx, output, inputs.velocity.dtype, backend)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -320,7 +320,25 @@ def _(
     return loss, metrics, inputs.empty_gradient()
 
 
-def _keep_gradient(ctx: Any, grad_velocity: Tensor, dtype: torch.dtype, backend: str) -> None:
+class _Undifferentiable(torch.autograd.Function):
+    """The identity, with an error for whoever differentiates it."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        raise NotImplementedError(
+            "policy_loss: second derivatives are not implemented, its gradient cannot be differentiated with respect "
+            "to the velocity"
+        )
+
+
+def _keep_gradient(ctx: Any, output: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, backend: str) -> None:
+    _, metrics, grad_velocity = output
+    # Not the gradient: as a differentiable output it leads back to the velocity, which a second derivative runs into.
+    ctx.mark_non_differentiable(metrics)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_velocity)
     ctx.dtype = dtype
@@ -332,7 +350,10 @@ def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return None
     (grad_velocity,) = ctx.saved_tensors
-    if grad_velocity.dtype == ctx.dtype and _is_ours_to_give(grad_velocity):
+    if torch.is_grad_enabled():
+        grad_velocity = _Undifferentiable.apply(grad_velocity)
+    elif grad_velocity.dtype == ctx.dtype and _is_ours_to_give(grad_velocity):
+        grad_velocity = grad_velocity.detach()
         if backends.resolve_backend("policy_loss", ctx.backend, grad_velocity.device, KERNELS) == "triton":
             from . import triton_kernels
 
@@ -346,12 +367,10 @@ def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
 def _is_ours_to_give(saved: Tensor) -> bool:
     """Whether nothing reads the saved tensor after this backward: it can then be scaled in place and handed on.
 
-    Not while torch.compile traces, where it is no plain tensor; not if the gradient is to be differentiated; and not
-    if the graph is kept for another backward. PyTorch's own compiler asks the engine like this before it reuses memory.
+    Not while torch.compile traces, where it is no plain tensor, and not if the graph is kept for another backward.
+    PyTorch's own compiler asks the engine like this before it reuses memory.
     """
-    if type(saved) is not Tensor or torch.is_grad_enabled():
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    return type(saved) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _scale_on_cpu_(grad_velocity: Tensor, scale: float) -> Tensor:
@@ -359,9 +378,7 @@ def _scale_on_cpu_(grad_velocity: Tensor, scale: float) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, metrics, grad_velocity = output
-    ctx.mark_non_differentiable(metrics, grad_velocity)
-    _keep_gradient(ctx, grad_velocity, inputs[0].dtype, inputs[-1])
+    _keep_gradient(ctx, output, inputs[0].dtype, inputs[-1])
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:

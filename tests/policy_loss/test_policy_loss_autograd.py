@@ -150,12 +150,32 @@ def test_a_kept_graph_can_be_run_again() -> None:
     assert second.any() and torch.equal(first, 2 * second) and torch.equal(third, -4 * second)
 
 
-def test_the_gradient_is_linear_in_the_incoming_one_when_differentiated_again() -> None:
-    case = make_case()
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_second_derivative_by_the_velocity_is_refused_and_not_wrong(backend: str, registered: bool) -> None:
+    if (reason := sk.available_backends()[backend]) is not None:
+        pytest.skip(reason)
+    case = make_case() | {"backend": backend}
     velocity, scale = case["velocity"].requires_grad_(), torch.tensor(0.5, requires_grad=True)
-    (gradient,) = torch.autograd.grad(sk.policy_loss(**case).loss, velocity, scale, create_graph=True)
-    (total,) = torch.autograd.grad(gradient.sum(), scale)
+    with Operators() if registered else contextlib.nullcontext():
+        loss = sk.policy_loss(**case).loss
+    (gradient,) = torch.autograd.grad(scale * loss, velocity, create_graph=True)
+    (total,) = torch.autograd.grad(gradient.sum(), scale, retain_graph=True)
     torch.testing.assert_close(total, 2 * gradient.detach().sum())
+    for penalty in (gradient.square().sum(), gradient.square().sum() + loss):
+        with pytest.raises(NotImplementedError, match="^policy_loss: second derivatives"):
+            torch.autograd.grad(penalty, velocity, retain_graph=True)
+
+
+def test_a_loss_changed_in_place_keeps_its_gradient() -> None:
+    case = make_case()
+    velocity = case["velocity"].requires_grad_()
+    (plain,) = torch.autograd.grad(sk.policy_loss(**case).loss, velocity)
+    loss = sk.policy_loss(**case).loss
+    loss *= 0.25
+    loss.backward()
+    assert velocity.grad is not None and not velocity.grad.requires_grad and not plain.requires_grad
+    assert torch.equal(velocity.grad, 0.25 * plain)
 
 
 def test_a_loss_scale_saves_float16_gradients_from_underflow() -> None:
