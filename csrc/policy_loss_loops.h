@@ -98,8 +98,7 @@ struct PolicyLoss {
           for (int64_t p = 0; p < kTile; p += kWidth) V::store(work.pull + p, V::set(pull));
         }
         if (!writes) continue;
-        if (!all) drop_uncounted(work);
-        write_gradient(tile, work);
+        all ? write_gradient<true>(tile, work) : write_gradient<false>(tile, work);
       }
       if (pass == PolicyLossPass::image_gradient) continue;
       problem.sums[index] = sums.total();
@@ -295,19 +294,8 @@ struct PolicyLoss {
     for (int64_t p = 0; !kAll && p < kTile; p += kWidth) sums.counted -= V::bits(V::load(work.counted + p));
   }
 
-  // Zero deviations where a position does not count: a product with a pull of zero would not do, NaN stays NaN.
-  void drop_uncounted(const Work& work) const {
-    for (float* buffer : {work.deviation, work.drift}) {
-      if (buffer == work.drift && !has_reference) continue;
-      for (int64_t c = 0; c < shape.channels; ++c) {
-        for (int64_t p = 0; p < kTile; p += kWidth) {
-          float* at = buffer + c * kTile + p;
-          V::store(at, V::keep(V::bits(V::load(work.counted + p)), V::load(at)));
-        }
-      }
-    }
-  }
-
+  // Zeros where a position does not count, whatever pull, factors and deviations are: a product with zero would leave NaN.
+  template <bool kAll>
   void write_gradient(const Range& tile, const Work& work) const {
     const Tile gradient = tile_to_write(problem.gradient, shape, tile, work.gradient);
     const float drift_factor = problem.scalars[tile.sample].drift_factor;
@@ -325,6 +313,9 @@ struct PolicyLoss {
         for (int i = 0; i < kTogether; ++i) values[i] = pulls[i] * V::load(deviations + i * kWidth);
         for (int i = 0; drifts_too && i < kTogether; ++i) {
           values[i] = Lanes::fma(V::set(drift_factor), V::load(drifts + i * kWidth), values[i]);
+        }
+        for (int i = 0; !kAll && i < kTogether; ++i) {
+          values[i] = V::keep(V::bits(V::load(work.counted + first + i * kWidth)), values[i]);
         }
         if (streams) {
           float* to = reinterpret_cast<float*>(gradient.at(c, first));

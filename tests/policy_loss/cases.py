@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from star_kernels import transition_coefficients, transition_log_prob, transition_step
+from star_kernels import PolicyLoss, transition_coefficients, transition_log_prob, transition_step
 
 
 def make_case(
@@ -55,3 +57,33 @@ def make_case(
         "kl_weight": 0.05,
         "clip_range": (2e-3, 5e-3),
     }
+
+
+SPOILED_COEFFICIENTS = [
+    *[(name, bad) for name in ("std", "noise_rate") for bad in (0.0, 1e-30, float("nan"))],
+    *[(name, bad) for name in ("velocity_scale", "sample_drift") for bad in (float("nan"), float("inf"))],
+]
+
+
+def assert_a_spoiled_coefficient_leaves_out_its_sample(
+    run: Callable[[dict[str, Any]], tuple[PolicyLoss, Tensor]], case: dict[str, Any], name: str, bad: float
+) -> None:
+    """`run` gives loss and gradient of `case`, which has coefficients of its own for each sample and no mask."""
+    _, plain = run(case)
+    coefficients = case["coefficients"]
+    row = getattr(coefficients, name).clone()
+    row[1] = bad
+    result, gradient = run(case | {"coefficients": replace(coefficients, **{name: row})})
+    assert result.metrics["non_finite"] == plain[1, 0].numel()
+    assert result.loss.isfinite() and all(value.isfinite() for value in result.metrics.values())
+    assert not gradient[1].any() and plain.flatten(1).any(1).all()
+    plain[1] = 0.0
+    assert torch.equal(gradient, plain)
+
+
+def spoilable_case(granularity: str, with_reference: bool, name: str, **options: Any) -> dict[str, Any]:
+    """A case for the check above; the noise rate only matters as the scale of the KL."""
+    case = make_case(masked=False, **options) | {"granularity": granularity, "clip_range": 0.9}
+    if not with_reference:
+        return case | {"reference_velocity": None, "kl_weight": 0.0}
+    return case | {"kl_scale": "std_dev" if name == "noise_rate" else "variance"}

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from star_kernels import PolicyLoss, policy_loss, transition_coefficients, transition_log_prob
-from tests.policy_loss.cases import make_case
+from tests.policy_loss.cases import (
+    SPOILED_COEFFICIENTS,
+    assert_a_spoiled_coefficient_leaves_out_its_sample,
+    make_case,
+    spoilable_case,
+)
 
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
 METRICS = ["policy_loss", "kl", "clip_fraction", "ratio_mean", "ratio_min", "ratio_max", "approx_kl", "non_finite"]
@@ -285,6 +290,18 @@ def test_a_non_finite_position_is_counted_and_adds_nothing(
         assert torch.equal(gradient, plain)
     else:
         assert torch.equal(gradient[1:], plain[1:])
+
+
+@pytest.mark.parametrize("granularity", ["position", "image"])
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize(("name", "bad"), SPOILED_COEFFICIENTS)
+def test_a_spoiled_coefficient_leaves_out_its_sample(
+    granularity: str, with_reference: bool, name: str, bad: float
+) -> None:
+    if name == "noise_rate" and not with_reference:
+        pytest.skip("only the KL reads it")
+    case = spoilable_case(granularity, with_reference, name) | {"backend": "reference"}
+    assert_a_spoiled_coefficient_leaves_out_its_sample(run, case, name, bad)
 
 
 @pytest.mark.parametrize("granularity", ["position", "image"])

@@ -16,7 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import star_kernels as sk
 from star_kernels.policy_loss import reference
-from tests.policy_loss.cases import make_case
+from tests.policy_loss.cases import (
+    SPOILED_COEFFICIENTS,
+    assert_a_spoiled_coefficient_leaves_out_its_sample,
+    make_case,
+    spoilable_case,
+)
 
 pytestmark = pytest.mark.skipif(sk.available_backends()["cpu"] is not None, reason="the C++ extension is not built")
 
@@ -222,6 +227,21 @@ def test_a_non_finite_number_leaves_out_the_positions_it_reaches(
     assert gradient.isfinite().all() and torch.equal(gradient == 0, exact_gradient == 0)
     assert got.loss.item() == pytest.approx(exact.loss.item(), rel=1e-5, abs=1e-5)
     assert (gradient.double() - exact_gradient).norm() <= 1e-5 * exact_gradient.norm()
+
+
+@pytest.mark.parametrize("granularity", ["position", "image"])
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize(("name", "bad"), SPOILED_COEFFICIENTS)
+def test_a_spoiled_coefficient_leaves_out_its_sample(
+    granularity: str, with_reference: bool, name: str, bad: float
+) -> None:
+    if name == "noise_rate" and not with_reference:
+        pytest.skip("only the KL reads it")
+    # More than one tile of positions, the last one not full.
+    case = spoilable_case(granularity, with_reference, name, grid=(9, 13))
+    for instructions in LEVELS:
+        with level(instructions):
+            assert_a_spoiled_coefficient_leaves_out_its_sample(run, case, name, bad)
 
 
 @pytest.mark.parametrize("name", LEVELS)

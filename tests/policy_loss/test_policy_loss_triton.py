@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from star_kernels import PolicyLoss, policy_loss, transition_log_prob, transition_step
-from tests.policy_loss.cases import make_case
+from tests.policy_loss.cases import (
+    SPOILED_COEFFICIENTS,
+    assert_a_spoiled_coefficient_leaves_out_its_sample,
+    make_case,
+    spoilable_case,
+)
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,6 +158,20 @@ def test_what_is_not_finite_is_counted_and_adds_nothing(granularity: str) -> Non
     assert gradient.isfinite().all() and not gradient[0, :, :5, 0].any() and not gradient[0, :, 5, 3].any()
     assert not gradient[1, :, :2, :2].any() and gradient[1, :, 2:].any()
     assert_agrees(case)
+
+
+@pytest.mark.parametrize("granularity", ["position", "image"])
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize(("name", "bad"), SPOILED_COEFFICIENTS)
+def test_a_spoiled_coefficient_leaves_out_its_sample(
+    granularity: str, with_reference: bool, name: str, bad: float
+) -> None:
+    if name == "noise_rate" and not with_reference:
+        pytest.skip("only the KL reads it")
+    case = spoilable_case(granularity, with_reference, name, grid=(2, 2))
+    case = {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in case.items()}
+    case["coefficients"] = case["coefficients"].to(DEVICE)
+    assert_a_spoiled_coefficient_leaves_out_its_sample(run, case, name, bad)
 
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
