@@ -79,7 +79,7 @@ struct PolicyLossProblem {
   const float* old_log_prob;         // [B, H, W]
   const float* weights;              // [B, rows, columns], or null
   int64_t weight_rows, weight_columns;
-  const bool* mask;                  // [B, H, W], or null
+  const uint8_t* mask;               // [B, H, W] of bytes, zero where not valid, or null
   float ratio_low, ratio_high;
   PolicyLossSums* sums;              // [B, blocks]
 };

@@ -78,11 +78,11 @@ void refuse_weights(const at::Tensor& weights) {
 }
 
 // Valid positions of each sample.
-std::vector<int64_t> valid_positions(const bool* mask, const LatentShape& shape) {
+std::vector<int64_t> valid_positions(const uint8_t* mask, const LatentShape& shape) {
   std::vector<int64_t> valid(shape.batch, shape.positions());
   if (mask == nullptr) return valid;
   for (int64_t& count : valid) {
-    count = std::count(mask, mask + shape.positions(), true);
+    count -= std::count(mask, mask + shape.positions(), uint8_t{0});
     mask += shape.positions();
   }
   return valid;
@@ -115,9 +115,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
   if (mask.has_value()) {
     TORCH_CHECK_VALUE(mask->sizes() == old.sizes() && mask->scalar_type() == at::kBool, "mask: expected a bool tensor ",
                       old.sizes(), ", got ", mask->scalar_type(), " with shape ", mask->sizes());
-    valid_mask = mask->contiguous();
+    // Bytes, because those of a bool tensor that was viewed as one need not be 0 and 1.
+    valid_mask = mask->contiguous().view(at::kByte);
   }
-  const bool* mask_data = mask.has_value() ? valid_mask.const_data_ptr<bool>() : nullptr;
+  const uint8_t* mask_data = mask.has_value() ? valid_mask.const_data_ptr<uint8_t>() : nullptr;
 
   const std::vector<TransitionScalars> transitions = transition_scalars(sample_drift, velocity_scale, std, shape);
   const std::vector<double> advantages = numbers("advantage", advantage, shape.batch),

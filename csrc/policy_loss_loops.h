@@ -226,7 +226,7 @@ struct PolicyLoss {
     if (all) return true;
 
     int32_t inside[kTile] = {};
-    for (int64_t p = 0; p < tile.count; ++p) inside[p] = problem.mask == nullptr ? -1 : -problem.mask[begin + p];
+    for (int64_t p = 0; p < tile.count; ++p) inside[p] = problem.mask == nullptr ? -1 : -(problem.mask[begin + p] != 0);
     std::memcpy(work.counted, inside, sizeof inside);
     for (int64_t p = 0; p < kTile; p += kWidth) {
       Int counted = V::bits(V::load(work.counted + p)) & V::is_finite(V::load(work.log_ratio + p)) &

@@ -245,6 +245,17 @@ def test_a_spoiled_coefficient_leaves_out_its_sample(
 
 
 @pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("granularity", ["position", "image"])
+@pytest.mark.parametrize("byte", [2, 128, 255])
+def test_any_byte_of_a_mask_but_zero_is_valid(name: str, granularity: str, byte: int) -> None:
+    case = make_case(channels=3, grid=(9, 13)) | {"granularity": granularity}
+    bytes_of_mask = case["mask"].to(torch.uint8) * byte
+    with level(name):
+        (expected, gradient), (got, same) = run(case), run(case | {"mask": bytes_of_mask.view(torch.bool)})
+    assert got.metrics["non_finite"] == 0 and torch.equal(got.loss, expected.loss) and torch.equal(same, gradient)
+
+
+@pytest.mark.parametrize("name", LEVELS)
 def test_without_an_advantage_there_is_no_policy_gradient(name: str) -> None:
     case = make_case(channels=16, grid=(9, 13)) | {"kl_weight": 0.0}
     case["advantage"] = torch.zeros_like(case["advantage"])
