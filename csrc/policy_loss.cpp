@@ -54,6 +54,12 @@ PolicyLossSums total(const PolicyLossSums* parts, int64_t count) {
   });
 }
 
+// Whether an image can be judged: in float32, in which the other backends add up.
+bool is_finite_image(const PolicyLossSums& sums, double advantage, double divisor) {
+  const float log_ratio = static_cast<float>(sums.log_ratio), weight = static_cast<float>(sums.weight);
+  return std::isfinite(log_ratio) && std::isfinite(static_cast<float>(advantage * weight / divisor));
+}
+
 // Turns the sums over a sample's positions into those of its image, whose ratio is that of the mean log-ratio, and returns the
 // pull of every position: mean weight times -A ratio where the unclipped branch is active.
 float judge_image(PolicyLossSums& sums, double advantage, double divisor, const PolicyLossProblem& problem) {
@@ -167,11 +173,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
     by_sample[b] = total(&sums[b * blocks], blocks);
     left_out[b] = valid[b] - by_sample[b].counted;
   };
+  const auto leave_out = [&](int64_t b) {
+    const bool negative_weight = by_sample[b].negative_weight;
+    by_sample[b] = no_sums();
+    by_sample[b].negative_weight = negative_weight;
+    left_out[b] = valid[b];
+    // The second pass then counts none of its positions either.
+    scalars[b].advantage = std::numeric_limits<float>::quiet_NaN();
+  };
   if (per_image) {
     for_each_cut(kernels, shape, shape.batch, blocks, [&](int64_t begin, int64_t end, float* scratch) {
       for (int64_t b = begin; b < end; ++b) {
         kernels.policy_loss(problem, PolicyLossPass::image_sums, b * blocks, (b + 1) * blocks, scratch);
         add_blocks(b);
+        if (!is_finite_image(by_sample[b], advantages[b], divisors[b])) leave_out(b);
         scalars[b].image_pull = judge_image(by_sample[b], advantages[b], divisors[b], problem);
         if (!with_gradient) continue;
         kernels.policy_loss(problem, PolicyLossPass::image_gradient, b * blocks, (b + 1) * blocks, scratch);

@@ -152,7 +152,10 @@ def _terms(inputs: Inputs) -> _Terms:
 
     if inputs.granularity == "image":
         log_ratio, weight = (_position_sums(log_ratio, weight) * share[:, None]).unbind(1)  # [B] each
-        included = counted.flatten(1).any(1)
+        included = counted.flatten(1).any(1) & log_ratio.isfinite() & (advantage * weight).isfinite()
+        counted = counted & included[:, None, None]
+        log_ratio, weight = torch.where(included, log_ratio, 0.0), torch.where(included, weight, 0.0)
+        kl = torch.where(counted, kl, 0.0)
     else:
         advantage, included = advantage[:, None, None], counted
     advantage = torch.where(included, advantage, 0.0)
@@ -184,7 +187,7 @@ def _terms(inputs: Inputs) -> _Terms:
         "ratio_min": torch.where(number > 0, torch.where(included, ratio, torch.inf).min(), 1.0),
         "ratio_max": torch.where(number > 0, torch.where(included, ratio, -torch.inf).max(), 1.0),
         "approx_kl": torch.where(included, clamped * clamped, 0.0).sum() / (2 * divisor),
-        "non_finite": (valid & ~finite).sum().to(dtype),
+        "non_finite": (valid & ~counted).sum().to(dtype),
     }
     stacked = torch.stack([metrics[name] for name in METRICS]).detach()
     return _Terms(loss, stacked, counted, share, pull, deviation, drift)

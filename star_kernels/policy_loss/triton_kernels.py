@@ -350,7 +350,9 @@ def _image_kernel(
     first = partials + sample * shape.tiles
     log_ratio = _sum_of_tiles(first + _LOG_RATIO * stride, shape.tiles, SUMS) * share
     weight = _sum_of_tiles(first + _WEIGHT * stride, shape.tiles, SUMS) * share
-    included = _sum_of_tiles(first + _COUNTED * stride, shape.tiles, SUMS) > 0
+    number = _sum_of_tiles(first + _COUNTED * stride, shape.tiles, SUMS)
+    finite = (tl.abs(log_ratio) < _INFINITY) & (tl.abs(scalars[0] * weight) < _INFINITY)
+    included = (number > 0) & finite
     clamped, ratio, policy, outside, pull = _policy(log_ratio, weight, scalars[0], ratio_low, ratio_high, COMPUTE)
 
     # An image is one entry of the metrics, which its first tile makes.
@@ -363,9 +365,16 @@ def _image_kernel(
     tl.store(sums + _RATIO_MAX * stride, tl.where(mine, ratio, -_INFINITY))
     tl.store(sums + _SQUARED * stride, tl.where(mine, clamped * clamped, 0.0))
     tl.store(sums + _INCLUDED * stride, mine.to(COMPUTE))
+    # The first kernel took this tile's positions for finite ones.
+    dropped = (number > 0) & (included == 0)
+    counted_here = tl.load(sums + _COUNTED * stride, mask=dropped, other=0.0)
+    non_finite = tl.load(sums + _NON_FINITE * stride, mask=dropped, other=0.0)
+    tl.store(sums + _NON_FINITE * stride, non_finite + counted_here, mask=dropped)
+    tl.store(sums + _KL * stride, tl.full([], 0.0, COMPUTE), mask=dropped)
 
     if gradient is not None:
         positions = tile * BLOCK + tl.arange(0, BLOCK)
+        end = tl.where(included, shape.size, 0)  # of the positions that get a gradient
         deviation, drift, _, _, _, _, counted = _terms(
             inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, COMPUTE
         )
@@ -382,7 +391,7 @@ def _image_kernel(
             pull,
             deviation,
             drift,
-            counted,
+            counted & (positions < end),
             C,
             CP,
             CHANNELS_LAST,

@@ -87,3 +87,26 @@ def spoilable_case(granularity: str, with_reference: bool, name: str, **options:
     if not with_reference:
         return case | {"reference_velocity": None, "kl_weight": 0.0}
     return case | {"kl_scale": "std_dev" if name == "noise_rate" else "variance"}
+
+
+def assert_an_overflowing_image_is_left_out(
+    run: Callable[[dict[str, Any]], tuple[PolicyLoss, Tensor]], case: dict[str, Any]
+) -> None:
+    """`case` has no mask. The spoiled numbers are finite, their sum over sample 1 is infinite or not a number."""
+    case = case | {"granularity": "image", "clip_range": 0.9, "advantage": case["advantage"].clamp(-0.5, 0.5)}
+    _, plain = run(case)
+    plain[1] = 0.0
+    valid = torch.ones_like(case["old_log_prob"], dtype=torch.bool)
+    valid[1] = False
+    masked, _ = run(case | {"mask": valid})
+    one_sign, weights = case["old_log_prob"].clone(), case["weights"].clone()
+    one_sign[1], weights[1] = -3e38, 3e38
+    both_signs = one_sign.clone()
+    both_signs[1, :, ::2] = 3e38
+    for spoiled in ({"old_log_prob": one_sign}, {"old_log_prob": both_signs}, {"weights": weights}):
+        result, gradient = run(case | spoiled)
+        assert result.metrics["non_finite"] == plain[1, 0].numel()
+        assert torch.equal(gradient, plain) and gradient[0].any()
+        for name in ("policy_loss", "kl", "ratio_mean", "ratio_min", "ratio_max", "approx_kl"):
+            torch.testing.assert_close(result.metrics[name], masked.metrics[name])
+        torch.testing.assert_close(result.loss, masked.loss)

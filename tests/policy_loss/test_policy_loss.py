@@ -15,6 +15,7 @@ from star_kernels import PolicyLoss, policy_loss, transition_coefficients, trans
 from tests.policy_loss.cases import (
     SPOILED_COEFFICIENTS,
     assert_a_spoiled_coefficient_leaves_out_its_sample,
+    assert_an_overflowing_image_is_left_out,
     make_case,
     spoilable_case,
 )
@@ -302,6 +303,10 @@ def test_a_spoiled_coefficient_leaves_out_its_sample(
         pytest.skip("only the KL reads it")
     case = spoilable_case(granularity, with_reference, name) | {"backend": "reference"}
     assert_a_spoiled_coefficient_leaves_out_its_sample(run, case, name, bad)
+
+
+def test_an_overflowing_image_is_left_out() -> None:
+    assert_an_overflowing_image_is_left_out(run, make_case(masked=False) | {"backend": "reference"})
 
 
 @pytest.mark.parametrize("granularity", ["position", "image"])

@@ -19,6 +19,7 @@ from star_kernels.policy_loss import reference
 from tests.policy_loss.cases import (
     SPOILED_COEFFICIENTS,
     assert_a_spoiled_coefficient_leaves_out_its_sample,
+    assert_an_overflowing_image_is_left_out,
     make_case,
     spoilable_case,
 )
@@ -253,6 +254,13 @@ def test_any_byte_of_a_mask_but_zero_is_valid(name: str, granularity: str, byte:
     with level(name):
         (expected, gradient), (got, same) = run(case), run(case | {"mask": bytes_of_mask.view(torch.bool)})
     assert got.metrics["non_finite"] == 0 and torch.equal(got.loss, expected.loss) and torch.equal(same, gradient)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("grid", [(3, 4), (9, 13), (33, 32)])
+def test_an_overflowing_image_is_left_out(name: str, grid: tuple[int, int]) -> None:
+    with level(name):
+        assert_an_overflowing_image_is_left_out(run, make_case(grid=grid, masked=False))
 
 
 @pytest.mark.parametrize("name", LEVELS)

@@ -12,6 +12,7 @@ from star_kernels import PolicyLoss, policy_loss, transition_log_prob, transitio
 from tests.policy_loss.cases import (
     SPOILED_COEFFICIENTS,
     assert_a_spoiled_coefficient_leaves_out_its_sample,
+    assert_an_overflowing_image_is_left_out,
     make_case,
     spoilable_case,
 )
@@ -172,6 +173,11 @@ def test_a_spoiled_coefficient_leaves_out_its_sample(
     case = {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in case.items()}
     case["coefficients"] = case["coefficients"].to(DEVICE)
     assert_a_spoiled_coefficient_leaves_out_its_sample(run, case, name, bad)
+
+
+def test_an_overflowing_image_is_left_out() -> None:
+    # Two tiles.
+    assert_an_overflowing_image_is_left_out(run, case_of(grid=(9, 8), masked=False))
 
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
