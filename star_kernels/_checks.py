@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -51,6 +52,20 @@ def check_tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device} like the other arguments, got one on {value.device}")
     return value
+
+
+def check_reverse_mode(operator: str, inputs: Iterable[object]) -> None:
+    """Raise NotImplementedError inside a torch.func transform, or if one of `inputs` carries a tangent.
+
+    PyTorch would drop the tangents, since the operators have no forward-mode formula, and give zero.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(f"{operator}: torch.func transforms are out of scope, use torch.autograd.grad")
+    if forward_ad._current_level < 0:
+        return
+    for value in inputs:
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(f"{operator}: forward-mode derivatives are out of scope, use torch.autograd.grad")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import backends
-from star_kernels._checks import check_choice, check_number, check_tensor
+from star_kernels._checks import check_choice, check_number, check_reverse_mode, check_tensor
 from star_kernels.attention import cpu, reference
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -64,7 +64,8 @@ def joint_attention(
 
     Returns:
         out [B, heads, N, D] in the dtype of `query`, and the mass [rows, num_image_tokens, K], or None without
-        `unit_weights`. The mass carries no gradient. Second derivatives are not implemented.
+        `unit_weights`. The mass carries no gradient. Second derivatives are not implemented; torch.func and
+        forward-mode derivatives are out of scope and raise NotImplementedError.
 
     The backward pass is PyTorch's flash backward. On CUDA it is reproducible bit for bit only under
     ``torch.use_deterministic_algorithms(True)``.
@@ -113,6 +114,7 @@ def joint_attention(
         if mass is not None:
             _check_mass(mass, (end - first, num_image_tokens, unit_weights.shape[2]), query, unit_weights)
 
+    check_reverse_mode("joint_attention", (query, key, value, unit_weights, mass))
     out, layer_mass, _ = _joint_attention(
         query, key, value, unit_weights, num_image_tokens, text_first, scale, first, end, direction, backend
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import FLOATS, check_choice, check_number, check_tensor
+from .._checks import FLOATS, check_choice, check_number, check_reverse_mode, check_tensor
 from .._gaussian import TransitionCoefficients, check_coefficients, check_guidance
 from . import cpu, reference
 
@@ -58,7 +58,8 @@ def policy_loss(
     Only `velocity` gets a gradient, computed together with the loss. Every other input is a constant, also when it
     requires a gradient; the unconditional velocity is one by the method's choice. Log-ratios are clamped to ±20, and
     where the clamp acts the gradient is zero. The gradient can be differentiated with respect to the incoming one;
-    second derivatives with respect to `velocity` are not implemented and raise NotImplementedError.
+    second derivatives with respect to `velocity` are not implemented and raise NotImplementedError. torch.func and
+    forward-mode derivatives are out of scope and raise it too.
 
     A position where the log-ratio, the advantage times the weight or the KL is not finite adds nothing to the loss or
     the gradient and is counted in `non_finite`; the divisor Σm still counts it, so that the other positions keep
@@ -163,6 +164,7 @@ def policy_loss(
         kl_weight,
         guidance,
     )
+    check_reverse_mode("policy_loss", inputs)
     with_gradient = torch.is_grad_enabled() and velocity.requires_grad
     if _is_traced(velocity):
         loss, metrics, _ = _policy_loss(*inputs, with_gradient, backend)
@@ -201,12 +203,7 @@ def _compute(inputs: reference.Inputs, with_gradient: bool, backend: str) -> tup
 
 def _is_traced(velocity: Tensor) -> bool:
     """Whether somebody looks at the operators that run: torch.compile, export, fake tensors, dispatch modes."""
-    return (
-        torch.compiler.is_compiling()
-        or type(velocity) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_compiling() or type(velocity) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
 class _LossAndGradient(torch.autograd.Function):

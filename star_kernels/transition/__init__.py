@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_tensor
+from .._checks import check_reverse_mode, check_tensor
 from .._gaussian import (
     TransitionCoefficients,
     check_coefficients,
@@ -55,7 +55,7 @@ def transition_step(
 
     Gradients reach `velocity` and `sample` through `next_sample` (rounding counts as the identity). The log-prob of a
     step's own draw depends on the noise alone, so it carries none. All other inputs are constants, the unconditional
-    velocity too.
+    velocity too. torch.func and forward-mode derivatives are out of scope and raise NotImplementedError.
 
     Args:
         velocity: predicted velocity (ddim: predicted noise) [B, C, H, W]; float32, bfloat16, float16 or float64.
@@ -84,7 +84,7 @@ def transition_step(
         check_tensor("noise", noise, sample.shape, device=sample.device)
     elif rows.stochastic:
         raise ValueError(f"noise: expected a tensor {list(sample.shape)}, {rows.kind} steps have noise, got None")
-    next_sample, log_prob = _transition_step(
+    tensors = (
         velocity,
         sample,
         noise if rows.stochastic else None,
@@ -92,9 +92,9 @@ def transition_step(
         rows.sample_drift,
         rows.velocity_scale,
         rows.std,
-        scale,
-        backend,
     )
+    check_reverse_mode("transition_step", tensors)
+    next_sample, log_prob = _transition_step(*tensors, scale, backend)
     return TransitionStep(next_sample, log_prob if rows.stochastic else None)
 
 
@@ -111,7 +111,8 @@ def transition_log_prob(
     """Log-prob of a given next sample at every position, the mean over channels (docs/method.md, section 2).
 
     Its mean over positions is the image-level log-prob of Flow-GRPO. Gradients reach `velocity`, `sample` and
-    `next_sample`; the unconditional velocity and the coefficients are constants.
+    `next_sample`; the unconditional velocity and the coefficients are constants. torch.func and forward-mode
+    derivatives are out of scope and raise NotImplementedError.
 
     Args:
         velocity: predicted velocity (ddim: predicted noise) [B, C, H, W]; float32, bfloat16, float16 or float64.
@@ -137,7 +138,7 @@ def transition_log_prob(
     rows = check_coefficients(coefficients, batch, velocity.device)
     if not rows.stochastic:
         raise ValueError(f"coefficients: expected steps with noise, got {rows.kind} with s = 0, which has no log-prob")
-    return _transition_log_prob(
+    tensors = (
         velocity,
         sample,
         next_sample,
@@ -145,9 +146,9 @@ def transition_log_prob(
         rows.sample_drift,
         rows.velocity_scale,
         rows.std,
-        scale,
-        backend,
     )
+    check_reverse_mode("transition_log_prob", tensors)
+    return _transition_log_prob(*tensors, scale, backend)
 
 
 def _check_latents(velocity: Tensor, sample: Tensor) -> int:

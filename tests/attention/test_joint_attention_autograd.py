@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from star_kernels import joint_attention
 from star_kernels.attention import reference
@@ -142,6 +143,25 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     (gradient,) = torch.autograd.grad(out.square().sum(), tensors[:1], create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.sum(), tensors[:1])
+
+
+def test_torch_func_and_forward_mode_are_refused() -> None:
+    query, key, value = (t.detach() for t in leaves())
+
+    def attention(query: Tensor) -> Tensor:
+        return joint_attention(query, key, value, torch.ones(2, 7, 2), num_image_tokens=10)[0].sum()
+
+    for transformed in (
+        lambda: torch.func.grad(attention)(query),
+        lambda: torch.func.vmap(attention)(query[None]),
+        lambda: torch.func.jvp(attention, (query,), (key,)),
+    ):
+        with pytest.raises(NotImplementedError, match="^joint_attention: torch.func transforms are out of scope"):
+            transformed()
+    with forward_ad.dual_level():
+        assert attention(query).isfinite()
+        with pytest.raises(NotImplementedError, match="^joint_attention: forward-mode derivatives are out of scope"):
+            attention(forward_ad.make_dual(query, key))
 
 
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from star_kernels import policy_loss, transition_coefficients
 from tests.policy_loss.cases import make_case
@@ -99,3 +100,23 @@ def test_triton_kernels_on_the_cpu_are_refused_unless_they_are_interpreted(monke
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="^backend='triton' cannot run policy_loss: its tensors are on the CPU"):
         policy_loss(**make_case(), backend="triton")
+
+
+def test_torch_func_and_forward_mode_are_refused() -> None:
+    case = make_case()
+    velocity = case.pop("velocity")
+
+    def loss(velocity: torch.Tensor) -> torch.Tensor:
+        return policy_loss(velocity, **case).loss
+
+    for transformed in (
+        lambda: torch.func.grad(loss)(velocity),
+        lambda: torch.func.vmap(loss)(velocity[None]),
+        lambda: torch.func.jvp(loss, (velocity,), (velocity,)),
+    ):
+        with pytest.raises(NotImplementedError, match="^policy_loss: torch.func transforms are out of scope"):
+            transformed()
+    with forward_ad.dual_level():
+        assert loss(velocity).isfinite()
+        with pytest.raises(NotImplementedError, match="^policy_loss: forward-mode derivatives are out of scope"):
+            loss(forward_ad.make_dual(velocity, velocity))

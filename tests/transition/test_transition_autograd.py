@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import star_kernels as sk
 
@@ -78,6 +79,28 @@ def test_gradients_come_in_the_dtype_of_their_input(dtype: torch.dtype) -> None:
     for got, wanted in zip((v, x, y), exact, strict=True):
         assert got.grad is not None and wanted.grad is not None and got.grad.dtype == dtype
         assert (got.grad.double() - wanted.grad).abs().max() <= 1e-2 * wanted.grad.abs().max()
+
+
+@pytest.mark.parametrize("operator", ["transition_step", "transition_log_prob"])
+def test_torch_func_and_forward_mode_are_refused(operator: str) -> None:
+    p = problem(torch.float32)
+
+    def output(v: Tensor) -> Tensor:
+        if operator == "transition_step":
+            return sk.transition_step(v, p["x"], p["c"], noise=p["noise"]).next_sample.sum()
+        return sk.transition_log_prob(v, p["x"], p["noise"], p["c"]).sum()
+
+    for transformed in (
+        lambda: torch.func.grad(output)(p["v"]),
+        lambda: torch.func.vmap(output)(p["v"][None]),
+        lambda: torch.func.jvp(output, (p["v"],), (p["u"],)),
+    ):
+        with pytest.raises(NotImplementedError, match=f"^{operator}: torch.func transforms are out of scope"):
+            transformed()
+    with forward_ad.dual_level():
+        assert output(p["v"]).isfinite()
+        with pytest.raises(NotImplementedError, match=f"^{operator}: forward-mode derivatives are out of scope"):
+            output(forward_ad.make_dual(p["v"], p["u"]))
 
 
 @pytest.mark.parametrize(("dtype", "guided"), [(torch.bfloat16, True), (torch.float64, False)])
