@@ -351,7 +351,7 @@ def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
     (grad_velocity,) = ctx.saved_tensors
     if torch.is_grad_enabled():
         grad_velocity = _Undifferentiable.apply(grad_velocity)
-    elif grad_velocity.dtype == ctx.dtype and _is_ours_to_give(grad_velocity):
+    elif grad_velocity.dtype == ctx.dtype and _is_ours_to_give(grad_velocity) and not _is_batched(grad_loss):
         grad_velocity = grad_velocity.detach()
         if backends.resolve_backend("policy_loss", ctx.backend, grad_velocity.device, KERNELS) == "triton":
             from . import triton_kernels
@@ -370,6 +370,11 @@ def _is_ours_to_give(saved: Tensor) -> bool:
     PyTorch's own compiler asks the engine like this before it reuses memory.
     """
     return type(saved) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether `tensor` stands for a batch of tensors: in autograd.grad(is_grads_batched=True) or torch.func.vmap."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
 
 
 def _scale_on_cpu_(grad_velocity: Tensor, scale: float) -> Tensor:

@@ -167,6 +167,20 @@ def test_a_second_derivative_by_the_velocity_is_refused_and_not_wrong(backend: s
             torch.autograd.grad(penalty, velocity, retain_graph=True)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_a_batch_of_incoming_gradients(backend: str) -> None:
+    if (reason := sk.available_backends()[backend]) is not None:
+        pytest.skip(reason)
+    case = make_case() | {"backend": backend}
+    velocity, scales = case["velocity"].requires_grad_(), torch.tensor([1.0, -3.0])
+    (plain,) = torch.autograd.grad(sk.policy_loss(**case).loss, velocity)
+    (batched,) = torch.autograd.grad(sk.policy_loss(**case).loss, velocity, scales, is_grads_batched=True)
+    assert plain.any() and torch.equal(batched, scales[:, None, None, None, None] * plain)
+    loss = sk.policy_loss(**case).loss
+    (mapped,) = torch.func.vmap(lambda scale: torch.autograd.grad(loss, velocity, scale))(scales)
+    assert torch.equal(mapped, batched)
+
+
 def test_a_loss_changed_in_place_keeps_its_gradient() -> None:
     case = make_case()
     velocity = case["velocity"].requires_grad_()
