@@ -50,8 +50,8 @@ class TransitionCoefficients:
         return self._map(lambda row: row.to(device))
 
     def __getitem__(self, rows: slice | Tensor) -> TransitionCoefficients:
-        """The coefficients of some of the samples."""
-        return self._map(lambda row: row[rows])
+        """The coefficients of some of the samples; a single row, which serves every sample, stays as it is."""
+        return self._map(lambda row: row if row.shape == (1,) else row[rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TransitionCoefficients:
         return replace(

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from star_kernels import TransitionCoefficients, transition_coefficients, transition_step
+from star_kernels import TransitionCoefficients, policy_loss, transition_coefficients, transition_step
+from tests.policy_loss.cases import make_case
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
 sigmas = st.floats(0.02, 1.0)
@@ -162,6 +163,21 @@ def test_numbers_zero_dimensional_and_one_dimensional_levels_agree() -> None:
     mixed = transition_coefficients("flow_sde", torch.full((3,), 0.75), torch.tensor(0.5))
     assert rows.std.shape == mixed.std.shape == (3,) and single.std.shape == (1,)
     assert torch.equal(rows.std, mixed.std) and torch.equal(rows.std, single.std.expand(3))
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(2, 4), slice(-1, None), torch.tensor([3, 0, 3]), torch.tensor([False, True, False, True])]
+)
+def test_a_micro_batch_takes_its_rows_of_the_coefficients_and_a_single_row_whole(rows: slice | torch.Tensor) -> None:
+    case = make_case(batch=4)
+    micro = {
+        name: value[rows] if isinstance(value, torch.Tensor) and value.dim() else value for name, value in case.items()
+    }
+    losses = []
+    for levels in (0.75, torch.full((4,), 0.75)):
+        coefficients = transition_coefficients("flow_sde", levels, 0.5)
+        losses.append(policy_loss(**(micro | {"coefficients": coefficients[rows]})).loss)
+    assert losses[0].isfinite() and torch.equal(*losses)
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
