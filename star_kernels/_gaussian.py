@@ -18,7 +18,7 @@ from ._checks import check_number, check_tensor
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TransitionCoefficients:
     """The scalars of x' = a·x + b·v + s·ε, one row per sample, or a single row that serves every sample.
 

@@ -180,6 +180,11 @@ def test_a_micro_batch_takes_its_rows_of_the_coefficients_and_a_single_row_whole
     assert losses[0].isfinite() and torch.equal(*losses)
 
 
+def test_coefficients_are_equal_to_themselves_alone() -> None:
+    first, second = (transition_coefficients("flow_sde", torch.tensor([0.7, 0.6]), 0.5) for _ in range(2))
+    assert first == first and first != second
+
+
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
     sigma, sigma_next = torch.tensor([1.0, 0.8, 0.33, 0.1]), torch.tensor([0.8, 0.33, 0.1, 0.0])
     for kind in ("flow_sde", "dance_sde"):
