@@ -272,12 +272,9 @@ def _save_for_log_prob(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _log_prob_backward(ctx: Any, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
     gradients = reference.transition_log_prob_gradients(
-        grad_log_prob, *ctx.saved_tensors, guidance_scale=ctx.guidance_scale
+        grad_log_prob, *ctx.saved_tensors, guidance_scale=ctx.guidance_scale, wanted=ctx.needs_input_grad[:3]
     )
-    wanted = (
-        gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)
-    )
-    return (*wanted, None, None, None, None, None, None)
+    return (*gradients, None, None, None, None, None, None)
 
 
 torch.library.register_autograd(

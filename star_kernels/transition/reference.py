@@ -6,6 +6,8 @@ float64 when every floating argument is float64. These functions can be differen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .._gaussian import (
@@ -68,18 +70,20 @@ def transition_log_prob_gradients(
     std: Tensor,
     *,
     guidance_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to v, x and x': ∂logp_i/∂μ = (x' − μ)/(s²C), and μ = a·x + b·(v_u + g·(v − v_u))."""
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for those of v, x, x' that are wanted: ∂logp_i/∂μ = (x' − μ)/(s²C), μ = a·x + b·(v_u + g·(v − v_u))."""
     shift = _shift(
         velocity, sample, next_sample, unconditional_velocity, sample_drift, velocity_scale, std, guidance_scale
     )
     dtype = shift.dtype
     scaled = grad_log_prob.to(dtype) / (velocity.shape[1] * std.to(dtype) ** 2)[:, None, None]
     grad_mean = mean_deviation(next_sample.to(dtype), sample.to(dtype), shift) * scaled[:, None]
+    for_velocity, for_sample, for_next_sample = wanted
     return (
-        (guidance_scale * per_sample(velocity_scale, dtype) * grad_mean).to(velocity.dtype),
-        ((1 + per_sample(sample_drift, dtype)) * grad_mean).to(sample.dtype),
-        (-grad_mean).to(next_sample.dtype),
+        (guidance_scale * per_sample(velocity_scale, dtype) * grad_mean).to(velocity.dtype) if for_velocity else None,
+        ((1 + per_sample(sample_drift, dtype)) * grad_mean).to(sample.dtype) if for_sample else None,
+        (-grad_mean).to(next_sample.dtype) if for_next_sample else None,
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import star_kernels as sk
 
@@ -66,6 +67,33 @@ def test_only_what_requires_a_gradient_gets_one_and_the_unconditional_velocity_n
     sk.transition_step(v, p["x"], p["c"], noise=p["noise"], **options).next_sample.sum().backward()
     sk.transition_log_prob(v, p["x"], p["noise"], p["c"], **options).sum().backward()
     assert v.grad is not None and u.grad is None and p["x"].grad is None
+
+
+class Latents(TorchDispatchMode):
+    """Counts the tensors of the size of a latent that are new."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.new = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() == self.size:
+            self.new += not any(isinstance(a, Tensor) and a.data_ptr() == result.data_ptr() for a in args)
+        return result
+
+
+def test_gradients_that_nobody_asked_for_are_not_built() -> None:
+    p = problem(torch.float32)
+    built = {}
+    for wanted in ("v", "x", "noise", "all"):
+        v, x, y = (p[name].clone().requires_grad_(wanted in (name, "all")) for name in ("v", "x", "noise"))
+        log_prob = sk.transition_log_prob(v, x, y, p["c"])
+        with Latents(v.numel()) as latents:
+            log_prob.backward(torch.ones_like(log_prob))
+        built[wanted] = latents.new
+    assert built["v"] == built["x"] == built["noise"] == built["all"] - 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
