@@ -217,7 +217,7 @@ def _save_for_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _step_backward(ctx: Any, grad_next_sample: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_velocity = grad_sample = None
     if grad_next_sample is not None:
-        sample_drift, velocity_scale = ctx.saved_tensors
+        sample_drift, velocity_scale = (scalar.detach() for scalar in ctx.saved_tensors)
         dtype = compute_dtype(grad_next_sample, sample_drift, velocity_scale)
         grad = grad_next_sample.to(dtype)
         if ctx.needs_input_grad[0]:
@@ -271,8 +271,17 @@ def _save_for_log_prob(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _log_prob_backward(ctx: Any, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
+    velocity, sample, next_sample, *constants = ctx.saved_tensors
+    # What is a constant stays one when the gradient is differentiated.
+    held: list[Any] = [None if constant is None else constant.detach() for constant in constants]
     gradients = reference.transition_log_prob_gradients(
-        grad_log_prob, *ctx.saved_tensors, guidance_scale=ctx.guidance_scale, wanted=ctx.needs_input_grad[:3]
+        grad_log_prob,
+        velocity,
+        sample,
+        next_sample,
+        *held,
+        guidance_scale=ctx.guidance_scale,
+        wanted=ctx.needs_input_grad[:3],
     )
     return (*gradients, None, None, None, None, None, None)
 

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import star_kernels as sk
+from star_kernels.transition import reference
 
 # The two operators as they are registered, for opcheck.
 OPS = torch.ops.star_kernels
@@ -82,6 +83,33 @@ class Latents(TorchDispatchMode):
         if isinstance(result, Tensor) and result.numel() == self.size:
             self.new += not any(isinstance(a, Tensor) and a.data_ptr() == result.data_ptr() for a in args)
         return result
+
+
+def test_second_derivatives_are_those_of_the_definition_with_its_constants_held() -> None:
+    p = problem()
+    scalars = [getattr(p["c"], name).requires_grad_() for name in ("sample_drift", "velocity_scale", "std")]
+    v, x, y, u = (p[name].requires_grad_() for name in ("v", "x", "noise", "u"))
+    options = {"unconditional_velocity": u, "guidance_scale": 2.5}
+    held = [tensor.detach() for tensor in (u, *scalars)]
+    for output, defined in (
+        (
+            sk.transition_log_prob(v, x, y, p["c"], **options),
+            reference.transition_log_prob(v, x, y, *held, guidance_scale=2.5),
+        ),
+        (
+            sk.transition_step(v, x, p["c"], noise=p["noise"].detach(), **options).next_sample,
+            reference.transition_step(v, x, p["noise"].detach(), *held, guidance_scale=2.5)[0],
+        ),
+    ):
+        seconds = []
+        for value in (output, defined):
+            firsts = torch.autograd.grad(value.square().sum(), (v, x), create_graph=True)
+            penalty = sum(gradient.square().sum() for gradient in firsts)
+            seconds.append(torch.autograd.grad(penalty, (v, x, y, u, *scalars), allow_unused=True))
+        for second, expected in zip(*seconds, strict=True):
+            assert (second is None) == (expected is None)
+            if second is not None:
+                torch.testing.assert_close(second, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_that_nobody_asked_for_are_not_built() -> None:
