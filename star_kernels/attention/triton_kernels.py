@@ -679,6 +679,13 @@ def architecture_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+def _within_reach(tensor: Tensor, configuration: Configuration) -> Tensor:
+    """`tensor` [..., tokens, elements], dense if a tile of it would span more than 32 bits, in which kernels count."""
+    tokens = min(tensor.shape[-2], max(16, configuration.block_n))
+    span = (tokens - 1) * tensor.stride(-2) + (tensor.shape[-1] - 1) * tensor.stride(-1)
+    return tensor if span < 2**31 else tensor.contiguous()
+
+
 def forward_call(
     query: Tensor,
     key: Tensor,
@@ -844,6 +851,8 @@ def prepare(
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor], list[KernelCall]]:
     """The outputs of `joint_attention`, not yet written, and the kernels that write them, in order."""
     out = torch.empty_like(query)
+    query, key, value = (_within_reach(tensor, configuration) for tensor in (query, key, value))
+    unit_weights = None if unit_weights is None else _within_reach(unit_weights, configuration)
     log_sum_exp = query.new_empty(query.shape[:3], dtype=torch.float32)
     mass = head_mass = None
     if unit_weights is not None:

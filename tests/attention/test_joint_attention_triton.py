@@ -166,6 +166,18 @@ def test_any_strides_are_read_and_written_in_place(dtype: torch.dtype) -> None:
     check(*dim_first, units_last, num_image_tokens=21, direction="text_to_image")
 
 
+@pytest.mark.parametrize("far", range(4), ids=["query", "key", "value", "unit weights"])
+def test_strides_beyond_32_bits_are_read(far: int) -> None:
+    """Of the memory between the tokens none is touched, so none is used."""
+    tensors = list(inputs(10, 10, units=17, heads=1, dtype=torch.bfloat16))
+    dense = tensors[far].to(torch.bfloat16)
+    stride = 2**28
+    memory = torch.empty((dense.shape[-2] - 1) * stride + dense.shape[-1], dtype=torch.bfloat16)
+    tensors[far] = memory.as_strided(dense.shape, (0,) * (dense.dim() - 2) + (stride, 1)).copy_(dense)
+    for direction in DIRECTIONS:
+        check(*tensors, num_image_tokens=10, direction=direction)
+
+
 def test_an_expanded_batch_is_read_through_its_strides() -> None:
     query, key, value, unit_weights = inputs(21, 11)
     expanded = [tensor.expand(2, -1, -1, -1) for tensor in (query, key, value)]
