@@ -58,9 +58,9 @@ def allocation_map(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: wrong rank, shape, device or choice, a size of zero, a number outside its range; on the CPU also a
-            mass that is negative, NaN or infinite at a valid position, and a mask with values other than 0 and 1.
-            On a GPU values are not looked at, since that would wait for the device: a mass that is not finite makes
-            NaN of its sample's weights.
+            mass that is negative, NaN or infinite at a valid position, or whose sum over them is infinite in float64,
+            and a mask with values other than 0 and 1. On a GPU values are not looked at, since that would wait for the
+            device: a mass or a sum that is not finite makes NaN of its sample's weights.
         RuntimeError: a backend asked for by name that cannot run here.
     """
     check_tensor("mass", mass, ("B", "h·w", "K"))
@@ -177,4 +177,11 @@ def _check_mass_values(mass: torch.Tensor, mask: torch.Tensor | None) -> None:
         raise ValueError(
             f"mass: expected finite values >= 0, got {mass[sample, position, unit].item()} "
             f"at sample {sample}, position {position}, unit {unit}"
+        )
+    valid = mass.double() if mask is None else torch.where(mask.flatten(1).unsqueeze(2), mass.double(), 0.0)
+    overflowing = valid.sum(1).isinf().any(1)
+    if bool(overflowing.any()):
+        sample = int(overflowing.nonzero()[0])
+        raise ValueError(
+            f"mass: expected values whose sum over positions is finite, got a sum of inf in sample {sample}"
         )

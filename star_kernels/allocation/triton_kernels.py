@@ -7,7 +7,7 @@ each step needs from the one before.
 Design. One kernel with one program per sample, so that a step waits for a barrier and not for a launch. Between two
 steps the map lies in scratch memory, which stays in the caches; from there too the mass is read a second time, to be
 combined. The arithmetic is float64 like the reference's: for so few numbers it costs nothing that could be seen, the
-mean is 1 to the rounding of the output, and no mass is too large or too small.
+mean is 1 to the rounding of the output, and no mass is too small, or too large while its sum is finite.
 """
 
 from typing import Any
@@ -89,7 +89,7 @@ def _allocation_kernel(
     # Dividing by the total instead of the mean, and adding instead of averaging, leaves out factors that all positions
     # share: the normalisation removes them anyway.
     kept = totals != 0
-    shares = tl.where(kept, 1.0 / tl.where(kept, totals, 1.0), 0.0)
+    divisors = tl.where(kept, totals, 1.0)  # not their reciprocals, which overflow for the least of numbers
     any_unit = tl.sum(kept.to(tl.int32), 0) > 0
     # NaN if a mass is not finite, else 0: maxima and comparisons lose a NaN.
     poison = tl.sum(totals - totals, 0)
@@ -98,7 +98,7 @@ def _allocation_kernel(
     for first in range(0, size, TILE):
         positions = first + tl.arange(0, TILE)
         valid = _load_valid(mask, positions, positions < size)
-        values = _load_mass(mass, positions, valid, K, KP) * shares[None, :]
+        values = _load_mass(mass, positions, valid, K, KP) / divisors[None, :]
         combined = tl.max(values, 1) if MAXIMUM else tl.sum(values, 1)
         combined = tl.where(valid, tl.where(any_unit, combined, 1.0), 0.0)
         tl.store(scratch + positions, combined, mask=positions < size)

@@ -283,6 +283,25 @@ def test_a_bad_value_of_the_mass_raises_and_is_located(backend, bad, shown):
         sk.allocation_map(mass, (2, 3), backend=backend)
 
 
+@backends
+@pytest.mark.parametrize("least", [5e-324, 1e-310, 1e-300, 1e307])
+def test_a_mass_may_be_as_small_as_numbers_are_or_as_large_as_its_sum_allows(backend, least):
+    mass = torch.full((1, 4, 1), least, dtype=torch.float64)
+    mass[0, 0] = 0
+    weights = sk.allocation_map(mass, (2, 2), backend=backend)
+    torch.testing.assert_close(weights.flatten(), torch.tensor([0.0, 4 / 3, 4 / 3, 4 / 3], dtype=torch.float64))
+
+
+@backends
+def test_a_sum_beyond_float64_raises_unless_it_is_masked(backend):
+    mass = random_mass(2, 4, 2).double()
+    mass[1, :2, 1] = 1.7e308
+    with pytest.raises(ValueError, match=r"mass: .*got a sum of inf in sample 1"):
+        sk.allocation_map(mass, (2, 2), backend=backend)
+    mask = torch.tensor([[[True, False], [True, True]]] * 2)
+    assert sk.allocation_map(mass, (2, 2), mask=mask, backend=backend).isfinite().all()
+
+
 def test_without_the_check_of_the_cpu_a_bad_value_stays_visible():
     mass = random_mass(2, 6, 2)
     for bad in (math.nan, math.inf):
