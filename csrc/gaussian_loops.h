@@ -35,7 +35,6 @@ struct Vectors {
   static STAR_INLINE Vec keep(Int mask, Vec value) { return floats(mask & bits(value)); }
   static STAR_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
   static STAR_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-  static STAR_INLINE Vec abs(Vec value) { return floats(bits(value) & 0x7fffffff); }
   static STAR_INLINE Int is_finite(Vec value) { return (bits(value) & 0x7fffffff) < 0x7f800000; }
 
   // e^x for |x| <= 20, to 2e-7 of it, and exactly 1 at 0.
