@@ -18,6 +18,7 @@ __all__ = ["PolicyLoss", "policy_loss"]
 GRANULARITIES = ("position", "image")
 KL_SCALES = ("variance", "std_dev")
 KERNELS = ("triton", "cpu")
+_PIECE = 2**16  # entries of a gradient that are scaled at a time
 
 
 class PolicyLoss(NamedTuple):
@@ -60,6 +61,11 @@ def policy_loss(
     where the clamp acts the gradient is zero. The gradient can be differentiated with respect to the incoming one;
     second derivatives with respect to `velocity` are not implemented and raise NotImplementedError. torch.func and
     forward-mode derivatives are out of scope and raise it too.
+
+    Forward and backward allocate the gradient in the velocity's dtype and little else, and backward passes over it only
+    to scale it by an incoming gradient that is not 1. Two cases take more: that of a float16 velocity is kept in the
+    dtype of the loss until it has been scaled, for its range, and is then cast, which is three times its size at most;
+    and a graph that is kept keeps its gradient beside the one that is handed on.
 
     A position where the log-ratio, the advantage times the weight or the KL is not finite adds nothing to the loss or
     the gradient and is counted in `non_finite`; the divisor Σm still counts it, so that the other positions keep
@@ -351,25 +357,32 @@ def _gradient(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
     (grad_velocity,) = ctx.saved_tensors
     if torch.is_grad_enabled():
         grad_velocity = _Undifferentiable.apply(grad_velocity)
-    elif grad_velocity.dtype == ctx.dtype and _is_ours_to_give(grad_velocity) and not _is_batched(grad_loss):
-        grad_velocity = grad_velocity.detach()
-        if backends.resolve_backend("policy_loss", ctx.backend, grad_velocity.device, KERNELS) == "triton":
-            from . import triton_kernels
+    elif type(grad_velocity) is Tensor and not _is_batched(grad_loss):
+        return _scaled(ctx, grad_velocity.detach(), grad_loss)
+    return _product(grad_velocity, grad_loss, ctx.dtype)
 
-            return triton_kernels.scale_gradient_(grad_velocity, grad_loss)
-        if grad_velocity.device.type == "cpu":
-            return _scale_on_cpu_(grad_velocity, grad_loss.item())
+
+def _product(grad_velocity: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     # With the scale in its own dtype: as a tensor without dimensions it would be rounded to that of the gradient.
-    return (grad_loss * grad_velocity.to(grad_loss.dtype)).to(ctx.dtype)
+    return (grad_loss * grad_velocity.to(grad_loss.dtype)).to(dtype)
 
 
-def _is_ours_to_give(saved: Tensor) -> bool:
-    """Whether nothing reads the saved tensor after this backward: it can then be scaled in place and handed on.
+def _scaled(ctx: Any, saved: Tensor, grad_loss: Tensor) -> Tensor:
+    """The product without a tensor of the latents' size beside the saved one and the result.
 
-    Not while torch.compile traces, where it is no plain tensor, and not if the graph is kept for another backward.
-    PyTorch's own compiler asks the engine like this before it reuses memory.
+    Unless the graph is kept for another backward, nothing reads the saved tensor after this one: it can be scaled in
+    place and handed on. PyTorch's own compiler asks the engine like this before it reuses memory.
     """
-    return type(saved) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    is_ours = not torch._C._autograd._get_current_graph_task_keep_graph()
+    if backends.resolve_backend("policy_loss", ctx.backend, saved.device, KERNELS) == "triton":
+        from . import triton_kernels
+
+        in_place = is_ours and saved.dtype == ctx.dtype
+        scaled = saved if in_place else torch.empty_like(saved, dtype=ctx.dtype)
+        return triton_kernels.scale_gradient(saved, grad_loss, scaled)
+    if saved.device.type == "cpu":
+        return _scaled_on_cpu(saved, grad_loss.item(), ctx.dtype, is_ours)
+    return _product(saved, grad_loss, ctx.dtype)
 
 
 def _is_batched(tensor: Tensor) -> bool:
@@ -377,8 +390,19 @@ def _is_batched(tensor: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
 
 
-def _scale_on_cpu_(grad_velocity: Tensor, scale: float) -> Tensor:
-    return grad_velocity if scale == 1 else grad_velocity.mul_(scale)
+def _scaled_on_cpu(saved: Tensor, scale: float, dtype: torch.dtype, is_ours: bool) -> Tensor:
+    if is_ours:
+        return (saved if scale == 1 else saved.mul_(scale)).to(dtype)
+    scaled = torch.empty_like(saved, dtype=dtype)
+    # Piece by piece: for a result of another dtype PyTorch makes a product in the first one.
+    pieces = (_in_order_of_memory(tensor).split(_PIECE) for tensor in (saved, scaled))
+    for piece, scaled_piece in zip(*pieces, strict=True):
+        torch.mul(piece, scale, out=scaled_piece)
+    return scaled
+
+
+def _in_order_of_memory(dense: Tensor) -> Tensor:
+    return dense.as_strided((dense.numel(),), (1,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -15,7 +15,8 @@ image needs the sums over its positions first: `_image_sums_kernel` reads everyt
 `_image_kernel` reads it again and writes the gradient. Nothing of the size of a latent is left behind but that.
 
 The gradient is right for an incoming gradient of 1. `_scale_kernel` reads the incoming one on the device, and returns
-without a second pass where it is 1.
+without a second pass where it is 1, unless it writes another tensor: the float16 gradient of one kept in float32 for
+its range, or that of a graph that is kept.
 """
 
 from dataclasses import replace
@@ -458,13 +459,13 @@ def _metrics_kernel(partials, loss, metrics, batch, columns, kl_weight: tl.float
 
 
 @triton.jit
-def _scale_kernel(gradient, scale, size, BLOCK: tl.constexpr):
+def _scale_kernel(gradient, scaled, scale, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(scale)
-    if factor == 1:
+    if IN_PLACE & (factor == 1):
         return
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(gradient + index, mask=index < size) * factor
-    tl.store(gradient + index, cast(values, gradient.dtype.element_ty), mask=index < size)
+    tl.store(scaled + index, cast(values, scaled.dtype.element_ty), mask=index < size)
 
 
 def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -479,11 +480,14 @@ def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, 
     return loss, metrics, gradient
 
 
-def scale_gradient_(gradient: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of `policy_loss` times the tensor `scale` [], in place; no pass is made where that is 1."""
+def scale_gradient(gradient: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:
+    """Writes the gradient of `policy_loss` times the tensor `scale` [] to `scaled`, which lies in memory like it.
+
+    They may be the same tensor; no pass is then made where the scale is 1.
+    """
     with torch.cuda.device_of(gradient):
-        scale_call(gradient, scale).launch()
-    return gradient
+        scale_call(gradient, scale, scaled).launch()
+    return scaled
 
 
 def kernel_calls(inputs: reference.Inputs, loss: Tensor, metrics: Tensor, gradient: Tensor | None) -> list[KernelCall]:
@@ -550,8 +554,15 @@ def kernel_calls(inputs: reference.Inputs, loss: Tensor, metrics: Tensor, gradie
     return calls
 
 
-def scale_call(gradient: Tensor, scale: Tensor) -> KernelCall:
-    arguments = {"gradient": gradient, "scale": scale, "size": gradient.numel(), "BLOCK": _SCALE_BLOCK}
+def scale_call(gradient: Tensor, scale: Tensor, scaled: Tensor) -> KernelCall:
+    arguments = {
+        "gradient": gradient,
+        "scaled": scaled,
+        "scale": scale,
+        "size": gradient.numel(),
+        "IN_PLACE": scaled is gradient,
+        "BLOCK": _SCALE_BLOCK,
+    }
     programs = (triton.cdiv(gradient.numel(), _SCALE_BLOCK),)
     return KernelCall("scale", _scale_kernel, programs, arguments, OPTIONS | {"num_warps": _WIDE_WARPS})
 
@@ -575,7 +586,7 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
             on_latents = call.kernel not in (_share_kernel, _metrics_kernel)
             name = f"{call.name}, {problem.removeprefix('image, ')}" if on_latents else call.name
             calls.setdefault(name, replace(call, name=name))
-        scaling = scale_call(gradient, loss)
+        scaling = scale_call(gradient, loss, gradient)
         calls.setdefault(scaling.name, scaling)
     return list(calls.values())
 

@@ -344,34 +344,70 @@ class _LargeResults(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_step_takes_the_memory_of_one_gradient(
-    granularity: str, dtype: torch.dtype, layout: torch.memory_format
+@pytest.mark.parametrize(
+    ("dtype", "keep", "gradients"),
+    [
+        (torch.float32, False, 1),
+        (torch.bfloat16, False, 1),
+        # In float32 until it has been scaled.
+        (torch.float16, False, 3),
+        (torch.float32, True, 2),
+        (torch.bfloat16, True, 2),
+        (torch.float16, True, 3),
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_step_takes_the_memory_of_few_gradients(
+    granularity: str, layout: torch.memory_format, dtype: torch.dtype, keep: bool, gradients: int, scale: float
 ) -> None:
     case = make_case(channels=16, grid=(32, 32), batch=4, dtype=dtype) | {"granularity": granularity}
     case["velocity"] = case["velocity"].to(memory_format=layout)
-    peaks = {backend: peak_of_a_step(case, backend) for backend in ("cpu", "reference")}
-    gradient = case["velocity"].nbytes
-    # Beside the gradient: scratch of the threads, and per-position and per-sample numbers.
-    assert gradient <= peaks["cpu"] < 1.5 * gradient
-    assert peaks["reference"] > 2 * gradient
+    peaks = {backend: peak_of_a_step(case, backend, keep, scale) for backend in ("cpu", "reference")}
+    size = case["velocity"].nbytes
+    # Beside the gradients: scratch of the threads, and per-position and per-sample numbers.
+    assert gradients * size <= peaks["cpu"] < (gradients + 0.6) * size
+    assert peaks["reference"] > 2 * gradients * size
 
 
-def peak_of_a_step(case: dict[str, Any], backend: str) -> int:
+def peak_of_a_step(case: dict[str, Any], backend: str, keep: bool, scale: float) -> int:
     """Bytes that forward and backward hold at most, beyond what was there before, from PyTorch's allocator."""
     velocity = case["velocity"].detach().requires_grad_()
     arguments = {**case, "velocity": velocity, "backend": backend}
-    sk.policy_loss(**arguments).loss.backward()
+
+    def step() -> Tensor:
+        loss = sk.policy_loss(**arguments).loss
+        loss.backward(torch.tensor(scale), retain_graph=keep)
+        return loss
+
+    step()
     velocity.grad = None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        sk.policy_loss(**arguments).loss.backward()
+        kept = step()
+    del kept
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_kept_graph_keeps_its_gradient(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    # More entries than are scaled at a time.
+    case = make_case(channels=16, grid=(23, 23), dtype=dtype) | {"backend": "cpu"}
+    velocity = case["velocity"] = case["velocity"].to(memory_format=layout).requires_grad_()
+    loss = sk.policy_loss(**case).loss
+    scales = [(2.0**14, True), (1.0, True), (0.3, True), (2.0**14, False)]
+    first, plain, third, last = (
+        torch.autograd.grad(loss, velocity, torch.tensor(scale), retain_graph=keep)[0] for scale, keep in scales
+    )
+    assert first.any() and torch.equal(first, last) and first.stride() == velocity.stride()
+    for gradient, scale in ((plain, 1.0), (third, 0.3)):
+        exact = first.double() * (scale / 2.0**14)
+        torch.testing.assert_close(gradient.double(), exact, rtol=torch.finfo(dtype).eps, atol=6e-8)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -232,6 +232,21 @@ def test_backward_scales_the_saved_gradient_in_place_unless_the_graph_is_kept(dt
     assert scaled.data_ptr() in addresses and kept.data_ptr() not in addresses
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_backward_casts_a_float16_gradient_after_it_has_been_scaled(layout: torch.memory_format) -> None:
+    case = case_of(channels=4, grid=(2, 3), dtype=F16)
+    velocity = case["velocity"] = case["velocity"].to(memory_format=layout).requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        loss = policy_loss(**case, backend="triton").loss
+    (original,) = (tensor.clone() for tensor in saved if tensor.shape == velocity.shape)
+    assert original.dtype == F32
+    for scale, keep in ((2.0**14, True), (1.0, True), (-(2.0**14), False)):
+        (gradient,) = torch.autograd.grad(loss, velocity, torch.tensor(scale, device=DEVICE), retain_graph=keep)
+        assert gradient.any() and gradient.stride() == velocity.stride()
+        assert torch.equal(gradient, (scale * original).half())
+
+
 def test_opcheck() -> None:
     case = case_of(batch=1, channels=2, grid=(1, 2), dtype=BF16)
     c, clip = case["coefficients"], case["clip_range"]
