@@ -37,7 +37,7 @@ class RunLog:
         self.scorers: dict[str, RewardFunction] = {}
         if config.prompts.source == "scenes":
             self.scorers = {"strict": scene_strict, "graded": scene_graded}
-        if list(config.reward.terms) not in (["scene_strict"], ["scene_graded"]):
+        if not self.scorers or list(config.reward.terms) not in (["scene_strict"], ["scene_graded"]):
             self.scorers["reward"] = reward
         self.history: list[dict[str, float]] = []
         self.base: Evaluation | None = None

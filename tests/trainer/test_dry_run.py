@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from star_trainer.architectures import ARCHITECTURES
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
 from star_trainer.dry_run import plan
 from star_trainer.policy import load_policy
+
+from bench.gpu_model import SD35_MEDIUM as BENCHMARKED
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -92,6 +95,12 @@ def test_sd35_medium_is_known_without_its_files() -> None:
         {"transformer": 2.24e9, "text encoders": 4.76e9 + 0.69e9 + 0.12e9, "autoencoder": 83.8e6}, rel=0.01
     )
     assert found.latent == (16, 64, 64)
+
+
+def test_the_benchmark_on_a_gpu_measures_the_same_transformer() -> None:
+    # It has a copy, because it runs where the trainer's packages are not installed.
+    known = ARCHITECTURES[SD35_MEDIUM]["transformer"]
+    assert {**known, "dual_attention_layers": tuple(known["dual_attention_layers"])} == BENCHMARKED
 
 
 def test_memory_follows_what_it_is_made_of() -> None:
