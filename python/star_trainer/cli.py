@@ -21,6 +21,8 @@ def _parser() -> argparse.ArgumentParser:
             "  star-train tiny                                   a small real pipeline, on any machine\n"
             "  star-train tiny method=uniform run.seed=1         the Flow-GRPO baseline, another seed\n"
             "  star-train mine.yaml train.learning_rate=1e-4     your own file, one key changed\n\n"
+            "rewards: reward.terms.NAME=WEIGHT adds a term to those of the file or changes its weight;\n"
+            "reward.terms='{NAME: WEIGHT}' replaces all of them, and so does any section that is set as a whole\n\n"
             f"keys and their defaults (a preset sets its own):\n{describe_keys()}"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from star_trainer.yaml_files import KeyPath, YamlFileError, parse
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -31,7 +34,7 @@ class Run(_Section):
     """Where the run lives."""
 
     folder: str = Field("runs/{preset}", description="output folder; {preset}, {method} and {seed} are filled in")
-    seed: int = Field(0, ge=0, description="seed of every random number of the run")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of every random number of the run")
     resume: bool = Field(True, description="go on from the newest whole checkpoint in the folder")
     progress: bool = Field(True, description="show a progress bar")
 
@@ -66,6 +69,7 @@ class Prompts(_Section):
         "scenes", description="'scenes', or a file: .jsonl (prompt, units, metadata), .txt (a line each) or .tsv"
     )
     held_out: str | None = Field(None, description="file of the held-out prompts, where source is a file")
+    origin: str | None = Field(None, description="where to get the files, said when one is missing")
 
 
 class Units(_Section):
@@ -254,25 +258,28 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         ConfigError: no such preset or file, malformed YAML, an unknown key, a value of the wrong type or
-            range, or settings that do not go together; the message names the key.
+            range, or settings that do not go together; the message names the key and the line of the file.
     """
     path = Path(source)
     if source in preset_names():
         path = PRESETS / f"{source}.yaml"
     elif not path.is_file():
-        raise ConfigError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a file")
+        hint = _did_you_mean(source, preset_names())
+        raise ConfigError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a file{hint}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree, lines = parse(path.read_text(encoding="utf-8"))
+    except (YamlFileError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(tree).__name__}")
+    places = {key: f"{source}, line {line}" for key, line in lines.items()}
     for override in overrides:
-        _apply_override(tree, override)
+        _apply_override(tree, override, places)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, f"{source} and the command line" if overrides else source)) from error
+        raise ConfigError(_explain(error, Config, source, places)) from error
     folder = config.run.folder
     for name, value in (("preset", path.stem), ("method", config.method), ("seed", str(config.run.seed))):
         folder = folder.replace(f"{{{name}}}", value)
@@ -289,58 +296,106 @@ def check_section(
     """
     tree = dict(defaults)
     for override in overrides:
-        _apply_override(tree, override)
+        _apply_override(tree, override, {})
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, name)) from error
+        raise ConfigError(_explain(error, section, name, {})) from error
 
 
 _SHORT_KEYS = {"train.lr": "train.learning_rate"}
+_COMMAND_LINE = "command line"
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str, places: dict[KeyPath, str]) -> None:
+    """Put ``key=value`` into the tree, and where it comes from into `places`."""
     key, equals, text = override.partition("=")
     key = _SHORT_KEYS.get(key, key)
     if not equals or not key:
         raise ConfigError(f"{override}: expected an override like train.learning_rate=1e-4")
-    *parents, last = key.split(".")
-    for parent in parents:
+    keys = tuple(key.split("."))
+    # A name such as my.package:function has dots that separate no keys.
+    if keys[:2] == ("reward", "terms") or keys[0] == "terms":
+        depth = 1 if keys[0] == "terms" else 2
+        keys = (*keys[:depth], ".".join(keys[depth:])) if len(keys) > depth else keys
+    for parent in keys[:-1]:
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]
     try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: the value {text!r} is not valid YAML") from error
+        tree[keys[-1]] = parse(text)[0]
+    except YamlFileError as error:
+        raise ConfigError(f"{key}: the value {reprlib.repr(text)} is not valid YAML") from error
+    for known in [known for known in places if known[: len(keys)] == keys]:
+        del places[known]
+    places[keys] = _COMMAND_LINE
 
 
-def _explain(error: ValidationError, source: str) -> str:
-    lines = []
+def _explain(error: ValidationError, section: type[BaseModel], source: str, places: dict[KeyPath, str]) -> str:
+    """What is wrong, problem by problem: where it stands, the key, and what was expected."""
+    problems = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        location = tuple(str(part) for part in problem["loc"])
+        key = ".".join(location)
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key")
+            text = f"{key}: unknown key{_did_you_mean_key(location, section)}"
         elif key:
-            lines.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
+            text = f"{key}: {problem['msg']}, got {reprlib.repr(problem['input'])}"
         else:
-            lines.append(problem["msg"].removeprefix("Value error, "))
-    return f"{source}: " + "; ".join(lines)
+            # From a check of several settings, which starts its message with the key.
+            text = problem["msg"].removeprefix("Value error, ")
+            location = tuple(text.partition(":")[0].split("."))
+        problems.append(f"{_place(location, places) or source}: {text}")
+    return "; ".join(problems)
+
+
+def _place(location: KeyPath, places: dict[KeyPath, str]) -> str | None:
+    """Where a setting was written: itself, what is inside it, or the section around it."""
+    if location not in places:
+        inside = [place for key, place in places.items() if key[: len(location)] == location]
+        if inside:
+            return inside[0]
+    return next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), None)
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _did_you_mean_key(location: KeyPath, section: type[BaseModel]) -> str:
+    """The key that was meant: one spelt alike in the same section, or one of the same name elsewhere."""
+    key, name, prefix = ".".join(location), location[-1], "".join(f"{part}." for part in location[:-1])
+    if key in _SHORT_KEYS:
+        return f"; did you mean {_SHORT_KEYS[key]}?"
+    known = sorted({".".join(parts[:n]) for parts in map(_parts, _keys(section)) for n in range(1, len(parts) + 1)})
+    siblings = [entry[len(prefix) :] for entry in known if entry.startswith(prefix) and "." not in entry[len(prefix) :]]
+    meant = [f"{prefix}{close}" for close in difflib.get_close_matches(name, siblings, n=1)]
+    meant = meant or [f"{prefix}{sibling}" for sibling in siblings if name in sibling.split("_")]
+    meant = meant or [entry for entry in known if entry.endswith(f".{name}")]
+    return f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
+
+
+def _parts(key: str) -> list[str]:
+    return key.split(".")
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Every key of a section and those inside it, with its default and meaning."""
+    keys: dict[str, tuple[Any, str]] = {}
+    for name, field in section.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, _Section):
+            keys |= _keys(type(default), f"{prefix}{name}.")
+        else:
+            keys[f"{prefix}{name}"] = (default, field.description or "")
+    return keys
 
 
 def describe_keys() -> str:
     """Every key with its default and meaning, for the help text."""
-    lines: list[str] = []
-
-    def show(section: type[BaseModel], prefix: str) -> None:
-        for name, field in section.model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            key = f"{prefix}{name}"
-            if isinstance(default, _Section):
-                show(type(default), f"{key}.")
-            else:
-                shown = "null" if default is None else default
-                lines.append(f"  {f'{key}={shown}':<44} {field.description or ''}".rstrip())
-
-    show(Config, "")
+    lines = []
+    for key, (default, meaning) in _keys(Config).items():
+        shown = "null" if default is None else default
+        lines.append(f"  {f'{key}={shown}':<44} {meaning}".rstrip())
     return "\n".join(lines)

@@ -99,6 +99,91 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
         load_config(str(path))
 
 
+PLACES = {
+    "an unknown key": ("method: star\n\ntrain:\n  rate: 1.0\n", [], "line 4: train.rate: unknown key"),
+    "an unknown section": ("run:\n  seed: 1\ntrian:\n  updates: 1\n", [], "line 3: trian: unknown key"),
+    "a wrong type": ("train:\n  updates: 1\n  iterations: many\n", [], "line 3: train.iterations: "),
+    "a value out of range": ("rollout:\n\n  samples: 1\n", [], "line 3: rollout.samples: "),
+    "a scalar for a section": ("method: star\nrun: quick\n", [], "line 2: run: "),
+    "an entry of a list": ("allocation:\n  layers:\n  - 1\n  - -1\n", [], "line 2: allocation.layers.1: "),
+    "a weight of a reward": ("reward:\n  terms:\n    ocr: x\n", [], "line 3: reward.terms.ocr: "),
+    "the short form of units": ("method: star\nunits: guess\n", [], "line 2: units.source: "),
+    "two settings": ("rollout:\n  steps: 4\n  sde_steps: 5\n", [], "line 3: rollout.sde_steps: "),
+    "a merged section": ("train: &t\n  updates: 0\n", [], "line 2: train.updates: "),
+    "an override": ("train:\n  updates: 1\n", ["train.updates=0"], "command line: train.updates: "),
+    "an override of two settings": (
+        "rollout:\n  steps: 4\n  sde_steps: 3\n",
+        ["rollout.sde_steps=9"],
+        "command line: rollout.sde_steps: ",
+    ),
+    "an override of a section": ("train:\n  updates: 1\n", ["train={updates: 0}"], "command line: train.updates: "),
+    "the file although there is an override": (
+        "train:\n  updates: 0\n",
+        ["train.iterations=3"],
+        "line 2: train.updates: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_the_place_of_what_is_wrong_is_named(kind: str, tmp_path: Path) -> None:
+    text, overrides, message = PLACES[kind]
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path), overrides)
+    expected = message if message.startswith("command line") else f"{path}, {message}"
+    assert str(caught.value).startswith(expected)
+
+
+def test_every_problem_has_its_own_place(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  updates: 0\nrollout:\n  samples: 1\n")
+    with pytest.raises(ConfigError, match=r"line 4: rollout\.samples.*; .*line 2: train\.updates"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("train.learning_rat=1", "train.learning_rate"),
+        ("train.rate=1", "train.learning_rate"),
+        ("trian.updates=1", "train"),
+        ("learning_rate=1", "train.learning_rate"),
+        ("model.rank=4", "model.lora.rank"),
+        ("model.lora.ranks=4", "model.lora.rank"),
+        ("batch_size=4", "reward.remote.batch_size or rollout.batch_size or train.batch_size"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_one_that_was_meant(override: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", [override])
+    assert str(caught.value).endswith(f"unknown key; did you mean {meant}?")
+
+
+def test_nothing_is_suggested_for_what_resembles_no_key(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="qqq: unknown key$"):
+        load_config("tiny", ["qqq=1"])
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  lr: 1.0e-4\n")
+    with pytest.raises(ConfigError, match="train.lr: unknown key; did you mean train.learning_rate?"):
+        load_config(str(path))
+    with pytest.raises(ConfigError, match="did you mean tiny"):
+        load_config("tinny")
+
+
+def test_a_term_is_added_and_all_terms_are_replaced() -> None:
+    assert load_config("tiny", ["reward.terms.ocr=0.5"]).reward.terms == {"scene_graded": 1.0, "ocr": 0.5}
+    assert load_config("tiny", ["reward.terms={ocr: 0.5}"]).reward.terms == {"ocr": 0.5}
+    assert load_config("tiny", ["reward.terms.a.b:c=1"]).reward.terms == {"scene_graded": 1.0, "a.b:c": 1.0}
+
+
+def test_a_section_can_be_merged_into_another(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("rollout: &shared\n  batch_size: 3\ntrain:\n  <<: *shared\n  updates: 1\n")
+    assert load_config(str(path)).train.batch_size == 3
+
+
 def test_overrides_reach_nested_keys_and_the_folder_is_filled_in() -> None:
     config = load_config("tiny", ["train.learning_rate=1e-5", "model.lora=null", "run.seed=7", "method=uniform"])
     assert config.train.learning_rate == 1e-5
@@ -120,6 +205,13 @@ def test_the_help_names_every_key_of_the_tiny_preset() -> None:
     keys = describe_keys()
     for key in ("train.learning_rate", "model.lora.rank", "allocation.strength", "evaluation.prompts"):
         assert f"{key}=" in keys
+
+
+def test_the_help_says_what_adds_a_term_and_what_replaces_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert "reward.terms.NAME=WEIGHT adds" in printed and "reward.terms='{NAME: WEIGHT}' replaces" in printed
 
 
 def test_the_command_answers_a_bad_setting_with_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
