@@ -191,13 +191,10 @@ class RunLog:
         }
         self._record(entry)
         self._bar.update(1)
-        show = {name: metrics.get(name, float("nan")) for name in ("clip_fraction", "gradient_norm")}
-        kl = f"kl {metrics['kl']:.2e} | " if "kl" in metrics else ""
         self.say(
             f"iter {self.state.iteration:>4} | reward {entry['reward/mean']:.3f} ± {entry['reward/std']:.3f} | "
-            f"no spread {advantages.dropped:4.0%} | clip {show['clip_fraction']:6.2%} | {kl}"
-            f"grad {show['gradient_norm']:.2e} | rollout {seconds['rollout']:.1f} s, reward {seconds['reward']:.1f} s, "
-            f"update {seconds['update']:.1f} s"
+            f"no spread {advantages.dropped:4.0%} | {_update(advantages, metrics)} | "
+            f"rollout {seconds['rollout']:.1f} s, reward {seconds['reward']:.1f} s, update {seconds['update']:.1f} s"
         )
 
     def finish(self) -> dict[str, object]:
@@ -229,6 +226,16 @@ class RunLog:
             self.say(_comparison(name, before, self.latest.means()[name], difference))
         self.say(f"pictures, metrics and the adapter are in {self.folder}")
         return summary
+
+
+def _update(advantages: Advantages, metrics: dict[str, float]) -> str:
+    """What the update of an iteration measured, or why there was none."""
+    if advantages.dropped == 1.0:
+        return "no group with spread: nothing to learn from, weights unchanged"
+    if "gradient_norm" not in metrics:
+        return "every update skipped, weights unchanged"
+    kl = f"kl {metrics['kl']:.2e} | " if "kl" in metrics else ""
+    return f"clip {metrics['clip_fraction']:6.2%} | {kl}grad {metrics['gradient_norm']:.2e}"
 
 
 def _comparison(name: str, before: float, after: float, difference: PairedDifference) -> str:
