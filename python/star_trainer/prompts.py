@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from star_trainer.config import ConfigError, Prompts
+from star_trainer.config import Config, ConfigError, Prompts
+from star_trainer.rewards import check_prompts as check_rewarded
 from star_trainer.scenes import ScenePrompt, sample_prompts
 
 PromptSource = Callable[[np.random.Generator, int], list[ScenePrompt]]
@@ -26,15 +27,41 @@ def load_prompts(config: Prompts) -> tuple[PromptSource, PromptSource]:
     if config.source == "scenes":
         return partial(sample_prompts, held_out=False), partial(sample_prompts, held_out=True)
     assert config.held_out is not None, "checked by Config"
-    held_out = read_prompts(config.held_out, "prompts.held_out")
+    held_out = read_prompts(config.held_out, "prompts.held_out", config.origin)
     if len(held_out) < 2:
         raise ConfigError(f"prompts.held_out: {config.held_out} holds one prompt, and a comparison needs at least two")
-    return _from_file(read_prompts(config.source, "prompts.source"), in_order=False), _from_file(
-        held_out, in_order=True
-    )
+    training = read_prompts(config.source, "prompts.source", config.origin)
+    return _from_file(training, in_order=False), _from_file(held_out, in_order=True)
 
 
-def read_prompts(name: str, key: str) -> list[ScenePrompt]:
+def check_prompts(config: Config) -> None:
+    """Whether the prompts have beside them what the rewards and the method need.
+
+    Raises:
+        ConfigError: a file that cannot be read, prompts whose images a reward cannot tell apart, or a method with
+            allocation maps where no prompt has units.
+    """
+    files = {"prompts.source": config.prompts.source, "prompts.held_out": config.prompts.held_out}
+    if config.prompts.source == "scenes":
+        scenes = sample_prompts(np.random.default_rng(0), 1, held_out=False)
+        check_rewarded(config.reward.terms, scenes, "prompts.source: scenes")
+        return
+    for key, name in files.items():
+        assert name is not None, "checked by Config"
+        prompts = read_prompts(name, key, config.prompts.origin)
+        check_rewarded(config.reward.terms, prompts, f"{key}: {name}")
+        if key == "prompts.source" and config.uses_maps and config.units.source == "file" and not _any_units(prompts):
+            raise ConfigError(
+                f"units.source: the method {config.method} needs text units, and none stand beside the prompts in "
+                f"{name}; set units=rules to find them by rule"
+            )
+
+
+def _any_units(prompts: list[ScenePrompt]) -> bool:
+    return any(prompt.units for prompt in prompts)
+
+
+def read_prompts(name: str, key: str, origin: str | None = None) -> list[ScenePrompt]:
     """The prompts of a file, by the ending of its name.
 
     ``.txt``: one prompt per line, as in Flow-GRPO's datasets. ``.tsv``: tab-separated with a header, prompts in the
@@ -42,26 +69,27 @@ def read_prompts(name: str, key: str) -> list[ScenePrompt]:
     list of strings), and whatever else the reward reads as metadata, as in GenEval's files. Empty lines are skipped.
 
     Raises:
-        ConfigError: the file is missing, empty, not UTF-8 or malformed; the message names `key` and the line.
+        ConfigError: the file is missing, empty, not UTF-8 or malformed; the message names `key` and the line, or says
+            that a missing file comes from `origin`.
     """
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"{key}: no such file: {path}")
+        raise ConfigError(f"{key}: no such file: {path}{f' ({origin})' if origin else ''}")
     try:
         # Not str.splitlines, which also splits at characters that may stand inside a prompt.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key}: {path} is not UTF-8: {error}") from error
-    parse = {".txt": _text_line, ".tsv": _table_line(lines[0])}.get(path.suffix, _json_line)
+    filled = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    parsers: dict[str, Callable[[str], ScenePrompt | None]] = {".txt": _text_line, ".tsv": _Table()}
+    parse = parsers.get(path.suffix, _json_line)
     prompts = []
-    for number, line in enumerate(lines, start=1):
-        line = line.rstrip("\r")
-        if not line.strip() or (path.suffix == ".tsv" and number == 1):
-            continue
+    for number, line in filled:
         try:
-            prompts.append(parse(line))
+            prompt = parse(line)
         except ValueError as error:
             raise ConfigError(f"{key}: {path}, line {number}: {error}") from error
+        prompts += [] if prompt is None else [prompt]
     if not prompts:
         raise ConfigError(f"{key}: {path} holds no prompts")
     return prompts
@@ -71,19 +99,23 @@ def _text_line(line: str) -> ScenePrompt:
     return ScenePrompt(line.strip(), {})
 
 
-def _table_line(header: str) -> Callable[[str], ScenePrompt]:
-    columns = [column.strip().lower() for column in header.split("\t")]
+class _Table:
+    """Parses lines of a tab-separated table, of which the first names the columns."""
 
-    def parse(line: str) -> ScenePrompt:
-        if "prompt" not in columns:
-            raise ValueError("expected a header line with a column 'Prompt'")
+    def __init__(self) -> None:
+        self.columns: list[str] = []
+
+    def __call__(self, line: str) -> ScenePrompt | None:
         cells = line.split("\t")
-        if len(cells) <= columns.index("prompt"):
-            raise ValueError(f"expected at least {columns.index('prompt') + 1} columns, got {len(cells)}")
-        row = dict(zip(columns, cells, strict=False))
+        if not self.columns:
+            self.columns = [cell.strip().lower() for cell in cells]
+            if "prompt" not in self.columns:
+                raise ValueError("expected a header line with a column 'Prompt'")
+            return None
+        if len(cells) <= self.columns.index("prompt"):
+            raise ValueError(f"expected at least {self.columns.index('prompt') + 1} columns, got {len(cells)}")
+        row = dict(zip(self.columns, cells, strict=False))
         return ScenePrompt(row["prompt"].strip(), row)
-
-    return parse
 
 
 def _json_line(line: str) -> ScenePrompt:

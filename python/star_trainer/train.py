@@ -20,7 +20,7 @@ from star_trainer.checkpoint import set_aside
 from star_trainer.config import Config, ConfigError
 from star_trainer.evaluation import evaluate
 from star_trainer.logs import RunLog
-from star_trainer.prompts import load_prompts
+from star_trainer.prompts import check_prompts, load_prompts
 from star_trainer.randomness import numpy_stream
 from star_trainer.rewards import load_reward
 from star_trainer.rewards.errors import RewardError
@@ -42,6 +42,7 @@ def train(config: Config) -> dict[str, object]:
         NonFiniteError: too many updates in a row with NaN or infinity.
     """
     check_backend(config.backend)
+    check_prompts(config)
     draw_training, draw_held_out = load_prompts(config.prompts)
     reward = load_reward(config.reward)
     held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)

@@ -74,9 +74,16 @@ def test_the_server_sees_what_the_client_has(start, form: str, batch_size: int) 
 
 def test_real_rewards_are_served(start) -> None:
     images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
-    prompts = [ScenePrompt("x", {"include": []}), ScenePrompt("y", {"include": [{"class": "circle", "count": 1}]})]
+    circle = [{"class": "circle", "count": 1}]
+    prompts = [ScenePrompt("x", {"exclude": circle}), ScenePrompt("y", {"include": circle})]
     here = load_reward(Reward(terms={"scene_graded": 0.5}))
     assert client(start(here))(images, prompts).tolist() == here(images, prompts).tolist() == [0.5, 0.0]
+
+
+def test_a_server_refuses_prompts_that_its_reward_can_tell_nothing_of(start) -> None:
+    here = load_reward(Reward(terms={"scene_graded": 1.0}))
+    with pytest.raises(RewardError, match="422.*scene_graded.*'x'.*include"):
+        client(start(here))(np.zeros((1, 64, 64, 3), dtype=np.uint8), [ScenePrompt("x", {})])
 
 
 def test_a_token_is_asked_for_and_never_shown(start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,7 +340,10 @@ def test_star_units_says_what_is_wrong(
     [
         ("p.txt", b"\xff\xfe\x00", "UTF-8"),
         ("p.txt", b"\n \n", "no prompts"),
-        ("p.tsv", b"Text\tCategory\na cat\tAnimals\n", "line 2.*column 'Prompt'"),
+        ("p.tsv", b"Text\tCategory\na cat\tAnimals\n", "line 1: .*column 'Prompt'"),
+        ("p.tsv", b"\nText\n\na cat\n", "line 2: .*column 'Prompt'"),
+        ("p.tsv", b"\n\nCategory\tPrompt\n\nFood\ta cake\nAnimals\n", "line 6: .*2 columns"),
+        ("p.tsv", b"Category\tPrompt\n", "no prompts"),
         ("p.tsv", b"Category\tPrompt\nAnimals\n", "line 2.*2 columns"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 3}\n', "line 2"),
         ("p.jsonl", b"{oops\n", "line 1.*JSON"),

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
-from collections.abc import Callable, Sequence
+import importlib.util
+import inspect
+import os
+import reprlib
+import sys
+import traceback
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from star_trainer.config import ConfigError, Reward
 from star_trainer.rewards.errors import RewardError
-from star_trainer.rewards.requirements import judge
+from star_trainer.rewards.requirements import check_requirements, judge
 from star_trainer.rewards.scene_detector import detect
 from star_trainer.scenes import ScenePrompt
+from star_trainer.units.rules import quoted_texts
 
 if TYPE_CHECKING:
     from star_trainer.rewards.clip import ClipModel
@@ -93,14 +102,21 @@ _BY_NAME: dict[str, Callable[[_Models], RewardFunction]] = {
 }
 
 
+# What judges requirements, and so can tell nothing of a prompt without any.
+_OF_REQUIREMENTS = ("scene_strict", "scene_graded", "geneval_strict", "geneval_graded")
+
+
 def load_reward(config: Reward) -> RewardFunction:
     """The weighted sum of rewards given by name or as ``module:function``.
 
-    A reward is called with images [B, H, W, 3] uint8 and their B prompts and returns B finite numbers.
+    A reward is called as ``function(images, prompts)`` with images [B, H, W, 3] uint8 (RGB) and a sequence of B
+    `ScenePrompt`, whose `text` is the prompt and whose `metadata` is what stands beside it in its file. It returns B
+    finite numbers, more being better: a list, an array or a tensor. A module is looked for in the current folder first.
 
     Raises:
-        ConfigError: a name that is not known, or a model, module or function that cannot be loaded.
-        RewardError: when called: a reward that returns the wrong number of values, or NaN or infinity.
+        ConfigError: what `check_reward` refuses, or a model that cannot be loaded.
+        RewardError: when called: a reward of one's own that fails, anything but B finite numbers, or a prompt that the
+            reward can tell nothing of; the message names the term.
     """
     models = _Models(config)
     functions = {name: _find(name, models) for name in config.terms}
@@ -108,26 +124,130 @@ def load_reward(config: Reward) -> RewardFunction:
     def reward(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
         total = np.zeros(len(prompts))
         for name, function in functions.items():
-            values = np.asarray(function(images, prompts), dtype=np.float64)
-            if values.shape != (len(prompts),):
-                raise RewardError(f"reward {name}: expected {len(prompts)} values, got shape {list(values.shape)}")
-            if not np.isfinite(values).all():
-                raise RewardError(
-                    f"reward {name}: got NaN or infinity for sample {int(np.argmin(np.isfinite(values)))}"
-                )
-            total += config.terms[name] * values
+            for prompt in prompts:
+                if (reason := unsuitable(name, prompt)) is not None:
+                    raise RewardError(f"reward {name}: {reason}")
+            total += config.terms[name] * _values(name, function(images, prompts), len(prompts))
         return total
 
     return reward
 
 
+def check_reward(config: Reward) -> None:
+    """Whether the terms can be had, as far as that can be told without loading a model.
+
+    Raises:
+        ConfigError: a name that is not known, a module or function that cannot be imported or called with images and
+            prompts, a package that is missing, or no address of a reward server.
+    """
+    for name in config.terms:
+        if name == "remote":
+            _Models(config).remote()
+        elif name == "ocr" and importlib.util.find_spec("rapidocr_onnxruntime") is None:
+            raise ConfigError("reward.terms: ocr needs the extra: pip install 'star-kernels[ocr]'")
+        elif name not in _BY_NAME:
+            _import(name)
+
+
+def unsuitable(name: str, prompt: ScenePrompt) -> str | None:
+    """Why a reward can tell nothing of the images of a prompt, or None if it can."""
+    shown = reprlib.repr(prompt.text)
+    if name in _OF_REQUIREMENTS:
+        try:
+            check_requirements(prompt.metadata)
+        except ValueError as error:
+            return f"the prompt {shown} has no usable requirements in its metadata: {error}"
+    if name == "ocr" and not quoted_texts(prompt.text):
+        return f"expected a prompt with a quoted text to render, got {shown}"
+    return None
+
+
+def _values(name: str, values: Any, count: int) -> np.ndarray:
+    """What a reward returned, as `count` finite numbers.
+
+    Raises:
+        RewardError: it is anything else.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().double().numpy()
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"reward {name}: expected {count} numbers, got {reprlib.repr(values)}") from error
+    if numbers.shape != (count,):
+        got = f"shape {list(numbers.shape)}" if numbers.shape else type(values).__name__
+        raise RewardError(f"reward {name}: expected {count} values, got {got}")
+    if not np.isfinite(numbers).all():
+        raise RewardError(f"reward {name}: got NaN or infinity for sample {int(np.argmin(np.isfinite(numbers)))}")
+    return numbers
+
+
 def _find(name: str, models: _Models) -> RewardFunction:
-    if name in _BY_NAME:
-        return _BY_NAME[name](models)
+    return _BY_NAME[name](models) if name in _BY_NAME else _guarded(name, _import(name))
+
+
+def _guarded(name: str, function: RewardFunction) -> RewardFunction:
+    """A reward of one's own whose failure is a `RewardError`, so that it ends the run with a checkpoint."""
+
+    def call(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+        try:
+            return function(images, prompts)
+        except RewardError:
+            raise
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{last.filename}, line {last.lineno}"
+            raise RewardError(f"reward {name}: {type(error).__name__}: {error} ({where})") from error
+
+    return call
+
+
+def _import(name: str) -> RewardFunction:
+    """The function that ``module:function`` names.
+
+    Raises:
+        ConfigError: there is none, or it cannot be called with images and prompts.
+    """
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ConfigError(f"reward.terms: expected one of {', '.join(_BY_NAME)} or module:function, got {name!r}")
+        close = difflib.get_close_matches(name, _BY_NAME, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"reward.terms: expected one of {', '.join(_BY_NAME)} or module:function, got {name!r}{hint}")
+    # As `python -m` does; a command has the folder of its script there.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"reward.terms: {name!r} cannot be imported: {error}") from error
+        function = getattr(importlib.import_module(module), attribute)
+        if not callable(function):
+            raise TypeError(f"{attribute} is a {type(function).__name__}, not a function")
+        _check_signature(function)
+    except Exception as error:
+        # Whatever the import of somebody's module raises.
+        raise ConfigError(f"reward.terms: {name!r} cannot be used: {type(error).__name__}: {error}") from error
+    return function
+
+
+def _check_signature(function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        # Some built-in functions have none that can be read.
+        return
+    try:
+        signature.bind("images", "prompts")
+    except TypeError as error:
+        raise TypeError(f"expected function(images, prompts), got {signature}: {error}") from error
+
+
+def check_prompts(terms: Collection[str], prompts: Sequence[ScenePrompt], where: str) -> None:
+    """Refuse prompts whose images the terms would all reward alike.
+
+    Raises:
+        ConfigError: starting with `where`; names the term, the first such prompt and how many there are.
+    """
+    for name in terms:
+        reasons = [reason for prompt in prompts if (reason := unsuitable(name, prompt)) is not None]
+        if reasons:
+            raise ConfigError(
+                f"{where}: {len(reasons)} of {len(prompts)} prompts do not suit the reward {name}: {reasons[0]}"
+            )

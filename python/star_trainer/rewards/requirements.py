@@ -7,6 +7,7 @@ is asked for. Detections come from outside, so that the same logic serves every 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,33 @@ def relative_positions(first: DetectedObject, second: DetectedObject) -> set[str
     dx, dy = clear / np.hypot(*offset)
     named = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
     return {name for name, holds in named.items() if holds}
+
+
+def check_requirements(metadata: Mapping[str, Any]) -> None:
+    """Whether `judge` can tell images of a prompt apart by its metadata.
+
+    Raises:
+        ValueError: nothing is required, or a requirement is malformed; the message says what was expected.
+    """
+    include, exclude = metadata.get("include", []), metadata.get("exclude", [])
+    if not isinstance(include, list) or not isinstance(exclude, list) or not (include or exclude):
+        raise ValueError("expected 'include', GenEval's list of the objects that an image must show")
+    for index, requirement in enumerate([*include, *exclude]):
+        wrong = not isinstance(requirement, dict) or not isinstance(requirement.get("class"), str)
+        if wrong or not isinstance(requirement.get("count"), int) or requirement["count"] < 1:
+            raise ValueError(f"expected an object with 'class' and a positive 'count', got {reprlib.repr(requirement)}")
+        if not isinstance(requirement.get("color", ""), str):
+            raise ValueError(f"expected the name of a colour, got {reprlib.repr(requirement['color'])}")
+        if "position" in requirement and index < len(include):
+            _check_position(requirement["position"], index)
+
+
+def _check_position(position: Any, index: int) -> None:
+    """A position is a relation and the place of an object further up in the list."""
+    match position:
+        case [("left of" | "right of" | "above" | "below"), int(target)] if 0 <= target < index:
+            return
+    raise ValueError(f"expected a position like ['left of', 0] to an object further up, got {reprlib.repr(position)}")
 
 
 def judge(detections: Sequence[DetectedObject], metadata: Mapping[str, Any]) -> Verdict:

@@ -1,0 +1,104 @@
+"""Prompts and rewards that do not go together are refused before any weights load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from star_trainer import train as loop
+from star_trainer.cli import main
+from star_trainer.config import ConfigError, load_config
+from star_trainer.prompts import check_prompts
+from star_trainer.rewards.requirements import check_requirements
+
+BENCH = {"prompt": "a photo of a bench", "include": [{"class": "bench", "count": 1}], "units": ["bench"]}
+BARE = {"prompt": "a cat", "units": ["cat"]}
+
+
+def write(path: Path, *entries: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def arguments(source: Path, held_out: Path, *overrides: str) -> list[str]:
+    return ["tiny", f"prompts.source={source}", f"prompts.held_out={held_out}", *overrides]
+
+
+@pytest.fixture(autouse=True)
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("weights were to be loaded")
+
+    monkeypatch.setattr(loop, "build_state", fail)
+
+
+@pytest.mark.parametrize("term", ["scene_strict", "scene_graded", "geneval_strict", "geneval_graded"])
+@pytest.mark.parametrize("where", ["source", "held_out"])
+def test_prompts_without_requirements_are_refused_for_rewards_of_requirements(
+    term: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = write(tmp_path / "good.jsonl", BENCH, BENCH), write(tmp_path / "bad.jsonl", BENCH, BARE, BARE)
+    files = (bad, good) if where == "source" else (good, bad)
+    assert main(arguments(*files, f"reward.terms={{{term}: 1.0}}")) == 2
+    error = capsys.readouterr().err
+    assert f"prompts.{where}: {bad}: 2 of 3 prompts do not suit the reward {term}: the prompt 'a cat'" in error
+
+
+def test_prompts_without_quoted_text_are_refused_for_ocr(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.jsonl", {**BARE, "prompt": 'a sign that says "cat"'})
+    bad = write(tmp_path / "bad.jsonl", BARE)
+    overrides = ["reward.terms={ocr: 1.0}"]
+    check_prompts(load_config("tiny", arguments(good, good, *overrides)[1:]))
+    with pytest.raises(ConfigError, match=r"prompts\.source.*ocr.*quoted text"):
+        check_prompts(load_config("tiny", arguments(bad, good, *overrides)[1:]))
+    with pytest.raises(ConfigError, match=r"prompts\.source: scenes.*ocr"):
+        check_prompts(load_config("tiny", overrides))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "include"),
+        ({"include": []}, "include"),
+        ({"include": "a dog"}, "include"),
+        ({"include": ["dog"]}, "class.*'dog'"),
+        ({"include": [{"class": "dog"}]}, "count"),
+        ({"include": [{"class": "dog", "count": 0}]}, "count"),
+        ({"include": [{"class": "dog", "count": "1"}]}, "count"),
+        ({"include": [{"class": 3, "count": 1}]}, "class"),
+        ({"include": [{"class": "dog", "count": 1, "color": 3}]}, "colour"),
+        ({"include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]}, "position"),
+        ({"include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["near", 0]}]}, "near"),
+        ({"include": [{"class": "dog", "count": 1}], "exclude": [{"class": "dog"}]}, "count"),
+    ],
+)
+def test_malformed_requirements_are_refused(metadata: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_requirements(metadata)
+
+
+def test_requirements_that_can_be_judged_pass() -> None:
+    dog, cat = {"class": "dog", "count": 2}, {"class": "cat", "count": 1, "position": ["left of", 0], "color": "red"}
+    check_requirements({"include": [dog, cat], "exclude": [{"class": "dog", "count": 3}]})
+    check_requirements({"exclude": [dog]})
+
+
+def test_maps_without_units_are_refused_and_rules_are_recommended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = write(tmp_path / "p.jsonl", {k: v for k, v in BENCH.items() if k != "units"}, {**BENCH, "units": []})
+    for method in ("star", "shuffled", "inverted"):
+        assert main(arguments(prompts, prompts, f"method={method}")) == 2
+        assert "set units=rules" in capsys.readouterr().err
+    check_prompts(load_config("tiny", arguments(prompts, prompts, "units=rules")[1:]))
+    check_prompts(load_config("tiny", arguments(prompts, prompts, "method=uniform")[1:]))
+    some = write(tmp_path / "some.jsonl", BENCH, {**BENCH, "units": []})
+    check_prompts(load_config("tiny", arguments(some, prompts)[1:]))
+
+
+def test_a_missing_file_is_said_to_come_from_where_the_preset_has_it(tmp_path: Path) -> None:
+    config = load_config("tiny", [*arguments(tmp_path / "x", tmp_path / "y")[1:], "prompts.origin=see the manual"])
+    with pytest.raises(ConfigError, match=r"prompts\.source: no such file: .*x \(see the manual\)"):
+        check_prompts(config)
