@@ -30,7 +30,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     parser.add_argument("--dry-run", action="store_true", help="load no weights; say what the run would need and do")
+    parser.add_argument(
+        "--processes", type=_positive, default=1, metavar="N", help="processes that the dry run plans for (1)"
+    )
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             from star_trainer.dry_run import report
 
-            print(report(config))
+            print(report(config, options.processes))
             return 0
         train(config)
     except (CacheError, ChatError, CheckpointError, ConfigError, NonFiniteError, RewardError) as error:

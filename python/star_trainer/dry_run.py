@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,13 @@ import torch
 
 from star_trainer.architectures import ARCHITECTURES
 from star_trainer.config import Config, ConfigError
+from star_trainer.files import folder_or_name
 from star_trainer.policy import TINY_PIPELINE, add_adapter, check_against_model
+from star_trainer.prompts import check_prompts, read_prompts
+from star_trainer.rewards import check_reward
+from star_trainer.train import check_backend
 
-_GIB = 1 << 30
+_MIB, _GIB = 1 << 20, 1 << 30
 # How many times its input a transformer block keeps for its backward pass, attention maps aside: 34 bytes where a
 # number has two (Korthikanti et al. 2022, arXiv 2205.05198).
 _ACTIVATION_COPIES = 17
@@ -22,20 +27,21 @@ _ACTIVATION_COPIES = 17
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes on one device at the fullest moment of an update."""
+    """Estimated bytes on one device at the fullest moment of an update; the models of rewards are not counted."""
 
     weights: float
     trained: float
+    rollout: float
     activations: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.trained + self.activations
+        return self.weights + self.trained + self.rollout + self.activations
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would need on one device and do per iteration over all of them."""
+    """What a run would need and do. Calls are those that one process makes per iteration; images are of all."""
 
     parameters: dict[str, int]
     trainable: int
@@ -49,12 +55,19 @@ class Plan:
     reward_calls: int
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config, processes: int = 1) -> Plan:
     """Build the pipeline's models on the meta device and count.
 
     Raises:
-        ConfigError: configurations that cannot be read, or settings that the models do not suit.
+        ConfigError: configurations that cannot be read, or settings that the models or the processes do not suit.
     """
+    if config.rollout.prompts % processes:
+        below = config.rollout.prompts // processes * processes
+        near = f"{below} or {below + processes}" if below else str(processes)
+        raise ConfigError(
+            f"rollout.prompts: expected a multiple of the {processes} processes, each of which takes whole groups, "
+            f"such as {near}, got {config.rollout.prompts}"
+        )
     shapes = _configurations(config.model.pipeline)
     transformer, vae, encoders = _build(shapes)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -77,7 +90,7 @@ def plan(config: Config) -> Plan:
         + shapes["text_encoder"].max_position_embeddings
         + config.model.max_sequence_length
     )
-    samples = config.rollout.prompts * config.rollout.samples
+    samples = config.rollout.prompts // processes * config.rollout.samples
     guided = config.rollout.guidance_scale > 1.0
     parts = np.array_split(np.arange(samples), config.train.updates)
     batches = sum(math.ceil(len(part) / config.train.batch_size) for part in parts)
@@ -89,10 +102,10 @@ def plan(config: Config) -> Plan:
     return Plan(
         parameters=frozen,
         trainable=trainable,
-        memory=_memory(config, transformer, frozen, trainable, tokens),
+        memory=_memory(config, transformer, frozen, trainable, tokens, samples, side),
         latent=(shape.in_channels, side, side),
         tokens=tokens,
-        images=samples,
+        images=samples * processes,
         rollout_calls=rollout_batches * config.rollout.steps,
         update_calls=batches * trained_steps * forward,
         backward_calls=batches * trained_steps,
@@ -100,54 +113,92 @@ def plan(config: Config) -> Plan:
     )
 
 
-def report(config: Config) -> str:
-    """What `plan` found, for a reader."""
-    found = plan(config)
+def report(config: Config, processes: int = 1) -> str:
+    """What `plan` found, for a reader, after checking what can be checked before weights load.
+
+    Raises:
+        ConfigError: what `plan` refuses, a backend that cannot run here, a reward that cannot be had, or prompt files
+            that are there and cannot be used.
+    """
+    check_backend(config.backend)
+    check_reward(config.reward)
+    prompts = _prompts(config)
+    found = plan(config, processes)
     channels, height, width = found.latent
     memory = found.memory
+    each = "" if processes == 1 else f" on each of {processes} processes"
+    images = f"{found.images:,} ({config.rollout.prompts} prompts x {config.rollout.samples})"
     lines = [
         ("pipeline", config.model.pipeline),
         ("method", f"{config.method}, {config.rollout.sampler}, rewards {', '.join(config.reward.terms)}"),
+        *prompts,
         *((f"parameters, {name}", f"{count:,}") for name, count in found.parameters.items()),
         ("trainable parameters", f"{found.trainable:,}"),
         ("latent", f"{channels} x {height} x {width}; {found.tokens:,} tokens, text included"),
-        ("images per iteration", f"{found.images:,} ({config.rollout.prompts} prompts x {config.rollout.samples})"),
-        ("model calls, rollout", f"{found.rollout_calls:,} of up to {config.rollout.batch_size} samples"),
-        ("model calls, update", f"{found.update_calls:,}, {found.backward_calls:,} of them with a backward pass"),
-        ("reward calls", f"{found.reward_calls:,}"),
+        ("images per iteration", images + (f", {found.images // processes:,}{each}" if each else "")),
+        ("model calls, rollout", f"{found.rollout_calls:,} of up to {config.rollout.batch_size} samples{each}"),
+        ("model calls, update", f"{found.update_calls:,}{each}, {found.backward_calls:,} of them with a backward pass"),
+        ("reward calls", f"{found.reward_calls:,}{each}"),
         (
             "estimated GPU memory",
-            f"{memory.total / _GIB:.1f} GiB: weights {memory.weights / _GIB:.1f}, gradients, optimiser and averages "
-            f"{memory.trained / _GIB:.1f}, activations of one backward pass {memory.activations / _GIB:.1f}",
+            f"{_bytes(memory.total)}{each}: weights {_bytes(memory.weights)}, gradients, optimiser and averages "
+            f"{_bytes(memory.trained)}, samples of an iteration {_bytes(memory.rollout)}, activations of one backward "
+            f"pass {_bytes(memory.activations)}; models of rewards come on top",
         ),
     ]
     width_of_names = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width_of_names}}  {value}" for name, value in lines)
 
 
+def _prompts(config: Config) -> list[tuple[str, str]]:
+    """A line per file of prompts; those that are there are checked.
+
+    Raises:
+        ConfigError: a file that is there cannot be used.
+    """
+    section = config.prompts
+    if section.source == "scenes":
+        check_prompts(config)
+        return [("prompts", "drawn from the scenes world")]
+    files = {"training": ("prompts.source", section.source), "held out": ("prompts.held_out", str(section.held_out))}
+    lines = []
+    for what, (key, name) in files.items():
+        if not Path(name).is_file():
+            lines.append((f"prompts, {what}", f"not found yet, needed at {name}"))
+            continue
+        prompts = read_prompts(name, key)
+        units = "" if config.units.source != "file" else f", {sum(bool(p.units) for p in prompts):,} with units"
+        lines.append((f"prompts, {what}", f"{len(prompts):,} in {name}{units}"))
+    if all(Path(name).is_file() for _, name in files.values()):
+        check_prompts(config)
+    elif section.origin:
+        lines.append(("prompts come from", section.origin))
+    return lines
+
+
+def _bytes(count: float) -> str:
+    return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / _MIB:.0f} MiB"
+
+
 def _configurations(pipeline: str) -> dict[str, Any]:
-    """The configuration of each part of a pipeline, from its folder, a hub, or `ARCHITECTURES`."""
+    """The configuration of each part of a pipeline, from its folder, `ARCHITECTURES`, or a hub."""
     from diffusers import AutoencoderKL, SD3Transformer2DModel
     from transformers import CLIPTextConfig, T5Config
 
-    source = str(TINY_PIPELINE) if pipeline == "tiny" else pipeline
+    classes = {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "text_encoder_3": T5Config}
+    if pipeline in ARCHITECTURES and not Path(pipeline).is_dir():
+        known = ARCHITECTURES[pipeline]
+        return {part: classes[part](**shape) if part in classes else shape for part, shape in known.items()}
+    source = str(TINY_PIPELINE) if pipeline == "tiny" else folder_or_name(pipeline, "model.pipeline")
     readers: dict[str, Callable[..., Any]] = {
         "transformer": SD3Transformer2DModel.load_config,
         "vae": AutoencoderKL.load_config,
-        "text_encoder": CLIPTextConfig.from_pretrained,
-        "text_encoder_2": CLIPTextConfig.from_pretrained,
-        "text_encoder_3": T5Config.from_pretrained,
+        **{part: kind.from_pretrained for part, kind in classes.items()},
     }
     try:
         return {part: read(source, subfolder=part) for part, read in readers.items()}
     except (OSError, ValueError) as error:
-        if pipeline not in ARCHITECTURES:
-            raise ConfigError(
-                f"model.pipeline: {pipeline!r} has no configurations that can be read: {error}"
-            ) from error
-    known = ARCHITECTURES[pipeline]
-    classes = {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "text_encoder_3": T5Config}
-    return {part: classes[part](**shape) if part in classes else shape for part, shape in known.items()}
+        raise ConfigError(f"model.pipeline: {pipeline!r} has no configurations that can be read: {error}") from error
 
 
 def _build(shapes: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
@@ -169,7 +220,9 @@ def _count(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _memory(config: Config, transformer: Any, frozen: dict[str, int], trainable: int, tokens: int) -> Memory:
+def _memory(
+    config: Config, transformer: Any, frozen: dict[str, int], trainable: int, tokens: int, samples: int, side: int
+) -> Memory:
     itemsize = 4 if config.model.dtype == "float32" else 2
     copies = 2 if config.model.lora is None and config.train.kl_weight > 0.0 else 1
     others = frozen["autoencoder"] + frozen["text encoders"]
@@ -184,4 +237,13 @@ def _memory(config: Config, transformer: Any, frozen: dict[str, int], trainable:
         activations = per_block * (blocks + _ACTIVATION_COPIES)
     else:
         activations = per_block * blocks * _ACTIVATION_COPIES
-    return Memory(weights, trained, activations)
+    return Memory(weights, trained, 4 * samples * _kept_numbers(config, transformer.config, side), activations)
+
+
+def _kept_numbers(config: Config, shape: Any, side: int) -> int:
+    """Numbers of one sample that wait for the update, in float32: latents, log-probs and maps of its steps."""
+    steps = config.rollout.steps
+    latents = (steps + 1) * shape.in_channels * side**2
+    log_probs = min(config.rollout.sde_steps or steps, steps) * side**2
+    maps = steps * (side // shape.patch_size) ** 2 if config.uses_maps else 0
+    return latents + log_probs + maps

@@ -53,6 +53,7 @@ def test_calls_are_those_that_a_run_makes(tmp_path: Path, monkeypatch: pytest.Mo
     found = plan(config)
     calls = {"rollout": 0, "update": 0, "with gradient": 0, "reward": 0}
     inside = ["elsewhere"]
+    kept: list[int] = []
     velocity, collect, update = Policy.velocity, train.collect, train.update
 
     def counted(self: Policy, *arguments: object) -> torch.Tensor:
@@ -65,7 +66,11 @@ def test_calls_are_those_that_a_run_makes(tmp_path: Path, monkeypatch: pytest.Mo
         def run(*arguments):
             inside[0] = name
             try:
-                return function(*arguments)
+                result = function(*arguments)
+                if name == "rollout":
+                    trajectory = result.trajectory
+                    kept.append(sum(t.nbytes for t in (trajectory.latents, trajectory.log_prob, trajectory.weights)))
+                return result
             finally:
                 inside[0] = "elsewhere"
 
@@ -85,6 +90,7 @@ def test_calls_are_those_that_a_run_makes(tmp_path: Path, monkeypatch: pytest.Mo
     assert calls["with gradient"] == found.backward_calls
     assert calls["reward"] == found.reward_calls
     assert found.images == 6
+    assert kept == [found.memory.rollout]
 
 
 def test_sd35_medium_is_known_without_its_files() -> None:
@@ -112,13 +118,15 @@ def test_memory_follows_what_it_is_made_of() -> None:
     assert memory("model.dtype=bfloat16").weights == pytest.approx(base.weights / 2)
     assert memory("model.gradient_checkpointing=true").activations < base.activations / 3
     assert memory("model.lora=null").trained > 10 * base.trained
-    assert base.total == base.weights + base.trained + base.activations
+    assert base.total == base.weights + base.trained + base.rollout + base.activations
+    assert memory("rollout.prompts=24").rollout == pytest.approx(base.rollout * 2)
+    assert memory("method=uniform").rollout < base.rollout
 
 
 def test_the_command_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tiny", "--dry-run", f"run.folder={tmp_path / 'run'}"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("trainable parameters  ", "159,744", "images per iteration", "96 (12 prompts x 8)", "GiB"):
+    for expected in ("trainable parameters  ", "159,744", "images per iteration", "96 (12 prompts x 8)", "MiB"):
         assert expected in printed
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,193 @@
+"""The presets: they have the published settings, and a dry run needs neither their files nor their weights."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from star_trainer.cli import main
+from star_trainer.config import Config, load_config, preset_names
+from star_trainer.dry_run import plan
+
+FULL = ("sd35m_geneval", "sd35m_ocr", "sd35m_pickscore")
+FAST = "sd35m_geneval_fast"
+# Flow-GRPO's settings (config/grpo.py and config/base.py) in our names.
+PUBLISHED = {
+    "model.pipeline": "stabilityai/stable-diffusion-3.5-medium",
+    "model.resolution": 512,
+    "model.max_sequence_length": 128,
+    "model.lora.rank": 32,
+    "model.lora.alpha": 64,
+    "rollout.prompts": 48,
+    "rollout.samples": 24,
+    "rollout.steps": 10,
+    "rollout.sampler": "flow_sde",
+    "rollout.guidance_scale": 4.5,
+    "rollout.shared_noise": False,
+    "evaluation.steps": 40,
+    "evaluation.guidance_scale": 4.5,
+    "train.learning_rate": 3e-4,
+    "train.weight_decay": 1e-4,
+    "train.updates": 2,
+    "train.max_gradient_norm": 1.0,
+    "train.advantage_std": "batch",
+    "train.advantage_clip": 5.0,
+}
+OWN = {
+    "sd35m_geneval": {"train.kl_weight": 0.04, "evaluation.prompts": 2212, "reward.terms": {"geneval_graded": 1.0}},
+    "sd35m_ocr": {"train.kl_weight": 0.04, "evaluation.prompts": 1018, "reward.terms": {"ocr": 1.0}},
+    "sd35m_pickscore": {"train.kl_weight": 0.01, "evaluation.prompts": 2048, "reward.terms": {"pickscore": 1.0}},
+    FAST: {"train.kl_weight": 0.0, "evaluation.prompts": 2212, "reward.terms": {"geneval_graded": 1.0}},
+}
+FULL_STEPS = {"train.clip_range": 1e-4, "rollout.eta": 0.7, "train.kl_scale": "std_dev"}
+FAST_STEPS = {"train.clip_range": 1e-5, "rollout.eta": 0.8, "rollout.sde_steps": 2}
+
+
+def setting(config: Config, key: str) -> object:
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder as the current one, on a machine without a network."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a connection was to be made")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_preset_has_the_published_settings(name: str) -> None:
+    config = load_config(name)
+    expected = PUBLISHED | OWN[name] | (FAST_STEPS if name == FAST else FULL_STEPS)
+    assert {key: setting(config, key) for key in expected} == expected
+    assert config.method == "star" and config.units.source == "rules"
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_as_many_steps_are_trained_on_as_there(name: str) -> None:
+    config = load_config(name)
+    assert config.rollout.sde_steps == int(0.99 * config.rollout.steps) and config.train.step_fraction == 1.0
+
+
+def test_the_average_decays_as_one_that_is_updated_every_eighth_time() -> None:
+    for name in OWN:
+        assert load_config(name).train.ema_decay ** 8 == pytest.approx(0.9, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_dry_run_needs_no_files_no_weights_and_no_network(
+    name: str, nowhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--dry-run", "--processes", "8"]) == 0
+    printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    printed = {key: value.strip() for key, value in printed.items()}
+    assert printed["parameters, transformer"] == "2,243,171,520"
+    assert printed["trainable parameters"] == "23,887,872"
+    assert printed["images per iteration"] == "1,152 (48 prompts x 24), 144 on each of 8 processes"
+    # 9 batches of 16 by 10 steps; 2 updates of 9 batches of 8, by the trained steps; guided, and the KL twice more.
+    assert printed["model calls, rollout"].startswith("90 of up to 16 samples on each of 8")
+    update = "72 on each of 8 processes, 36" if name == FAST else "648 on each of 8 processes, 162"
+    assert printed["model calls, update"].startswith(update)
+    assert printed["reward calls"] == "9 on each of 8 processes"
+    assert "GiB on each of 8 processes: weights " in printed["estimated GPU memory"]
+    assert printed["prompts, training"].startswith("not found yet, needed at flow_grpo/dataset/")
+    assert "git clone" in printed["prompts come from"]
+    assert not list(nowhere.iterdir())
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_run_without_the_prompts_says_where_they_come_from(
+    name: str, nowhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("star-train: prompts.source: no such file: flow_grpo/dataset/")
+    assert "git clone https://github.com/yifan123/flow_grpo" in error and error.count("\n") == 1
+
+
+def test_the_optimisation_does_not_depend_on_the_number_of_processes() -> None:
+    config = load_config("sd35m_geneval")
+    for processes in (1, 8, 48):
+        found = plan(config, processes)
+        assert found.images == 48 * 24
+        assert found.reward_calls == -(-48 * 24 // processes // config.rollout.batch_size)
+
+
+def test_groups_that_do_not_go_into_the_processes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sd35m_ocr", "--dry-run", "--processes", "32"]) == 2
+    assert "rollout.prompts: expected a multiple of the 32 processes" in capsys.readouterr().err
+    assert main(["sd35m_ocr", "--dry-run", "--processes", "32", "rollout.prompts=64"]) == 0
+    assert "1,536 (64 prompts x 24), 48 on each of 32 processes" in capsys.readouterr().out
+    assert main(["sd35m_ocr", "--dry-run", "--processes", "96"]) == 2
+    assert "such as 96, got 48" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "two"])
+def test_no_number_of_processes_is_refused(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tiny", "--dry-run", "--processes", number])
+    assert "--processes" in capsys.readouterr().err
+
+
+def test_prompts_that_are_there_are_counted_and_checked(nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = nowhere / "flow_grpo" / "dataset" / "geneval"
+    folder.mkdir(parents=True)
+    good = json.dumps({"prompt": "a bench", "include": [{"class": "bench", "count": 1}], "units": ["bench"]}) + "\n"
+    (folder / "train_metadata.jsonl").write_text(good * 3)
+    assert main(["sd35m_geneval", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 in flow_grpo/dataset/geneval/train_metadata.jsonl" in printed and "test_metadata.jsonl" in printed
+    (folder / "test_metadata.jsonl").write_text(good * 2)
+    assert main(["sd35m_geneval", "--dry-run", "units=file"]) == 0
+    assert "test_metadata.jsonl, 2 with units" in capsys.readouterr().out
+    (folder / "test_metadata.jsonl").write_text(good + '{"prompt": "a cat"}\n')
+    assert main(["sd35m_geneval", "--dry-run"]) == 2
+    assert "prompts.held_out: flow_grpo/dataset/geneval/test_metadata.jsonl: 1 of 2" in capsys.readouterr().err
+    (folder / "train_metadata.jsonl").write_text("{")
+    assert main(["sd35m_geneval", "--dry-run"]) == 2
+    assert "line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward.terms.geneval_grade=1", "did you mean geneval_graded?"),
+        ("reward.terms.nowhere:reward=1", "'nowhere:reward' cannot be used"),
+        ("reward.terms.remote=1", "reward.remote.url"),
+        ("reward.terms.ocr=1", "prompts.source: scenes: 1 of 1 prompts do not suit the reward ocr"),
+        ("model.pipeline=./nowhere", "model.pipeline: no such folder: ./nowhere"),
+        ("model.pipeline=a/b/c", "model.pipeline: no such folder: a/b/c"),
+    ],
+)
+def test_a_dry_run_checks_rewards_prompts_and_folders(
+    override: str, message: str, nowhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tiny", "--dry-run", override]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_checks_the_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["tiny", "--dry-run", "backend=triton"]) == 2
+    assert "backend='triton'" in capsys.readouterr().err
+
+
+def test_sizes_are_in_the_unit_that_suits_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tiny", "--dry-run"]) == 0
+    (line,) = (entry for entry in capsys.readouterr().out.splitlines() if entry.startswith("estimated"))
+    assert "MiB" in line and "GiB" not in line and " 0 MiB" not in line
+
+
+def test_all_presets_are_tested_here() -> None:
+    assert set(preset_names()) == {"tiny", *OWN}
