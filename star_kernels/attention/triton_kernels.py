@@ -24,6 +24,7 @@ the same bytes, but hold 0.15 GB at S and 0.6 GB at L.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,11 @@ from star_kernels.attention import reference
 MAX_FUSED_UNITS = 16
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
+# Of a scaled row maximum: from here on float32 is so coarse that its rounding moves every exponent of the row by up to
+# 8, further up beyond what exp2 can take.
+_HUGE = 2.0**28
+# Of a log-sum-exp: from here on its rounding changes what is taken from it by a factor of up to 3.
+_COARSE = tl.constexpr(2.0**22)
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,8 @@ _SIZES = (
 def _attend_tile(
     accumulator,  # [BLOCK_M, BLOCK_D]
     mass,  # [BLOCK_M, BLOCK_K] with CAPTURE, otherwise any tensor, which passes through
-    row_max,  # [BLOCK_M], of logits · scale · log2 e
+    largest,  # [BLOCK_M], of the logits
+    row_max,  # [BLOCK_M], that times the row's scale
     row_sum,  # [BLOCK_M]
     query,  # [BLOCK_M, BLOCK_D]
     key_ptr,
@@ -138,6 +145,8 @@ def _attend_tile(
     keys_left,
     num_units,
     scale,
+    huge_scale,
+    huge_logit,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -162,8 +171,15 @@ def _attend_tile(
     value = tl.load(value_pointers) if whole else tl.load(value_pointers, mask=tile_mask, other=0.0)
     if MASKED:
         logits = tl.where(valid[None, :], logits, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(logits, 1) * scale)
-    exponentials = tl.exp2(tl.fma(logits, scale, -new_max[:, None]))
+    # In a row whose maximum would be huge the scale is a power of two, so that the maximum is exact and the largest
+    # exponent 0. Two logits that differ are then so far apart, by 16 or more in the exponent, that a scale up to twice
+    # as large changes no probability by more than 2^-16. This is work per row; a minimum, or a difference before the
+    # product, would be an instruction per logit.
+    largest = tl.maximum(largest, tl.max(logits, 1))
+    row_scale = tl.where(tl.abs(largest) < huge_logit, scale, huge_scale)
+    # By fma, so that the difference of two maxima is that of the rounded products, as it is to the exponents.
+    new_max = tl.fma(largest, row_scale, 0.0)
+    exponentials = tl.exp2(tl.fma(logits, row_scale[:, None], -new_max[:, None]))
     correction = tl.exp2(row_max - new_max)
     row_sum = row_sum * correction + tl.sum(exponentials, 1)
     if CAPTURE:
@@ -181,13 +197,14 @@ def _attend_tile(
             weights = cast(weights.to(tl.float32), mass_dtype)
         mass = dot(cast(exponentials, mass_dtype), weights, mass * correction[:, None])
     accumulator = dot(cast(exponentials, value.dtype), value, accumulator * correction[:, None])
-    return accumulator, mass, new_max, row_sum
+    return accumulator, mass, largest, new_max, row_sum
 
 
 @triton.jit
 def _attend_keys(
     accumulator,
     mass,
+    largest,
     row_max,
     row_sum,
     query,
@@ -203,6 +220,8 @@ def _attend_keys(
     num_keys,
     num_units,
     scale,
+    huge_scale,
+    huge_logit,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -215,9 +234,10 @@ def _attend_keys(
     num_full = num_keys // BLOCK_N * BLOCK_N
     for start in tl.range(0, num_full, BLOCK_N):
         first = tl.cast(start, tl.int64)
-        accumulator, mass, row_max, row_sum = _attend_tile(
+        accumulator, mass, largest, row_max, row_sum = _attend_tile(
             accumulator,
             mass,
+            largest,
             row_max,
             row_sum,
             query,
@@ -233,6 +253,8 @@ def _attend_keys(
             num_keys,
             num_units,
             scale,
+            huge_scale,
+            huge_logit,
             HEAD_DIM,
             BLOCK_D,
             BLOCK_N,
@@ -245,9 +267,10 @@ def _attend_keys(
         # Always so where there is a TAIL. The branch is there for ptxas: without one, it lets no matrix products of the
         # loop overlap, since what follows writes the accumulators too.
         first = tl.cast(num_full, tl.int64)
-        accumulator, mass, row_max, row_sum = _attend_tile(
+        accumulator, mass, largest, row_max, row_sum = _attend_tile(
             accumulator,
             mass,
+            largest,
             row_max,
             row_sum,
             query,
@@ -263,6 +286,8 @@ def _attend_keys(
             num_keys - num_full,
             num_units,
             scale,
+            huge_scale,
+            huge_logit,
             HEAD_DIM,
             BLOCK_D,
             TAIL,
@@ -271,7 +296,7 @@ def _attend_keys(
             MASKED=True,
             CAPTURE=CAPTURE,
         )
-    return accumulator, mass, row_max, row_sum
+    return accumulator, mass, largest, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -314,6 +339,8 @@ def forward_kernel(
     end_row,
     num_units,
     scale,
+    huge_scale,
+    huge_logit,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -345,13 +372,15 @@ def forward_kernel(
     key_ptr += batch64 * key_stride_b + head64 * key_stride_h
     value_ptr += batch64 * value_stride_b + head64 * value_stride_h
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    largest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     first_image = tl.cast(first_image_key, tl.int64)
-    accumulator, _, row_max, row_sum = _attend_keys(
+    accumulator, _, largest, row_max, row_sum = _attend_keys(
         accumulator,
         row_sum,
+        largest,
         row_max,
         row_sum,
         query,
@@ -367,6 +396,8 @@ def forward_kernel(
         num_image_keys,
         num_units,
         scale,
+        huge_scale,
+        huge_logit,
         HEAD_DIM,
         BLOCK_D,
         BLOCK_N,
@@ -387,9 +418,10 @@ def forward_kernel(
     )
     if BLOCK_K > 0 and captured:
         row = batch64 - first_row
-        accumulator, mass, row_max, row_sum = _attend_keys(
+        accumulator, mass, largest, row_max, row_sum = _attend_keys(
             accumulator,
             tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32),
+            largest,
             row_max,
             row_sum,
             query,
@@ -405,6 +437,8 @@ def forward_kernel(
             num_text_keys,
             num_units,
             scale,
+            huge_scale,
+            huge_logit,
             HEAD_DIM,
             BLOCK_D,
             BLOCK_N,
@@ -424,9 +458,10 @@ def forward_kernel(
         )
     elif num_text_keys > 0:
         # A branch for ptxas too: one loop right behind the other is to it as bad.
-        accumulator, _, row_max, row_sum = _attend_keys(
+        accumulator, _, largest, row_max, row_sum = _attend_keys(
             accumulator,
             row_sum,
+            largest,
             row_max,
             row_sum,
             query,
@@ -442,6 +477,8 @@ def forward_kernel(
             num_text_keys,
             num_units,
             scale,
+            huge_scale,
+            huge_logit,
             HEAD_DIM,
             BLOCK_D,
             BLOCK_N,
@@ -458,9 +495,14 @@ def forward_kernel(
         cast(accumulator / row_sum[:, None], out_ptr.dtype.element_ty),
         mask=query_mask,
     )
+    row_max = tl.where(tl.abs(largest) < huge_logit, row_max, largest * scale)
+    log_sum_exp = (row_max + tl.log2(row_sum)) * _LN_2
+    # Where float32 cannot tell a probability from its double any more: up, by more than all roundings until a
+    # probability is taken from it, so that none overflows.
+    log_sum_exp += tl.where(tl.abs(log_sum_exp) < _COARSE, 0.0, tl.abs(log_sum_exp) * 2.0**-21)
     tl.store(
         log_sum_exp_ptr + (batch64 * heads + head64) * num_queries + queries,
-        (row_max + tl.log2(row_sum)) * _LN_2,
+        log_sum_exp,
         mask=queries < num_queries,
     )
 
@@ -735,6 +777,8 @@ def forward_call(
         "end_row": rows[1],
         "num_units": num_units,
         "scale": scale * _LOG2_E.value,
+        "huge_scale": 2.0 ** min(127, math.frexp(scale * _LOG2_E.value)[1]),
+        "huge_logit": min(_HUGE / (scale * _LOG2_E.value), 3e38),
     }
     constants = {
         "HEAD_DIM": head_dim,

@@ -241,6 +241,33 @@ def test_huge_logits_do_not_overflow(dtype: torch.dtype) -> None:
         assert mass.min() >= 0 and mass.max() <= (1 if direction == "image_to_text" else 11) * 1.004
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("magnitude", [2.0**23, 2.0**32, 2.0**33, 2.0**100])
+def test_attention_is_exact_however_large_the_logits(magnitude: float, dtype: torch.dtype) -> None:
+    """Triton's interpreter rounds a fused multiply-add once, as GPUs do, from version 3.9 on."""
+    query, key, value, _ = inputs(40, 11)
+    # Small whole numbers: the logits are exact in every format, and often equal. Rows of one sign, too.
+    query, key = (query * 2).round(), (key * 2).round()
+    key[..., 0] = 1
+    query[:, :, ::3, 0], query[:, :, 1::3, 0] = -400, 400
+    # In the numbers as far as float16 goes, and in the scale.
+    times = 2.0**4 if dtype == torch.float16 else magnitude
+    query, key, value = ((query * times).to(dtype), key.to(dtype), value.to(dtype))
+    check(query, key, value, torch.ones(1, 11, 1), num_image_tokens=40, scale=0.125 * magnitude / times)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("magnitude", [2.0**23, 2.0**28, 2.0**33, 2.0**100])
+def test_probabilities_from_a_log_sum_exp_do_not_overflow(magnitude: float, direction: str) -> None:
+    query, key, value, _ = inputs(40, 11)
+    query[:, :, ::3, 0], query[:, :, 1::3, 0], key[..., 0] = -400, 400, 1
+    units = torch.ones(1, 11, triton_kernels.MAX_FUSED_UNITS + 1)
+    _, mass = joint_attention(
+        query * magnitude, key, value, units, num_image_tokens=40, direction=direction, backend="triton"
+    )
+    assert mass.min() >= 0 and mass.max() <= (1 if direction == "image_to_text" else 11)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("units", [3, 17])
 def test_logits_far_below_zero_keep_padding_out(units: int, direction: str) -> None:
