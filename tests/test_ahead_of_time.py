@@ -80,7 +80,7 @@ def test_every_row_of_the_attention_table_is_compiled_for_every_use(architecture
             assert tiles.pop(f"forward, {tensors}, {use}") == (row.block_m, row.block_n, row.num_warps)
         for direction, units in (("text to image", 8), ("image to text", 17)):
             tiles.pop(f"mass from log-sum-exp, {direction}, {tensors}, {units} units")
-    assert not tiles
+    assert tiles.keys() == {f"forward, float16, head dim 64, {use}" for use in ("no capture", "8 units")}
 
 
 @pytest.mark.parametrize("architecture", LIMITS)
@@ -90,7 +90,7 @@ def test_the_kernels_are_what_their_tables_promise(architecture: str, tmp_path: 
         (operator, call.name): json.loads(json.dumps(settings(call)))
         for operator, call in calls(OPERATORS, architecture)
     }
-    assert len(capture_pairs(reports)) == len(CONFIGURATIONS[architecture])
+    assert len(capture_pairs(reports)) == len(CONFIGURATIONS[architecture]) + 1
     assert not complaints(reports)
 
 
@@ -98,7 +98,7 @@ def test_the_kernels_are_what_their_tables_promise(architecture: str, tmp_path: 
 @pytest.mark.parametrize("architecture", LIMITS)
 def test_the_kernels_are_the_same_under_the_oldest_triton(architecture: str, tmp_path: Path) -> None:
     reports = compile_all(architecture, tmp_path, UNDER_OLDEST[architecture], OLDEST_TRITON)
-    assert len(capture_pairs(reports)) == {"sm_80": 1, "sm_90": 3, "sm_100": 1, "gfx942": 6}[architecture]
+    assert len(capture_pairs(reports)) == {"sm_80": 1, "sm_90": 4, "sm_100": 1, "gfx942": 7}[architecture]
     assert not complaints(reports)
 
 
@@ -118,7 +118,7 @@ def complaints(reports: list[KernelReport]) -> list[str]:
     found = [f"{report.name} spills registers" for report in reports if report.spills]
     for report in reports:
         loops = [loop for loop in report.loops if loop.tensor]
-        if report.operator == "attention" and "bfloat16" in report.name and not loops:
+        if report.operator == "attention" and "float16" in report.name and not loops:
             found.append(f"{report.name} has no tensor-core instruction in a loop")
         if report.architecture == "sm_90":
             for loop in loops:
