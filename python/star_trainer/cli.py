@@ -31,12 +31,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     parser.add_argument("--dry-run", action="store_true", help="load no weights; say what the run would need and do")
     parser.add_argument(
-        "--processes", type=_positive, default=1, metavar="N", help="processes that the dry run plans for (1)"
+        "--processes", type=positive, default=1, metavar="N", help="processes that the dry run plans for (1)"
     )
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of an option that has to be at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)

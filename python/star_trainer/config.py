@@ -76,7 +76,8 @@ class Units(_Section):
     """Which phrases of a prompt matter; ``units: rules`` is short for ``units: {source: rules}``."""
 
     source: Literal["file", "rules", "llm"] = Field(
-        "file", description="file (as they stand beside the prompts), rules, or llm (a chat model)"
+        "file",
+        description="file (as they stand beside the prompts), rules (English prompts alone), or llm (a chat model)",
     )
     cache: str | None = Field("~/.cache/star_kernels/units.sqlite", description="file of what was extracted, or null")
     task: Literal["geneval", "ocr", "general"] = Field("general", description="what the chat model is told to look for")

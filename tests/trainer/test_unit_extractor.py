@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from star_trainer.config import ConfigError, Units, load_config
+from star_trainer.config import ConfigError, Units, describe_keys, load_config
 from star_trainer.policy import TINY_PIPELINE
 from star_trainer.prompts import read_prompts
 from star_trainer.scenes import ScenePrompt
@@ -364,3 +365,72 @@ def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
         ("a éclair", "Food"),
         ("a cat", "Animals"),
     ]
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a connection was to be made")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_the_small_pipeline_is_known_by_name(
+    tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    assert main([str(tmp_path / "p.txt"), "--pipeline", "tiny", "--set", "cache=null"]) == 0
+    assert "found in the token sequence: 1 of 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["{}/nowhere", "./nowhere", "../nowhere/pipeline", "~/no/such/pipeline", "a/b/c"])
+def test_a_folder_that_is_not_there_is_asked_of_no_hub(
+    folder: str, tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    named = folder.format(tmp_path)
+    assert main([str(tmp_path / "p.txt"), "--pipeline", named, "--set", "cache=null"]) == 2
+    assert capsys.readouterr().err == f"star-units: --pipeline: no such folder: {named}\n"
+
+
+def test_what_is_cut_off_is_told_from_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filler = " ".join(["and a cat"] * 60)
+    entries = [
+        {"prompt": f"a red circle {filler} and a blue square", "units": ["red circle", "blue square"]},
+        {"prompt": "a green cross", "units": ["green cross", "yellow triangle"]},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    arguments = [str(path), "--pipeline", "tiny", "--max-sequence-length", "20", "--set", "source=file"]
+    assert main(arguments) == 0
+    cut, foreign = capsys.readouterr().out.splitlines()[-2:]
+    assert cut.startswith("    cut off after 16 tokens of CLIP and 20 of T5: blue square in 'a red circle and a cat")
+    assert foreign == "    not in the prompt: yellow triangle in 'a green cross'"
+
+
+@pytest.mark.parametrize("length", ["0", "-3", "many"])
+def test_a_length_that_is_none_is_refused(length: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["p.txt", "--max-sequence-length", length])
+    assert "--max-sequence-length" in capsys.readouterr().err
+
+
+def test_units_of_the_file_are_replaced_and_said_to_be_or_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"prompt": "a red circle", "units": ["red"]}\n{"prompt": "a blue square"}\n')
+    assert main([str(path), "--out", str(out), "--set", "cache=null"]) == 0
+    assert "1 prompts had units in the file, which are replaced here; --keep keeps them" in capsys.readouterr().out
+    assert [p.units for p in read_prompts(str(out), "x")] == [("red circle",), ("blue square",)]
+    assert main([str(path), "--out", str(out), "--keep", "--set", "cache=null"]) == 0
+    printed = capsys.readouterr().out
+    assert "(1 from file, 1 from rules)" in printed and "replaced" not in printed
+    assert [p.units for p in read_prompts(str(out), "x")] == [("red",), ("blue square",)]
+
+
+def test_the_help_says_that_the_rules_are_for_english(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "English alone" in capsys.readouterr().out
+    assert "rules (English prompts alone)" in describe_keys()

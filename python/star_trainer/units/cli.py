@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from typing import Any
 from tqdm import tqdm
 
 from star_kernels.text_units import TextUnits, stands_in
+from star_trainer.cli import positive
 from star_trainer.config import ConfigError, Units, check_section
-from star_trainer.files import write_atomically
+from star_trainer.files import folder_or_name, write_atomically
+from star_trainer.policy import TINY_PIPELINE
 from star_trainer.prompts import read_prompts
 from star_trainer.scenes import ScenePrompt
 from star_trainer.units import Extraction, UnitExtractor
@@ -33,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
             "  star-units prompts.jsonl --pipeline PIPELINE              are they in the model's text tokens?\n"
             "  star-units prompts.txt --out units.jsonl --set source=llm model=Qwen/Qwen2.5-7B-Instruct task=ocr\n\n"
             "A run takes them with prompts.source=units.jsonl units=file, or makes them itself with units=rules or llm."
+            "\n"
+            "The rules know English alone; for other languages take source=llm or write the units into the file."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,9 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="key=value", help="settings of the section units, such as source=llm"
     )
-    parser.add_argument("--pipeline", help="a pipeline's folder or name on a hub, whose tokenizers are asked")
+    parser.add_argument("--keep", action="store_true", help="keep the units that stand in the file, make the others")
+    parser.add_argument("--pipeline", help="tiny, or a pipeline's folder or name on a hub, whose tokenizers are asked")
     parser.add_argument(
-        "--max-sequence-length", type=int, default=256, help="T5 positions of that pipeline's text axis (256)"
+        "--max-sequence-length", type=positive, default=256, help="T5 positions of that pipeline's text axis (256)"
     )
     parser.add_argument("--show", type=int, default=20, help="how many prompts are shown (20)")
     return parser
@@ -60,27 +66,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokenizers = None if options.pipeline is None else _tokenizers(options.pipeline)
         extractor = UnitExtractor(section)
         with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
-            extractions = extractor(prompts, bar.update)
+            extractions = _extractions(prompts, extractor, bar, keep=options.keep)
+        found = None
+        if tokenizers is not None:
+            found = _align(prompts, extractions, tokenizers, options.max_sequence_length)
         if options.out is not None:
             write_atomically(options.out, "".join(map(_line, prompts, extractions)).encode())
     except (CacheError, ChatError, ConfigError, OSError) as error:
         print(f"star-units: {error}", file=sys.stderr)
         return 2
     _show(prompts[: options.show], extractions)
-    texts, units = [prompt.text for prompt in prompts], [extraction.units for extraction in extractions]
-    absent = _without_tokens(texts, units, tokenizers, options.max_sequence_length)
-    _summarise(texts, extractions, absent, "the prompt" if tokenizers is None else "the token sequence")
+    _summarise(prompts, extractions)
+    _report_coverage(prompts, extractions, found)
     return 0
+
+
+def _extractions(prompts: Sequence[ScenePrompt], extractor: UnitExtractor, bar: Any, *, keep: bool) -> list[Extraction]:
+    """The units of each prompt; with `keep` those that stand beside it, where there are any."""
+    asked = [index for index, prompt in enumerate(prompts) if not (keep and prompt.units)]
+    bar.update(len(prompts) - len(asked))
+    extractions = [Extraction(prompt.units, "file") for prompt in prompts]
+    for index, extraction in zip(asked, extractor([prompts[i] for i in asked], bar.update), strict=True):
+        extractions[index] = extraction
+    return extractions
 
 
 def _tokenizers(pipeline: str) -> Any:
     """A pipeline's parts that cut text into tokens; nothing else of it is loaded."""
     from transformers import AutoTokenizer
 
+    source = str(TINY_PIPELINE) if pipeline == "tiny" else folder_or_name(pipeline, "--pipeline")
     parts = []
     for folder in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         try:
-            parts.append(AutoTokenizer.from_pretrained(pipeline, subfolder=folder))
+            parts.append(AutoTokenizer.from_pretrained(source, subfolder=folder))
         except (OSError, ValueError) as error:
             raise ConfigError(f"--pipeline: {pipeline} has no usable {folder}: {error}") from error
     return parts
@@ -91,17 +110,35 @@ def _line(prompt: ScenePrompt, extraction: Extraction) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def _without_tokens(
-    texts: list[str], units: list[tuple[str, ...]], tokenizers: Any, max_sequence_length: int
-) -> list[list[str]]:
-    """Per prompt the units that are not found: in the token sequence, or without tokenizers in the prompt."""
-    if tokenizers is None:
-        return [[u for u in row if not stands_in(text, u)] for text, row in zip(texts, units, strict=True)]
+@dataclasses.dataclass(frozen=True)
+class _Coverage:
+    """Per prompt the units without a token, those of them that the tokenizers cut off, and where they cut."""
+
+    missing: list[list[str]]
+    cut: list[list[str]]
+    lengths: tuple[int, int]
+
+
+def _align(
+    prompts: Sequence[ScenePrompt], extractions: Sequence[Extraction], tokenizers: Any, max_sequence_length: int
+) -> _Coverage:
+    """Where the units stand in the token sequence.
+
+    Raises:
+        ConfigError: a sequence too short for any text.
+    """
     clip, clip_2, t5 = tokenizers
-    found = TextUnits.from_prompts(
-        texts, units, tokenizers=((clip, clip_2), t5), max_lengths=(clip.model_max_length, max_sequence_length)
-    )
-    return found.missing
+    lengths = (clip.model_max_length, max_sequence_length)
+    try:
+        units = TextUnits.from_prompts(
+            [prompt.text for prompt in prompts],
+            [extraction.units for extraction in extractions],
+            tokenizers=((clip, clip_2), t5),
+            max_lengths=lengths,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--max-sequence-length: {error}") from error
+    return _Coverage(units.missing, units.truncated, lengths)
 
 
 def _show(prompts: Sequence[ScenePrompt], extractions: Sequence[Extraction]) -> None:
@@ -111,21 +148,44 @@ def _show(prompts: Sequence[ScenePrompt], extractions: Sequence[Extraction]) -> 
         print("    " + (" | ".join(extraction.units) or "(none)"))
 
 
-def _summarise(
-    texts: Sequence[str], extractions: Sequence[Extraction], absent: Sequence[Sequence[str]], where: str
-) -> None:
+def _summarise(prompts: Sequence[ScenePrompt], extractions: Sequence[Extraction]) -> None:
     total = sum(len(extraction.units) for extraction in extractions)
-    found = total - sum(map(len, absent))
-    bare = [text for text, extraction in zip(texts, extractions, strict=True) if not extraction.units]
     counts: dict[str, int] = {}
     for extraction in extractions:
         counts[extraction.source] = counts.get(extraction.source, 0) + 1
     sources = ", ".join(f"{count} from {source}" for source, count in counts.items())
-    print(f"\n{len(texts)} prompts ({sources}), {total} units, {total / len(texts):.1f} per prompt")
-    print(f"found in {where}: {found} of {total} ({found / max(total, 1):.2%}); prompts without a unit: {len(bare)}")
-    for text, missing in list(zip(texts, absent, strict=True)):
-        if missing:
-            print(f"    not found: {' | '.join(missing)} in {text[:_WIDTH]!r}")
+    print(f"\n{len(prompts)} prompts ({sources}), {total} units, {total / len(prompts):.1f} per prompt")
+    replaced = sum(bool(p.units) and e.source != "file" for p, e in zip(prompts, extractions, strict=True))
+    if replaced:
+        print(f"{replaced} prompts had units in the file, which are replaced here; --keep keeps them")
+
+
+def _report_coverage(
+    prompts: Sequence[ScenePrompt], extractions: Sequence[Extraction], coverage: _Coverage | None
+) -> None:
+    """How many units are found, and each that is not: in the token sequence, or without tokenizers in the prompt."""
+    if coverage is None:
+        where = "the prompt"
+        missing = [
+            [unit for unit in extraction.units if not stands_in(prompt.text, unit)]
+            for prompt, extraction in zip(prompts, extractions, strict=True)
+        ]
+        cut: list[list[str]] = [[] for _ in prompts]
+    else:
+        where, missing, cut = "the token sequence", coverage.missing, coverage.cut
+    total = sum(len(extraction.units) for extraction in extractions)
+    found = total - sum(map(len, missing))
+    bare = sum(not extraction.units for extraction in extractions)
+    print(f"found in {where}: {found} of {total} ({found / max(total, 1):.2%}); prompts without a unit: {bare}")
+    for prompt, absent, behind in zip(prompts, missing, cut, strict=True):
+        elsewhere = [unit for unit in absent if unit not in behind]
+        text = repr(prompt.text[:_WIDTH])
+        if elsewhere:
+            print(f"    not in the prompt: {' | '.join(elsewhere)} in {text}")
+        if behind:
+            assert coverage is not None
+            clip, t5 = coverage.lengths
+            print(f"    cut off after {clip} tokens of CLIP and {t5} of T5: {' | '.join(behind)} in {text}")
 
 
 if __name__ == "__main__":
