@@ -24,7 +24,7 @@ class AttentionRecorder:
 
     def __init__(
         self,
-        unit_weights: Tensor,
+        unit_weights: Tensor | None,
         layers: list[int],
         rows: slice | tuple[int, int] | None,
         direction: Literal["image_to_text", "text_to_image"],
@@ -33,7 +33,7 @@ class AttentionRecorder:
         self.layers = layers
         self.history: list[Tensor] = []
         self._unit_weights = unit_weights
-        self._to_send = _compact(unit_weights)
+        self._to_send = None if unit_weights is None else _compact(unit_weights)
         self._rows = rows
         self._direction = direction
         self._backend = backend
@@ -47,8 +47,10 @@ class AttentionRecorder:
         Image tokens stand in the order of the transformer's patches, row by row. The tensor carries no gradient.
 
         Raises:
-            RuntimeError: the transformer has not run in this step.
+            RuntimeError: the transformer has not run in this step, or there are no units to record.
         """
+        if self._unit_weights is None:
+            raise RuntimeError("mass: expected units to record, got units=None, which only runs the same attention")
         if self._sum is None:
             raise RuntimeError("mass: expected a forward pass of the recorded transformer in this step, got none yet")
         return self._sum / len(self._captured)
@@ -75,6 +77,9 @@ class AttentionRecorder:
         A block that gradient checkpointing runs again computes the same things, so that autograd finds the tensors it
         expects, but its mass is dropped: it belongs to a step that is over or has this layer already.
         """
+        if self._unit_weights is None:
+            out, _ = joint_attention(query, key, value, num_image_tokens=num_image_tokens, backend=self._backend)
+            return out
         if layer in self._captured and not recomputing:
             raise RuntimeError(
                 f"{_name(layer)}: expected one forward pass per step, got a second one; call next_step() on the "
@@ -84,10 +89,10 @@ class AttentionRecorder:
             query,
             key,
             value,
-            self._unit_weights_for(query, num_image_tokens),
+            self._unit_weights_for(self._unit_weights, query, num_image_tokens),
             num_image_tokens=num_image_tokens,
             mass=None if recomputing else self._sum,
-            rows=self._row_range(query.shape[0]),
+            rows=self._row_range(query.shape[0], len(self._unit_weights)),
             direction=self._direction,
             backend=self._backend,
         )
@@ -96,28 +101,29 @@ class AttentionRecorder:
             self._captured = [*self._captured, layer]
         return out
 
-    def _unit_weights_for(self, query: Tensor, num_image_tokens: int) -> Tensor:
+    def _unit_weights_for(self, unit_weights: Tensor, query: Tensor, num_image_tokens: int) -> Tensor:
         num_text_tokens = query.shape[2] - num_image_tokens
-        if self._unit_weights.shape[1] != num_text_tokens:
+        if unit_weights.shape[1] != num_text_tokens:
             raise ValueError(
                 f"units: expected weights for the {num_text_tokens} text tokens of this forward pass, got "
-                f"{self._unit_weights.shape[1]}; make them with the tokenizers and lengths that encode the prompts"
+                f"{unit_weights.shape[1]}; make them with the tokenizers and lengths that encode the prompts"
             )
-        if self._unit_weights.device != query.device:
-            self._unit_weights = self._to_send.to(query.device)
-        return self._unit_weights
+        if unit_weights.device != query.device:
+            assert self._to_send is not None, "made together with the unit weights"
+            unit_weights = self._unit_weights = self._to_send.to(query.device)
+        return unit_weights
 
-    def _row_range(self, batch: int) -> tuple[int, int]:
+    def _row_range(self, batch: int, count: int) -> tuple[int, int]:
         if isinstance(self._rows, slice):
             first, end, _ = self._rows.indices(batch)
         else:
             first, end = self._rows or (0, batch)
         if not 0 <= first < end <= batch:
             raise ValueError(f"rows: expected rows of a batch of {batch}, got {self._rows}")
-        if end - first != len(self._unit_weights):
+        if end - first != count:
             raise ValueError(
                 f"units: expected units for the {end - first} batch rows {first} to {end - 1} that are recorded, got "
-                f"{len(self._unit_weights)}; under guidance, `rows` picks the conditional half"
+                f"{count}; under guidance, `rows` picks the conditional half"
             )
         return first, end
 
@@ -125,7 +131,7 @@ class AttentionRecorder:
 @contextlib.contextmanager
 def record_attention(
     transformer: nn.Module,
-    units: TextUnits | Tensor,
+    units: TextUnits | Tensor | None,
     *,
     layers: Iterable[int] | None = None,
     rows: slice | tuple[int, int] | None = None,
@@ -153,6 +159,8 @@ def record_attention(
             or torch.compile wrapper around one.
         units: the prompts' TextUnits, or unit weights [rows, N_text, K], for as many batch rows as are recorded and as
             many text tokens as ``encoder_hidden_states`` has. Moved to the transformer's device when it first runs.
+            With None nothing is recorded, any number of forward passes is allowed, and the attention of `layers` is
+            computed as it is when they are recorded: so that a policy update sees the very values of its rollout.
         layers: indices of the blocks to record, by default all.
         rows: the batch rows to record, a slice or (first, end), by default all. Diffusers' pipelines put the
             unconditional half first under guidance: ``rows=slice(batch // 2, None)``.
@@ -169,7 +177,7 @@ def record_attention(
     model = _unwrap(transformer)
     blocks: list[Any] = list(model.transformer_blocks)
     recorder = AttentionRecorder(
-        _unit_weights(units),
+        None if units is None else _unit_weights(units),
         _check_layers(layers, len(blocks)),
         _check_rows(rows),
         check_choice("direction", direction, DIRECTIONS),  # type: ignore[arg-type]

@@ -258,6 +258,20 @@ def test_text_units_are_taken_as_they_are(untrained):
     assert (recorder.mass[0, :, 0] > 0).all() and recorder.mass[0, :, 1].sum() == recorder.mass[1].sum() == 0
 
 
+@pytest.mark.parametrize("layers", [None, [0]])
+@torch.no_grad()
+def test_without_units_the_output_is_that_of_a_recorded_pass_bit_for_bit(untrained, layers):
+    arguments = inputs(batch=4)
+    with record_attention(untrained, unit_weights(), layers=layers, rows=(2, 4)):
+        recorded = untrained(**arguments).sample
+    with record_attention(untrained, None, layers=layers) as recorder:
+        first, second = untrained(**arguments).sample, untrained(**arguments).sample
+        with pytest.raises(RuntimeError, match="units=None"):
+            _ = recorder.mass
+    assert torch.equal(first, recorded) and torch.equal(second, recorded)
+    assert all(type(processor) is JointAttnProcessor2_0 for processor in processors_of(untrained))
+
+
 @pytest.mark.parametrize(
     "rows", [slice(2, None), slice(2, 4), slice(-2, None), (2, 4), [2, 4]], ids=["2:", "2:4", "-2:", "(2, 4)", "[2, 4]"]
 )
