@@ -18,7 +18,7 @@ from star_trainer.randomness import numpy_stream, stream
 from star_trainer.rollout import Rollout, Trajectory, denoise, text_units
 from star_trainer.scenes import ScenePrompt
 from star_trainer.state import TrainingState, build_state
-from star_trainer.train import update
+from star_trainer.update import update
 
 METHODS = {"uniform": "uniform", "STAR": "star"}
 BACKENDS = {"fused": "auto", "eager": "reference"}
@@ -117,8 +117,10 @@ def test_update(measure: Callable[..., None], case: Case, precise: bool) -> None
     trajectory = roll_out(case, "star", "auto")
     rewards = np.random.default_rng(0).random(case.batch)
     _, timesteps = case.state.policy.schedule(STEPS)
-    # An update looks at neither images nor rewards: the advantages are made from them before.
-    rollout = Rollout(trajectory, timesteps, case.embeddings, rewards, np.empty(0), case.prompts, seconds={})
+    # An update does not look at rewards: the advantages are made from them before.
+    samples = case.state.config.rollout.samples
+    prompts = [prompt for prompt in case.prompts for _ in range(samples)]
+    rollout = Rollout(trajectory, timesteps, case.embeddings[::samples], rewards, prompts, seconds={})
     # It writes to the log only to say that it was skipped, and fails here if it is.
     no_log = cast(RunLog, None)
     advantages = group_advantages(rewards, case.state.config.rollout.samples)

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quieten()
         # Imported late: a bad configuration is reported before torch and diffusers load.
         from star_trainer.checkpoint import CheckpointError
+        from star_trainer.processes import lost_process
         from star_trainer.rewards import RewardError
         from star_trainer.rollout import NonFiniteError
         from star_trainer.train import train
@@ -69,6 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train(config)
     except (CacheError, ChatError, CheckpointError, ConfigError, NonFiniteError, RewardError) as error:
         print(f"star-train: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"star-train: another process of this run is gone or does not answer ({reason}); "
+            "the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("star-train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)

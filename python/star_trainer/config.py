@@ -60,6 +60,8 @@ class Model(_Section):
     resolution: Positive | None = Field(None, description="pixels of an image's side, or null for the pipeline's own")
     lora: Lora | None = Field(Lora(), description="adapters, or null to train all weights of the transformer")
     gradient_checkpointing: bool = False
+    sharded: bool = Field(False, description="spread the transformer over the processes (FSDP) instead of copying it")
+    embedding_cache: float = Field(8.0, gt=0.0, description="GiB of host memory for prompt embeddings, per process")
 
 
 class Prompts(_Section):
@@ -110,6 +112,8 @@ class RolloutConfig(_Section):
     )
     shared_noise: bool = Field(False, description="start all samples of a group from the same noise, as DanceGRPO does")
     guidance_scale: float = Field(1.0, ge=1.0, description="classifier-free guidance; 1 is without")
+    keep_on_host: bool = Field(False, description="keep samples in host memory between rollout and update")
+    encode_ahead: Positive = Field(16, description="iterations whose prompts are encoded at a time")
 
 
 class RewardModels(_Section):
@@ -175,6 +179,10 @@ class Train(_Section):
     )
     kl_weight: float = Field(0.0, ge=0.0, description="weight of the KL to the model without adapters")
     kl_scale: Literal["variance", "std_dev"] = "variance"
+    old_log_prob: Literal["rollout", "recompute"] = Field(
+        "rollout",
+        description="old log-probs as sampling gave them, or computed again by passes like those of the update",
+    )
     advantage_std: Literal["group", "batch"] = Field("group", description="over what the reward's spread is taken")
     advantage_clip: float = Field(5.0, gt=0.0)
     ema_decay: float = Field(0.9, ge=0.0, lt=1.0, description="of the weights that are evaluated and exported")
@@ -216,6 +224,11 @@ class Config(_Section):
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
+
+    @property
+    def granularity(self) -> Literal["image", "position"]:
+        """Where ratios are taken and clipped."""
+        return "image" if self.method == "uniform" else "position"
 
     @property
     def uses_maps(self) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from scipy import stats
@@ -15,18 +17,23 @@ from scipy import stats
 from star_trainer.config import Config
 from star_trainer.files import write_atomically
 from star_trainer.policy import Policy
+from star_trainer.processes import gather_array, together
 from star_trainer.randomness import stream
 from star_trainer.rewards import RewardFunction
+from star_trainer.rewards.errors import RewardError
 from star_trainer.rollout import denoise
 from star_trainer.scenes import ScenePrompt
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Images [N, H, W, 3] uint8 of N held-out prompts, and each image's score [N] by reward name."""
+    """Scores [N] of N held-out prompts' images by reward name, and the first few of the images [n, H, W, 3] uint8."""
 
     images: np.ndarray
     scores: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.scores.values())))
 
     def means(self) -> dict[str, float]:
         return {name: float(values.mean()) for name, values in self.scores.items()}
@@ -50,29 +57,51 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy, config: Config, prompts: Sequence[ScenePrompt], scorers: dict[str, RewardFunction]
+    policy: Policy,
+    config: Config,
+    prompts: Sequence[ScenePrompt],
+    scorers: dict[str, RewardFunction],
+    accelerator: Accelerator,
 ) -> Evaluation:
     """Sample one image per prompt with the pipeline's own (noise-free) sampler and score it.
 
-    The noise of a prompt depends on its place in the list alone: evaluations of fewer prompts see the same noise, and
-    the same images up to rounding.
+    The noise of a prompt depends on its place in the list alone: evaluations of fewer prompts, or by more processes,
+    see the same noise, and the same images up to rounding. The first ``evaluation.pictures`` images are kept.
+
+    Raises:
+        RewardError: a score that cannot be had, in this or another process.
     """
-    images = []
-    batch = config.rollout.batch_size
-    for chunk, first in enumerate(range(0, len(prompts), batch)):
-        embeddings = policy.encode([prompt.text for prompt in prompts[first : first + batch]])
+    # As many prompts for each process, so that all run the model equally often; the last process may repeat some.
+    share = -(-len(prompts) // accelerator.num_processes)
+    own = [min(accelerator.process_index * share + i, len(prompts) - 1) for i in range(share)]
+    images: list[np.ndarray] = []
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in scorers}
+    for first in range(0, share, config.rollout.batch_size):
+        places = own[first : first + config.rollout.batch_size]
+        batch = [prompts[place] for place in places]
         trajectory = denoise(
             policy,
-            embeddings,
+            policy.encode([prompt.text for prompt in batch]),
             steps=config.evaluation.steps,
             kind="ode",
-            generator=stream(config.run.seed, "evaluation", chunk),
+            generator=[stream(config.run.seed, "evaluation", place) for place in places],
             guidance_scale=config.evaluation.guidance_scale,
             backend=config.backend,
         )
-        images.append(policy.decode(trajectory.latents[-1]))
-    stacked = np.concatenate(images)
-    return Evaluation(stacked, {name: scorer(stacked, prompts) for name, scorer in scorers.items()})
+        decoded = policy.decode(trajectory.latents[-1])
+        images.append(decoded[: max(0, config.evaluation.pictures - first)])
+        judge = partial(_score, decoded, batch, scorers)
+        for name, values in together(accelerator, judge, RewardError).items():
+            scores[name].append(values)
+    shown = gather_array(accelerator, np.concatenate(images))[: min(config.evaluation.pictures, len(prompts))]
+    gathered = {name: gather_array(accelerator, np.concatenate(parts)) for name, parts in scores.items()}
+    return Evaluation(shown, {name: values[: len(prompts)] for name, values in gathered.items()})
+
+
+def _score(
+    images: np.ndarray, prompts: Sequence[ScenePrompt], scorers: dict[str, RewardFunction]
+) -> dict[str, np.ndarray]:
+    return {name: np.asarray(scorer(images, prompts), dtype=np.float64) for name, scorer in scorers.items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import SD3Transformer2DModel
 from tqdm import tqdm
 
 import star_kernels as sk
@@ -17,9 +19,10 @@ from star_trainer import report
 from star_trainer.advantages import Advantages
 from star_trainer.evaluation import Evaluation, PairedDifference, evaluate, paired_difference
 from star_trainer.files import write_atomically
+from star_trainer.processes import gather, is_sharded, whole
 from star_trainer.randomness import stream
 from star_trainer.rewards import RewardFunction, scene_graded, scene_strict
-from star_trainer.rollout import Rollout, denoise, text_units
+from star_trainer.rollout import denoise, text_units
 from star_trainer.scenes import ScenePrompt
 from star_trainer.state import TrainingState
 
@@ -68,10 +71,12 @@ class RunLog:
         self._bar.close()
         self.state.accelerator.end_training()
 
-    def say(self, line: str) -> None:
-        """Print a line above the progress bar, once over all processes."""
+    def say(self, line: str, *, everywhere: bool = False) -> None:
+        """Print a line above the progress bar, by the main process alone or by each that says so."""
         if self._main:
             tqdm.write(line)
+        elif everywhere:
+            tqdm.write(f"process {self.state.accelerator.process_index}: {line}")
 
     def _take_up_history(self, resumed: bool) -> None:
         """Keep what was logged up to the checkpoint; what came after it will be computed again."""
@@ -96,26 +101,31 @@ class RunLog:
     def evaluated_base(self) -> None:
         """Evaluate the model that training started from, or read that from the run's folder, and log it."""
         path, state = self.folder / "base_evaluation.safetensors", self.state
-        if state.iteration > 0 and (saved := Evaluation.load(path)) is not None:
+        saved = Evaluation.load(path) if state.iteration > 0 else None
+        # To evaluate is the work of all processes: none may do it alone.
+        found_by_all = gather(state.accelerator, torch.tensor([saved is not None])).all()
+        if saved is not None and found_by_all:
             self.base = saved
         else:
             self.say(f"measuring the base model on {len(self.held_out)} held-out prompts")
             with nullcontext() if state.iteration == 0 else state.policy.base_weights():
-                self.base = evaluate(state.policy, state.config, self.held_out, self.scorers)
+                self.base = evaluate(state.policy, state.config, self.held_out, self.scorers, state.accelerator)
             if self._main:
                 self.base.save(path)
         if state.iteration == 0:
             self._record_evaluation(self.base)
-        self.say(f"held-out, base model ({len(self.base.images)} prompts): {self._scores(self.base)}")
+        self.say(f"held-out, base model ({len(self.base)} prompts): {self._scores(self.base)}")
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Log an evaluation and draw the pictures; the policy must still have the weights that were evaluated."""
         self.latest = evaluation
         self._record_evaluation(evaluation)
-        count = len(evaluation.images)
+        count = len(evaluation)
         self.say(f"held-out after {self.state.iteration} iterations ({count} prompts): {self._scores(evaluation)}")
+        # A picture of maps that no update has seen would only mislead.
+        maps = self._maps(len(evaluation.images)) if self.state.config.uses_maps else None
         if self._main:
-            self._draw(evaluation)
+            self._draw(evaluation, maps)
 
     def _scores(self, evaluation: Evaluation) -> str:
         means = evaluation.means()
@@ -123,37 +133,39 @@ class RunLog:
 
     def _record_evaluation(self, evaluation: Evaluation) -> None:
         means = {f"eval/{name}": value for name, value in evaluation.means().items()}
-        entry = {"iteration": self.state.iteration, **means, "eval/prompts": len(evaluation.images)}
+        entry = {"iteration": self.state.iteration, **means, "eval/prompts": len(evaluation)}
         if entry not in self.history:
             self._record(entry)
 
-    def _draw(self, evaluation: Evaluation) -> None:
+    def _draw(self, evaluation: Evaluation, maps: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """The pictures of an evaluation; `maps` are images [N, H, W, 3] and their allocation maps [N, T, h, w]."""
         assert self.base is not None
-        shown = min(self.state.config.evaluation.pictures, len(evaluation.images))
+        shown = len(evaluation.images)
         texts = [prompt.text for prompt in self.held_out[:shown]]
         name = list(self.scorers)[-1]
         report.plot_curves(self.history, self.folder / "curves.png")
         report.before_after_sheet(
             texts,
             self.base.images[:shown],
-            evaluation.images[:shown],
+            evaluation.images,
             self.base.scores[name][:shown],
             evaluation.scores[name][:shown],
             self.folder / "before_after.png",
         )
-        # A picture of maps that no update has seen would only mislead.
-        maps = self._draw_maps(shown) if self.state.config.uses_maps else None
+        if maps is not None:
+            sigmas = self.state.policy.schedule(self.state.config.rollout.steps)[0][:-1].tolist()
+            report.allocation_sheet(texts, *maps, sigmas, self.folder / "allocation_maps.png")
         for tracker in self.state.accelerator.trackers:
             if tracker.name == "tensorboard":
                 step = self.state.iteration
-                tracker.writer.add_images("samples", evaluation.images[:shown], step, dataformats="NHWC")
+                tracker.writer.add_images("samples", evaluation.images, step, dataformats="NHWC")
                 if maps is not None:
                     # One row of maps per prompt, one map per denoising step.
-                    rows = np.concatenate([np.concatenate(list(row), axis=1) for row in maps], axis=0)
+                    rows = np.concatenate([np.concatenate(list(row), axis=1) for row in maps[1]], axis=0)
                     tracker.writer.add_image("allocation_maps", rows / max(rows.max(), 1e-6), step, dataformats="HW")
 
-    def _draw_maps(self, shown: int) -> np.ndarray:
-        """Allocation maps of the shown prompts by denoising step, drawn over the images; returns [N, T, h, w]."""
+    def _maps(self, shown: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images [N, H, W, 3] of the shown prompts and their allocation maps by denoising step [N, T, h, w]."""
         state, config = self.state, self.state.config
         prompts = self.held_out[:shown]
         trajectory = denoise(
@@ -161,28 +173,28 @@ class RunLog:
             state.policy.encode([prompt.text for prompt in prompts]),
             steps=config.rollout.steps,
             kind="ode",
-            generator=stream(config.run.seed, "pictures"),
+            generator=[stream(config.run.seed, "pictures", place) for place in range(shown)],
             guidance_scale=config.evaluation.guidance_scale,
             units=text_units(state.policy, prompts),
             allocation=config.allocation,
             backend=config.backend,
         )
-        images = state.policy.decode(trajectory.latents[-1])
-        assert trajectory.weights is not None
-        maps = trajectory.weights.transpose(0, 1).cpu().numpy()
-        sigmas = state.policy.schedule(config.rollout.steps)[0][:-1].tolist()
-        report.allocation_sheet([p.text for p in prompts], images, maps, sigmas, self.folder / "allocation_maps.png")
-        return maps
+        assert trajectory.weights is not None, "units were given"
+        return state.policy.decode(trajectory.latents[-1]), trajectory.weights.transpose(0, 1).cpu().numpy()
 
-    def iteration(self, rollout: Rollout, advantages: Advantages, metrics: dict[str, float]) -> None:
-        """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in TensorBoard."""
-        seconds = rollout.seconds
-        groups = rollout.rewards.reshape(-1, self.state.config.rollout.samples)
+    def iteration(
+        self, rewards: np.ndarray, seconds: dict[str, float], advantages: Advantages, metrics: dict[str, float]
+    ) -> None:
+        """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in TensorBoard.
+
+        `rewards` are all processes', `seconds` and what is made of them this process's.
+        """
+        groups = rewards.reshape(-1, self.state.config.rollout.samples)
         busy = max(seconds["reward"], 1e-9)
         entry = {
             "iteration": self.state.iteration,
-            "reward/mean": float(rollout.rewards.mean()),
-            "reward/std": float(rollout.rewards.std()),
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std()),
             "reward/group_std": float(groups.std(axis=1).mean()),
             "reward/groups_without_spread": advantages.dropped,
             **{f"train/{name}": value for name, value in metrics.items()},
@@ -201,20 +213,19 @@ class RunLog:
         """Write adapter and summary, print the comparison with the base model, and return the summary."""
         assert self.base is not None and self.latest is not None
         state = self.state
-        if self._main:
-            with state.averaged_weights():
-                export(state, self.folder)
+        with state.averaged_weights():
+            export(state, self.folder)
         compared = {
-            name: paired_difference(self.base.scores[name][: len(self.latest.images)], self.latest.scores[name])
+            name: paired_difference(self.base.scores[name][: len(self.latest)], self.latest.scores[name])
             for name in self.scorers
         }
         summary: dict[str, object] = {
             "method": state.config.method,
             "seed": state.config.run.seed,
             "iterations": state.iteration,
-            "held_out_prompts": len(self.latest.images),
+            "held_out_prompts": len(self.latest),
             "seconds": round(state.seconds(), 1),
-            "base": {name: float(v[: len(self.latest.images)].mean()) for name, v in self.base.scores.items()},
+            "base": {name: float(v[: len(self.latest)].mean()) for name, v in self.base.scores.items()},
             "final": self.latest.means(),
             "difference": {name: vars(difference) for name, difference in compared.items()},
         }
@@ -222,7 +233,7 @@ class RunLog:
             write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
         self.say("")
         for name, difference in compared.items():
-            before = float(self.base.scores[name][: len(self.latest.images)].mean())
+            before = float(self.base.scores[name][: len(self.latest)].mean())
             self.say(_comparison(name, before, self.latest.means()[name], difference))
         self.say(f"pictures, metrics and the adapter are in {self.folder}")
         return summary
@@ -247,14 +258,26 @@ def _comparison(name: str, before: float, after: float, difference: PairedDiffer
 
 
 def export(state: TrainingState, folder: Path) -> None:
-    """Save what was learnt in diffusers' formats: LoRA weights for `load_lora_weights`, or the whole transformer."""
+    """Save what was learnt in diffusers' formats: LoRA weights for `load_lora_weights`, or the whole transformer.
+
+    Every process must call it; the main one writes.
+    """
     model: Any = state.policy.model
+    weights = None
+    if is_sharded(model):
+        weights = {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    if not state.accelerator.is_main_process:
+        return
     if state.config.model.lora is None:
+        if weights is not None:
+            with torch.device("meta"):
+                model = SD3Transformer2DModel.from_config(model.config)
+            model.load_state_dict(weights, assign=True)
         model.save_pretrained(folder / "transformer", safe_serialization=True)
         return
     from peft.utils import get_peft_model_state_dict
 
-    layers = get_peft_model_state_dict(model)
+    layers = get_peft_model_state_dict(model, state_dict=weights)
     # The rank can be read off the weights; alpha, without which they load at another strength, only off this.
     (adapter,) = model.peft_config.values()
     type(state.policy.pipeline).save_lora_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from star_trainer.config import Config, ConfigError, Lora, Model
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TINY_PIPELINE = Path(__file__).parent / "tiny_sd3" / "pipeline"
 
 
@@ -44,7 +46,8 @@ class Policy:
     transformer: Any
     config: Model
     frozen_copy: Any = None
-    _cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # In host memory: a few megabytes per prompt at full size, and prompts come in the thousands.
+    _cache: OrderedDict[str, tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
 
     @property
     def device(self) -> torch.device:
@@ -85,20 +88,9 @@ class Policy:
         scheduler.set_timesteps(steps, device=self.device, **options)
         return scheduler.sigmas.to(self.device), scheduler.timesteps.to(self.device)
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Embeddings:
         """Text embeddings. Each text is encoded by itself and kept, so that a result depends on nothing else."""
-        for text in texts:
-            if text not in self._cache:
-                hidden, _, pooled, _ = self.pipeline.encode_prompt(
-                    text,
-                    None,
-                    None,
-                    do_classifier_free_guidance=False,
-                    max_sequence_length=self.config.max_sequence_length,
-                )
-                # In host memory: a few megabytes per prompt at full size, and prompts come in the thousands.
-                self._cache[text] = (hidden[0].cpu(), pooled[0].cpu())
+        self.encode_ahead(texts)
         entries = [self._cache[text] for text in texts]
         device = self.device
         return Embeddings(
@@ -106,9 +98,47 @@ class Policy:
             torch.stack([entry[1] for entry in entries]).to(device),
         )
 
+    @torch.no_grad()
+    def encode_ahead(self, texts: Sequence[str]) -> None:
+        """Encode what is not known yet; the text encoders are on the device for that long and no longer.
+
+        The texts asked for longest ago are forgotten where the cache would grow beyond ``model.embedding_cache``.
+        """
+        texts = list(dict.fromkeys(texts))
+        for text in texts:
+            if text in self._cache:
+                self._cache.move_to_end(text)
+        missing = [text for text in texts if text not in self._cache]
+        if not missing:
+            return
+        encoders = [getattr(self.pipeline, name) for name in TEXT_ENCODERS]
+        try:
+            for encoder in encoders:
+                if encoder is not None:
+                    encoder.to(self.device)
+            for text in missing:
+                hidden, _, pooled, _ = self.pipeline.encode_prompt(
+                    text,
+                    None,
+                    None,
+                    device=self.device,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self.config.max_sequence_length,
+                )
+                self._cache[text] = (hidden[0].cpu(), pooled[0].cpu())
+        finally:
+            for encoder in encoders:
+                if encoder is not None:
+                    encoder.to("cpu")
+        size = hidden.nbytes + pooled.nbytes
+        while len(self._cache) > max(int(self.config.embedding_cache * 2**30) // size, len(texts)):
+            self._cache.popitem(last=False)
+
     def velocity(self, latents: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
         """The transformer's prediction [B, C, H, W] for latents at one timestep (0-d tensor)."""
-        return self.transformer(
+        # Without gradients there is nothing that the wrapper of several processes would have to do.
+        transformer = self.transformer if torch.is_grad_enabled() else self.model
+        return transformer(
             hidden_states=latents,
             timestep=timestep.expand(len(latents)),
             encoder_hidden_states=embeddings.text,
@@ -228,7 +258,7 @@ def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pipeline: {config.pipeline!r} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    for part in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer"):
+    for part in ("vae", *TEXT_ENCODERS, "transformer"):
         module = getattr(pipeline, part)
         if module is not None:
             module.requires_grad_(False)

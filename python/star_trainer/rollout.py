@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import star_kernels as sk
@@ -37,18 +38,40 @@ class Trajectory:
     weights: Tensor | None
     coefficients: list[sk.TransitionCoefficients]
 
+    def to(self, device: str | torch.device) -> Trajectory:
+        """The same with its tensors of the size of the batch on another device."""
+        log_prob = None if self.log_prob is None else self.log_prob.to(device)
+        weights = None if self.weights is None else self.weights.to(device)
+        return Trajectory(self.latents.to(device), log_prob, weights, self.coefficients)
+
 
 @dataclass(frozen=True)
 class Rollout:
-    """All samples of one iteration on this process: groups of `samples` rows per prompt."""
+    """All samples of one iteration on this process: groups of `group_size` rows per prompt.
+
+    `embeddings` has one row per prompt; `rewards` [B] and `prompts` have one entry per sample.
+    """
 
     trajectory: Trajectory
     timesteps: Tensor
     embeddings: Embeddings
     rewards: np.ndarray
-    images: np.ndarray
     prompts: list[ScenePrompt]
     seconds: dict[str, float]
+
+    @property
+    def group_size(self) -> int:
+        return len(self.prompts) // len(self.embeddings.text)
+
+    @property
+    def log_prob(self) -> Tensor:
+        """[S, B, H, W] of the steps with noise."""
+        assert self.trajectory.log_prob is not None, "rollouts are drawn with noise"
+        return self.trajectory.log_prob
+
+    def embeddings_of(self, rows: Tensor) -> Embeddings:
+        """The embeddings of some samples, which are kept once per prompt."""
+        return self.embeddings[rows // self.group_size]
 
 
 def text_units(policy: Policy, prompts: Sequence[ScenePrompt]) -> sk.TextUnits:
@@ -68,7 +91,7 @@ def denoise(
     *,
     steps: int,
     kind: str,
-    generator: torch.Generator,
+    generator: torch.Generator | list[torch.Generator],
     eta: float = 0.0,
     sde_steps: int | None = None,
     initial: Tensor | None = None,
@@ -78,6 +101,8 @@ def denoise(
     backend: str = "auto",
 ) -> Trajectory:
     """Denoise B latents from noise drawn on the CPU by `generator`, so that results do not depend on the device.
+
+    With one generator per sample a sample does not depend on what else is in the batch, either.
 
     The first `sde_steps` steps (by default all) are of `kind`, the others Euler's. `initial` [B, C, H, W] takes the
     place of the noise that denoising starts from.
@@ -89,7 +114,7 @@ def denoise(
     sigmas, timesteps = policy.schedule(steps)
 
     def draw() -> Tensor:
-        return torch.randn(batch, *shape, generator=generator).to(device)
+        return randn_tensor((batch, *shape), generator=generator, device=torch.device("cpu")).to(device)
 
     guided = guidance_scale > 1.0
     if guided:
@@ -163,60 +188,70 @@ def collect(
     reward: RewardFunction,
     worker: Executor,
     iteration: int,
-    rank: int,
+    first_prompt: int = 0,
 ) -> Rollout:
-    """Sample every prompt's group; each batch is rewarded in `worker` while the next one is sampled."""
-    section = config.rollout
+    """Sample every prompt's group; each batch is rewarded in `worker` while the next one is sampled.
+
+    `first_prompt` is the place of the first of `prompts` among those of the iteration over all processes: it decides
+    the noise, so that samples do not depend on how many processes share the work or how large their batches are.
+    """
+    section, seed = config.rollout, config.run.seed
     repeated = [prompt for prompt in prompts for _ in range(section.samples)]
-    embeddings = policy.encode([prompt.text for prompt in prompts]).repeat_interleave(section.samples)
-    units = text_units(policy, prompts).repeat_interleave(section.samples) if config.uses_maps else None
+    embeddings = policy.encode([prompt.text for prompt in prompts])
+    units = text_units(policy, prompts) if config.uses_maps else None
     trajectories: list[Trajectory] = []
-    pending: list[Future[tuple[np.ndarray, np.ndarray, float]]] = []
-    initial = None
-    if section.shared_noise:
-        noise = stream(config.run.seed, "initial", iteration, rank)
-        initial = torch.randn(len(prompts), *policy.latent_shape, generator=noise).repeat_interleave(section.samples, 0)
+    pending: list[Future[tuple[np.ndarray, float]]] = []
+    first_sample = first_prompt * section.samples
     start = time.perf_counter()
-    for chunk, first in enumerate(range(0, len(repeated), section.batch_size)):
-        rows = slice(first, min(first + section.batch_size, len(repeated)))
+    for first in range(0, len(repeated), section.batch_size):
+        rows = torch.arange(first, min(first + section.batch_size, len(repeated)))
+        groups = rows // section.samples
         trajectory = denoise(
             policy,
-            embeddings[rows],
+            embeddings[groups],
             steps=section.steps,
             kind=section.sampler,
-            generator=stream(config.run.seed, "rollout", iteration, rank, chunk),
+            generator=[stream(seed, "rollout", iteration, first_sample + row) for row in rows.tolist()],
             eta=section.eta,
             sde_steps=section.sde_steps,
-            initial=None if initial is None else initial[rows],
+            initial=_group_noise(policy, config, iteration, first_prompt + groups) if section.shared_noise else None,
             guidance_scale=section.guidance_scale,
-            units=None if units is None else units[rows],
+            units=None if units is None else units[groups],
             allocation=config.allocation,
             backend=config.backend,
         )
-        trajectories.append(trajectory)
-        pending.append(worker.submit(_judge, policy, trajectory.latents[-1], repeated[rows], reward))
+        judged = [repeated[row] for row in rows.tolist()]
+        pending.append(worker.submit(_judge, policy, trajectory.latents[-1], judged, reward))
+        trajectories.append(trajectory.to("cpu") if section.keep_on_host else trajectory)
     sampled = time.perf_counter()
-    judged = [future.result() for future in pending]
+    rewards = [future.result() for future in pending]
     end = time.perf_counter()
-    busy = sum(seconds for _, _, seconds in judged)
     _, timesteps = policy.schedule(section.steps)
     return Rollout(
         trajectory=_join(trajectories),
         timesteps=timesteps,
         embeddings=embeddings,
-        rewards=np.concatenate([values for values, _, _ in judged]),
-        images=np.concatenate([images for _, images, _ in judged]),
+        rewards=np.concatenate([values for values, _ in rewards]),
         prompts=repeated,
-        seconds={"rollout": sampled - start, "reward": busy, "reward_wait": end - sampled},
+        seconds={
+            "rollout": sampled - start,
+            "reward": sum(seconds for _, seconds in rewards),
+            "reward_wait": end - sampled,
+        },
     )
+
+
+def _group_noise(policy: Policy, config: Config, iteration: int, prompts: Tensor) -> Tensor:
+    """The noise that the samples of each prompt start from, [B, C, H, W] for the B samples' prompts."""
+    generators = [stream(config.run.seed, "initial", iteration, prompt) for prompt in prompts.tolist()]
+    return randn_tensor((len(prompts), *policy.latent_shape), generator=generators, device=torch.device("cpu"))
 
 
 def _judge(
     policy: Policy, latents: Tensor, prompts: Sequence[ScenePrompt], reward: RewardFunction
-) -> tuple[np.ndarray, np.ndarray, float]:
+) -> tuple[np.ndarray, float]:
     start = time.perf_counter()
-    images = policy.decode(latents)
-    return reward(images, prompts), images, time.perf_counter() - start
+    return reward(policy.decode(latents), prompts), time.perf_counter() - start
 
 
 def _join(parts: Sequence[Trajectory]) -> Trajectory:

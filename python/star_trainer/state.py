@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from diffusers.training_utils import EMAModel
 
 from star_trainer import checkpoint
 from star_trainer.config import Config, ConfigError
 from star_trainer.policy import Policy, check_against_model, load_policy
+from star_trainer.processes import is_spread, spread_like, whole
+from star_trainer.randomness import stream
 
 
 @dataclass
@@ -40,12 +48,12 @@ class TrainingState:
     def averaged_weights(self) -> Iterator[None]:
         """Within this context the policy has the moving average of its weights: what is evaluated and exported."""
         parameters = list(self.policy.trainable().values())
-        self.average.store(parameters)
-        self.average.copy_to(parameters)
+        trained = [parameter.detach().clone() for parameter in parameters]
+        _copy(self.average.shadow_params, parameters)
         try:
             yield
         finally:
-            self.average.restore(parameters)
+            _copy(trained, parameters)
 
     def save(self, root: Path) -> None:
         """Write a checkpoint of this state, whole or not at all; every process must call it."""
@@ -55,11 +63,13 @@ class TrainingState:
         rng_tensors, rng_values = checkpoint.rng_state()
         checkpoint.add(partial, f"rng_{rank:04d}", rng_tensors)
         optimizer_tensors, optimizer_values = checkpoint.optimizer_state(self.optimizer)
-        if main:
-            parameters = self.policy.trainable()
-            checkpoint.add(partial, "policy", parameters)
-            checkpoint.add(partial, "average", dict(zip(parameters, self.average.shadow_params, strict=True)))
-            checkpoint.add(partial, "optimizer", optimizer_tensors)
+        parameters = self.policy.trainable()
+        averages = dict(zip(parameters, self.average.shadow_params, strict=True))
+        for name, tensors in (("policy", parameters), ("average", averages), ("optimizer", optimizer_tensors)):
+            # All processes take part in putting a tensor together; one writes it.
+            complete = {key: whole(tensor.detach()) for key, tensor in tensors.items()}
+            if main:
+                checkpoint.add(partial, name, complete)
         self.accelerator.wait_for_everyone()
         if main:
             values = {
@@ -84,13 +94,14 @@ class TrainingState:
             return False
         _check_same_settings(found.values["config"], self.config.model_dump(mode="json"), root)
         parameters = self.policy.trainable()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(found.tensors["policy"][name])
-            for name, shadow in zip(parameters, self.average.shadow_params, strict=True):
-                shadow.copy_(found.tensors["average"][name])
+        _copy([found.tensors["policy"][name] for name in parameters], list(parameters.values()))
+        _copy([found.tensors["average"][name] for name in parameters], self.average.shadow_params)
         self.average.optimization_step = found.values["average_steps"]
         checkpoint.load_optimizer_state(self.optimizer, found.tensors["optimizer"], found.values["optimizer"])
+        for parameter, entries in self.optimizer.state.items():
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    entries[key] = spread_like(value, parameter)
         # With fewer or more processes than before, a process without a state of its own keeps the one it started with.
         own = found.tensors.get(f"rng_{self.accelerator.process_index:04d}")
         if own is not None:
@@ -131,22 +142,43 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], root: P
         )
 
 
+def _copy(values: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for value, parameter in zip(values, parameters, strict=True):
+            parameter.copy_(value if is_spread(value) else spread_like(value, parameter))
+
+
 def build_state(config: Config) -> TrainingState:
-    """Load the model and set up what trains it; deterministic in `run.seed`."""
-    tracker = "tensorboard"
+    """Load the model and set up what trains it; deterministic in `run.seed`.
+
+    Raises:
+        ConfigError: prompts that cannot be divided among the processes, or a model that cannot be loaded.
+    """
     accelerator = Accelerator(
         mixed_precision="no" if config.model.dtype == "float32" else "bf16",
-        log_with=tracker,
+        log_with="tensorboard",
         project_dir=config.run.folder,
         cpu=not torch.cuda.is_available(),
+        fsdp_plugin=_sharding() if config.model.sharded else None,
+        kwargs_handlers=[
+            # Every process has the same buffers: sending them about would only make evaluations wait for each other.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+        ],
     )
-    if accelerator.num_processes > 1:
-        # Groups without spread are dropped per process, which would leave processes with unequal numbers of passes.
-        raise ConfigError(f"training runs in one process so far, and {accelerator.num_processes} were launched")
+    processes = accelerator.num_processes
+    if config.rollout.prompts % processes:
+        raise ConfigError(
+            f"rollout.prompts: expected a multiple of the {processes} processes, among which whole groups are "
+            f"divided, got {config.rollout.prompts}"
+        )
+    if config.model.sharded and processes == 1:
+        raise ConfigError("model.sharded: expected several processes to spread the weights over, got one")
     torch.manual_seed(config.run.seed)
     policy = load_policy(config.model, keep_reference=config.train.kl_weight > 0.0)
     check_against_model(config, policy.model, policy.pipeline.vae_scale_factor)
-    policy.pipeline.to(accelerator.device)
+    policy.pipeline.vae.to(accelerator.device)
+    policy.transformer.to(accelerator.device)
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay, betas=(0.9, 0.99)
@@ -155,4 +187,16 @@ def build_state(config: Config) -> TrainingState:
     if policy.frozen_copy is not None:
         policy.frozen_copy = accelerator.prepare_model(policy.frozen_copy.to(accelerator.device), evaluation_mode=True)
     average = EMAModel(list(policy.trainable().values()), decay=config.train.ema_decay)
+    if processes > 1:
+        # What has no stream of its own, such as a reward's own draws, must not be the same in every process.
+        torch.manual_seed(stream(config.run.seed, "process", accelerator.process_index).initial_seed())
     return TrainingState(config, accelerator, policy, optimizer, average)
+
+
+def _sharding() -> FullyShardedDataParallelPlugin:
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["JointTransformerBlock"],
+    )

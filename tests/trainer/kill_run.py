@@ -1,4 +1,7 @@
-"""Run a training that kills itself with SIGKILL at a chosen point: ``python kill_run.py POINT FOLDER override...``."""
+"""Run a training that kills itself with SIGKILL at a chosen point: ``python kill_run.py POINT FOLDER override...``.
+
+Launched as several processes, the last one alone kills itself.
+"""
 
 from __future__ import annotations
 
@@ -34,20 +37,23 @@ def main() -> None:
     torch.set_num_threads(1)
     import star_trainer.checkpoint as checkpoint
     import star_trainer.train as loop
-    from star_trainer.config import load_config
+    import star_trainer.update as update
+    from star_trainer import cli
 
-    if point == "rollout":
+    if int(os.environ.get("RANK", 0)) + 1 < int(os.environ.get("WORLD_SIZE", 1)):
+        pass
+    elif point == "rollout":
         # In the rollout of the third iteration, one iteration past the last checkpoint.
         loop.collect = after_calls(loop.collect, 2)
     elif point == "update":
         # Between the second and the third backward pass of an update: half of a gradient is there.
-        loop.step_loss = after_calls(loop.step_loss, 6)
+        update.step_loss = after_calls(update.step_loss, 6)
     elif point == "checkpoint":
         # The second checkpoint's files are written, its name is not.
         checkpoint.os.rename = after_calls(checkpoint.os.rename, 1)
     else:
         raise SystemExit(f"unknown point {point}")
-    loop.train(load_config("tiny", [f"run.folder={folder}", *overrides]))
+    raise SystemExit(cli.main(["tiny", f"run.folder={folder}", *overrides]))
 
 
 if __name__ == "__main__":

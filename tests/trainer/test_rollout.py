@@ -15,7 +15,7 @@ from star_trainer.randomness import numpy_stream, stream
 from star_trainer.rewards import load_reward
 from star_trainer.rollout import NonFiniteError, collect, denoise, text_units
 from star_trainer.scenes import sample_prompts
-from star_trainer.train import choose_steps
+from star_trainer.update import choose_steps
 
 LORA = load_config("tiny").model
 
@@ -139,6 +139,38 @@ def test_the_embedding_of_a_text_does_not_depend_on_the_others(policy: Policy, p
     assert torch.equal(policy.encode([texts[2]]).text[0], together[2])
 
 
+def test_embeddings_are_kept_up_to_the_size_that_is_set(prompts) -> None:
+    small = load_policy(load_config("tiny", ["model.embedding_cache=1e-9"]).model)
+    texts = [prompt.text for prompt in prompts]
+    calls: list[str] = []
+    real = small.pipeline.encode_prompt
+
+    def counted(text, *args, **kwargs):
+        calls.append(text)
+        return real(text, *args, **kwargs)
+
+    small.pipeline.encode_prompt = counted
+    small.encode_ahead(texts)
+    small.encode(texts)
+    small.encode(texts[:1])
+    assert calls == texts, "what was asked for together is kept together"
+    small.encode([""])
+    small.encode(texts[:1])
+    assert calls == [*texts, "", texts[0]]
+
+
+def test_a_sample_depends_neither_on_its_batch_nor_on_the_other_processes(policy: Policy) -> None:
+    overrides = ["rollout.prompts=4", "rollout.samples=2", "rollout.steps=2", "rollout.sde_steps=null"]
+    prompts = sample_prompts(numpy_stream(0, "prompts"), 4, held_out=False)
+    reward = load_reward(Reward(terms={"scene_graded": 1.0}))
+    with ThreadPoolExecutor(1) as worker:
+        whole = collect(policy, load_config("tiny", [*overrides, "rollout.batch_size=8"]), prompts, reward, worker, 3)
+        config = load_config("tiny", [*overrides, "rollout.batch_size=3"])
+        second_half = collect(policy, config, prompts[2:], reward, worker, 3, first_prompt=2)
+    torch.testing.assert_close(second_half.trajectory.latents, whole.trajectory.latents[:, 4:], atol=1e-5, rtol=1e-5)
+    assert torch.equal(second_half.trajectory.latents[0], whole.trajectory.latents[0, 4:])
+
+
 def test_nan_in_the_latents_ends_the_rollout_with_step_and_sample(policy: Policy, prompts) -> None:
     embeddings = policy.encode([prompt.text for prompt in prompts])
     embeddings.text[1] = float("nan")
@@ -160,12 +192,12 @@ def test_collecting_in_batches_keeps_groups_in_order_and_uses_the_worker(policy:
         return real(images, batch)
 
     with ThreadPoolExecutor(1) as worker:
-        rollout = collect(policy, config, prompts, reward, worker, iteration=0, rank=0)
+        rollout = collect(policy, config, prompts, reward, worker, iteration=0)
     assert seen == [4, 2]
     assert [p.text for p in rollout.prompts] == [prompts[0].text] * 3 + [prompts[1].text] * 3
-    assert rollout.rewards.shape == (6,) and rollout.images.shape == (6, 64, 64, 3)
-    assert rollout.trajectory.latents.shape[1] == 6
-    np.testing.assert_array_equal(rollout.rewards, real(rollout.images, rollout.prompts))
+    assert rollout.rewards.shape == (6,) and rollout.trajectory.latents.shape[1] == 6
+    images = policy.decode(rollout.trajectory.latents[-1])
+    np.testing.assert_array_equal(rollout.rewards, real(images, rollout.prompts))
 
 
 def test_only_the_first_steps_draw_noise_where_sde_steps_says_so(policy: Policy, prompts) -> None:
@@ -189,7 +221,7 @@ def test_groups_start_from_the_same_noise_where_shared_noise_says_so(policy: Pol
     prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
     with ThreadPoolExecutor(1) as worker:
         rollout = collect(
-            policy, config, prompts, load_reward(Reward(terms={"scene_graded": 1.0})), worker, iteration=0, rank=0
+            policy, config, prompts, load_reward(Reward(terms={"scene_graded": 1.0})), worker, iteration=0
         )
     start = rollout.trajectory.latents[0]
     assert torch.equal(start[0], start[1]) and torch.equal(start[3], start[5])
@@ -223,7 +255,7 @@ def test_the_reward_of_a_batch_is_computed_while_the_next_one_is_sampled(
     monkeypatch.setattr(rollout_module, "denoise", watched)
     prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
     with ThreadPoolExecutor(1) as worker:
-        collect(policy, config, prompts, reward, worker, iteration=0, rank=0)
+        collect(policy, config, prompts, reward, worker, iteration=0)
     assert overlapped == [True, True]
 
 

@@ -6,11 +6,13 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import star_trainer.train as loop
+import star_trainer.update as update_module
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -142,17 +144,60 @@ def test_methods_draw_the_same_random_numbers(method: str, uninterrupted: Path, 
 
 def test_methods_train_on_the_same_samples_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[tuple[int, list[int]]]] = {}
-    real = loop.step_loss
+    real = update_module.step_loss
 
     for method in ("star", "shuffled"):
 
-        def watched(state, rollout, advantages, weights, step, rows, method=method):
+        def watched(state, batch, step, rows, method=method):
             seen.setdefault(method, []).append((step, rows.tolist()))
-            return real(state, rollout, advantages, weights, step, rows)
+            return real(state, batch, step, rows)
 
-        monkeypatch.setattr(loop, "step_loss", watched)
+        monkeypatch.setattr(update_module, "step_loss", watched)
         run(tmp_path / method, f"method={method}", "train.iterations=1", "train.step_fraction=0.5")
     assert seen["star"] == seen["shuffled"]
+
+
+def iterations(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "reward/mean" in line]
+
+
+@pytest.mark.parametrize("overrides", [["method=star"], ["method=uniform"], ["method=star", "allocation.layers=[1]"]])
+def test_training_passes_see_the_very_log_probs_of_the_rollout(overrides: list[str], tmp_path: Path) -> None:
+    same_batches = ["rollout.batch_size=4", "train.batch_size=4", "train.iterations=2"]
+    run(tmp_path, *overrides, *same_batches)
+    for record in iterations(tmp_path):
+        assert record["train/log_ratio_mean"] == record["train/log_ratio_max"] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["rollout", "recompute"])
+def test_disagreement_with_the_rollout_is_measured_and_recomputing_removes_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deviations: list[float] = []
+    real = update_module.step_loss
+
+    def watched(state, batch, step, rows):
+        result, velocities = real(state, batch, step, rows)
+        deviations.append(max(float(result.metrics["ratio_max"]) - 1.0, 1.0 - float(result.metrics["ratio_min"])))
+        return result, velocities
+
+    monkeypatch.setattr(update_module, "step_loss", watched)
+    # Training passes with another attention than the rollout's, as in a trainer that records with hooks.
+    monkeypatch.setattr(update_module, "attention_of_the_rollout", lambda state: nullcontext())
+    run(tmp_path, "rollout.guidance_scale=3.0", f"train.old_log_prob={kind}", "train.iterations=1", "train.updates=1")
+    (record,) = iterations(tmp_path)
+    assert 0.0 < record["train/log_ratio_mean"] < record["train/log_ratio_max"] < 1e-4
+    if kind == "rollout":
+        assert max(deviations) == pytest.approx(record["train/log_ratio_max"], rel=0.1)
+    else:
+        assert deviations == [0.0] * len(deviations)
+
+
+def test_samples_kept_in_host_memory_train_the_same(uninterrupted: Path, tmp_path: Path) -> None:
+    run(tmp_path, "rollout.keep_on_host=true", "rollout.encode_ahead=1", "model.embedding_cache=1e-5")
+    expected, got = final_weights(uninterrupted), final_weights(tmp_path)
+    assert not [key for key in expected if not torch.equal(expected[key], got[key])]
 
 
 def test_the_exported_adapter_gives_the_trained_model_in_diffusers(uninterrupted: Path) -> None:
@@ -273,18 +318,18 @@ def _poison(velocity):
 
 def test_one_bad_update_leaves_weights_and_optimiser_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
-    real_build, real_loss = loop.build_state, loop.step_loss
+    real_build, real_loss = loop.build_state, update_module.step_loss
 
     def build(config):
         states.append(real_build(config))
         return states[-1]
 
     def bad_loss(*args):
-        result = real_loss(*args)
-        return result._replace(loss=result.loss * float("inf"))
+        result, velocities = real_loss(*args)
+        return result._replace(loss=result.loss * float("inf")), velocities
 
     monkeypatch.setattr(loop, "build_state", build)
-    monkeypatch.setattr(loop, "step_loss", bad_loss)
+    monkeypatch.setattr(update_module, "step_loss", bad_loss)
     run(tmp_path, "train.iterations=1", "train.updates=1")
     (state,) = states
     assert state.skipped_in_a_row == 1

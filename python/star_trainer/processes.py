@@ -1,0 +1,94 @@
+"""What several processes of one run tell each other: numbers, and that one of them cannot go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+def gather(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The processes' tensors of one shape, joined along the first axis in the order of the processes."""
+    if accelerator.num_processes == 1:
+        return values
+    gathered: Tensor = accelerator.gather(values.to(accelerator.device).contiguous())
+    return gathered.to(values.device)
+
+
+def gather_array(accelerator: Accelerator, values: np.ndarray) -> np.ndarray:
+    """`gather` for numpy."""
+    return gather(accelerator, torch.from_numpy(np.ascontiguousarray(values))).numpy()
+
+
+def together(accelerator: Accelerator, action: Callable[[], Result], *failures: type[Exception]) -> Result:
+    """Run `action`; where it fails in one process, all fail, so that none waits for a process that is gone.
+
+    Args:
+        accelerator: knows the processes.
+        action: must not itself wait for other processes.
+        failures: what may be raised by it and is told to the others, which raise the first of these types.
+    """
+    error: Exception | None = None
+    try:
+        result = action()
+    except failures as raised:
+        error = raised
+    failed = gather(accelerator, torch.tensor([error is not None]))
+    if error is not None:
+        raise error
+    if failed.any():
+        raise failures[0](f"process {int(failed.int().argmax())} of {len(failed)} cannot go on, as it says itself")
+    return result
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether `error` says that another process of the run is gone or does not answer."""
+    kinds = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the weights of `model` are spread over the processes (fully sharded data parallel)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether each process has only a part of `tensor`."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor's full value; where it is spread over the processes, all of them must ask."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, which every process has whole, spread over the processes as `like` is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+@contextmanager
+def without_synchronisation(accelerator: Accelerator, model: Any, *, active: bool) -> Iterator[None]:
+    """Within this context gradients are only added up; sharded ones are always sent, since none could hold them."""
+    if not active or accelerator.num_processes == 1 or is_sharded(model):
+        yield
+        return
+    with accelerator.no_sync(model):
+        yield

@@ -1,0 +1,309 @@
+"""The policy update: the clipped objective over one iteration's samples (docs/method.md, sections 1, 5 and 7)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import star_kernels as sk
+from star_trainer.advantages import Advantages, control_weights
+from star_trainer.logs import RunLog
+from star_trainer.processes import gather, whole, without_synchronisation
+from star_trainer.randomness import numpy_stream
+from star_trainer.rollout import NonFiniteError, Rollout
+from star_trainer.state import TrainingState
+
+# The policy's prediction, and the one without a prompt under guidance.
+Velocities = tuple[Tensor, Tensor | None]
+
+
+def update(
+    state: TrainingState, rollout: Rollout, advantages: Advantages, iteration: int, log: RunLog
+) -> dict[str, float]:
+    """`train.updates` optimiser steps, each on its share of the samples and on the same chosen denoising steps.
+
+    `advantages` are those of all processes' samples, `rollout` has this process's. What is drawn and how samples are
+    divided does not depend on the number of processes.
+    """
+    config, accelerator = state.config, state.accelerator
+    rng = numpy_stream(config.run.seed, "update", iteration)
+    steps = choose_steps(
+        rollout.trajectory.coefficients, config.train.step_fraction, numpy_stream(config.run.seed, "steps", iteration)
+    )
+    # A stream of its own: the order of the samples must not depend on the method.
+    weights = method_weights(state, rollout, numpy_stream(config.run.seed, "shuffle", iteration))
+    kept = rng.permutation(len(advantages.kept))
+    kept = kept[advantages.kept[kept]]
+    parts = [share_out(part, state) for part in np.array_split(kept, config.train.updates) if len(part) > 0]
+    own = len(rollout.rewards)
+    batch = Batch(rollout, advantages.values[own * accelerator.process_index :][:own], weights, rollout.log_prob)
+    consistency: list[Tensor] = []
+    if config.train.old_log_prob == "recompute":
+        batch, consistency = recompute(state, batch, steps, parts)
+    totals: list[dict[str, float]] = []
+    skipped = 0
+    for part in parts:
+        state.policy.transformer.train()
+        state.optimizer.zero_grad()
+        passes: list[Pass] = []
+        on_policy = config.train.old_log_prob == "rollout" and part is parts[0]
+        for index, (rows, step) in enumerate(itertools.product(part.chunks, steps)):
+            more = index + 1 < len(part.chunks) * len(steps)
+            with without_synchronisation(accelerator, state.policy.transformer, active=more):
+                # A process that has no samples left goes along with one that weighs nothing.
+                taken = torch.from_numpy(rows if len(rows) else np.zeros(1, dtype=np.int64))
+                result, velocity = step_loss(state, batch, step, taken)
+                share = len(rows) * accelerator.num_processes / part.size / len(steps)
+                accelerator.backward(result.loss * share)
+            if len(rows) == 0:
+                continue
+            if on_policy:
+                consistency.append(log_ratio(state, batch, step, taken, velocity))
+            measured = {**result.metrics, "loss": result.loss.detach()}
+            if config.train.kl_weight == 0.0:
+                # Without a weight the reference model is not run, and a KL of 0 would be no measurement.
+                del measured["kl"]
+            passes.append(Pass(step, rows, measured))
+        state.policy.transformer.eval()
+        parameters = list(state.policy.trainable().values())
+        norm = whole(accelerator.clip_grad_norm_(parameters, config.train.max_gradient_norm))
+        summary = summarise(accelerator, passes, norm, with_kl=config.train.kl_weight > 0.0)
+        if summary["non_finite"] or not math.isfinite(summary["loss"] + summary["gradient_norm"]):
+            skipped += 1
+            skip_update(state, passes, summary, log)
+        else:
+            state.optimizer.step()
+            state.average.step(parameters)
+            state.skipped_in_a_row = 0
+            totals.append(summary)
+    counts = {"updates": float(len(totals)), "skipped_updates": float(skipped)} | agreement(accelerator, consistency)
+    if not totals:
+        return counts
+    return counts | {name: float(np.mean([t[name] for t in totals])) for name in totals[0]}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What updates are made of: this process's samples, their advantages [B], maps and old log-probs [S, B, H, W]."""
+
+    rollout: Rollout
+    advantages: np.ndarray
+    weights: Tensor | None
+    old_log_prob: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One optimiser step's samples: `size` over all processes, and this process's in the batches of its passes.
+
+    Every process has the same number of batches, so that all run the model equally often; they may be empty.
+    """
+
+    size: int
+    chunks: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A backward pass: the denoising step, the samples and what was measured of them."""
+
+    step: int
+    rows: np.ndarray
+    metrics: dict[str, Tensor]
+
+
+def share_out(samples: np.ndarray, state: TrainingState) -> Part:
+    """Divide some of all processes' samples: each process takes those that it has drawn."""
+    section, accelerator = state.config.rollout, state.accelerator
+    own = section.prompts * section.samples // accelerator.num_processes
+    owners = samples // own
+    most = int(np.bincount(owners).max())
+    rows = samples[owners == accelerator.process_index] % own
+    return Part(len(samples), np.array_split(rows, math.ceil(most / state.config.train.batch_size)))
+
+
+def method_weights(state: TrainingState, rollout: Rollout, rng: np.random.Generator) -> Tensor | None:
+    """The maps of this process's samples, as the method has them."""
+    method, weights, size = state.config.method, rollout.trajectory.weights, rollout.group_size
+    if method != "shuffled" or weights is None or state.accelerator.num_processes == 1:
+        return control_weights(method, weights, size, rng)
+    # Maps are exchanged between all groups, those of other processes as well.
+    everywhere = gather(state.accelerator, weights.transpose(0, 1)).transpose(0, 1)
+    exchanged = control_weights(method, everywhere, size, rng)
+    assert exchanged is not None, "the method has maps"
+    own = weights.shape[1]
+    return exchanged[:, own * state.accelerator.process_index :][:, :own]
+
+
+@contextmanager
+def attention_of_the_rollout(state: TrainingState) -> Iterator[None]:
+    """Within this context the transformer's attention gives bit for bit what it gave while maps were recorded."""
+    config = state.config
+    if not config.uses_maps:
+        yield
+        return
+    layers = config.allocation.layers
+    with sk.record_attention(state.policy.transformer, None, layers=layers, backend=config.backend):
+        yield
+
+
+def predict(state: TrainingState, rollout: Rollout, step: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The velocity of some samples at one denoising step, and under guidance the one without a prompt."""
+    policy, device = state.policy, state.policy.device
+    sample, timestep = rollout.trajectory.latents[step, rows].to(device), rollout.timesteps[step]
+    unconditional = None
+    if state.config.rollout.guidance_scale > 1.0:
+        with torch.no_grad():
+            unconditional = policy.velocity(sample, timestep, policy.encode([""]).expand(len(rows)))
+    return policy.velocity(sample, timestep, rollout.embeddings_of(rows)), unconditional
+
+
+def step_loss(state: TrainingState, batch: Batch, step: int, rows: Tensor) -> tuple[sk.PolicyLoss, Velocities]:
+    """The clipped objective of one denoising step on some of the samples, and the velocities it was made of."""
+    config, policy, trajectory = state.config, state.policy, batch.rollout.trajectory
+    device, timestep = policy.device, batch.rollout.timesteps[step]
+    sample = trajectory.latents[step, rows].to(device)
+    guidance_scale = config.rollout.guidance_scale
+    reference = None
+    with attention_of_the_rollout(state):
+        if config.train.kl_weight > 0.0:
+            reference = policy.reference_velocity(sample, timestep, batch.rollout.embeddings_of(rows))
+            if guidance_scale > 1.0:
+                empty = policy.reference_velocity(sample, timestep, policy.encode([""]).expand(len(rows)))
+                reference = empty + guidance_scale * (reference - empty)
+        velocity, unconditional = predict(state, batch.rollout, step, rows)
+    # An image's log-ratio averages H*W times as many numbers, so that its spread is sqrt(H*W) times smaller.
+    widen = 1.0 if config.granularity == "image" else math.sqrt(sample.shape[-2] * sample.shape[-1])
+    loss = sk.policy_loss(
+        velocity,
+        sample,
+        trajectory.latents[step + 1, rows].to(device),
+        batch.old_log_prob[step, rows].to(device),
+        torch.from_numpy(batch.advantages).float()[rows].to(device),
+        trajectory.coefficients[step],
+        weights=None if batch.weights is None else batch.weights[step, rows].to(device),
+        clip_range=config.train.clip_range * widen,
+        granularity=config.granularity,
+        reference_velocity=reference,
+        kl_weight=config.train.kl_weight,
+        kl_scale=config.train.kl_scale,
+        unconditional_velocity=unconditional,
+        guidance_scale=guidance_scale,
+        backend=config.backend,
+    )
+    return loss, (velocity, unconditional)
+
+
+def log_prob(state: TrainingState, rollout: Rollout, step: int, rows: Tensor, velocities: Velocities) -> Tensor:
+    """The log-prob [B, H, W] of the rollout's transitions under the policy that predicts `velocities`."""
+    trajectory, device = rollout.trajectory, state.policy.device
+    velocity, unconditional = velocities
+    return sk.transition_log_prob(
+        velocity.detach(),
+        trajectory.latents[step, rows].to(device),
+        trajectory.latents[step + 1, rows].to(device),
+        trajectory.coefficients[step],
+        unconditional_velocity=unconditional,
+        guidance_scale=state.config.rollout.guidance_scale,
+        backend=state.config.backend,
+    )
+
+
+def log_ratio(state: TrainingState, batch: Batch, step: int, rows: Tensor, velocities: Velocities) -> Tensor:
+    """|log-ratio| of the training passes to the rollout, mean and largest [2], at the method's granularity."""
+    new = log_prob(state, batch.rollout, step, rows, velocities)
+    difference = new - batch.rollout.log_prob[step, rows].to(new.device)
+    if state.config.granularity == "image":
+        difference = difference.mean((-2, -1))
+    return torch.stack([difference.abs().mean(), difference.abs().max()])
+
+
+@torch.no_grad()
+def recompute(state: TrainingState, batch: Batch, steps: list[int], parts: list[Part]) -> tuple[Batch, list[Tensor]]:
+    """The batch with old log-probs as training passes see them, and how far the rollout's are from them."""
+    old = batch.rollout.log_prob.clone()
+    differences: list[Tensor] = []
+    state.policy.transformer.train()
+    for part in parts:
+        for rows, step in itertools.product(part.chunks, steps):
+            taken = torch.from_numpy(rows if len(rows) else np.zeros(1, dtype=np.int64))
+            with attention_of_the_rollout(state):
+                velocities = predict(state, batch.rollout, step, taken)
+            if len(rows) == 0:
+                continue
+            differences.append(log_ratio(state, batch, step, taken, velocities))
+            old[step, taken] = log_prob(state, batch.rollout, step, taken, velocities).to(old.device)
+    state.policy.transformer.eval()
+    return replace(batch, old_log_prob=old), differences
+
+
+def agreement(accelerator: Accelerator, differences: list[Tensor]) -> dict[str, float]:
+    """How well training passes agree with the rollout before anything is updated, over all processes."""
+    own = torch.stack(differences) if differences else torch.zeros(0, 2)
+    values = torch.cat([own.sum(0)[:1], own.amax(0)[1:] if differences else torch.zeros(1), torch.tensor([len(own)])])
+    gathered = gather(accelerator, values.cpu()[None])
+    if gathered[:, 2].sum() == 0:
+        return {}
+    return {
+        "log_ratio_mean": float(gathered[:, 0].sum() / gathered[:, 2].sum()),
+        "log_ratio_max": float(gathered[:, 1].max()),
+    }
+
+
+def choose_steps(coefficients: list[sk.TransitionCoefficients], fraction: float, rng: np.random.Generator) -> list[int]:
+    """The denoising steps of this iteration: a share of those with noise, drawn without repetition, in order."""
+    noisy = [step for step, row in enumerate(coefficients) if row.stochastic]
+    count = max(1, round(fraction * len(noisy)))
+    return sorted(rng.choice(noisy, count, replace=False).tolist())
+
+
+MEANS = ("loss", "policy_loss", "clip_fraction", "ratio_mean", "approx_kl")
+
+
+def summarise(accelerator: Accelerator, passes: list[Pass], norm: Tensor, *, with_kl: bool) -> dict[str, float]:
+    """Means over the samples of all processes (sums of counts, extremes of extremes); reads the device once."""
+    names = [*MEANS, "kl"] if with_kl else list(MEANS)
+    rows = torch.tensor([float(len(entry.rows)) for entry in passes], dtype=torch.float64)
+
+    def column(name: str) -> Tensor:
+        return torch.stack([entry.metrics[name].double() for entry in passes]).to(accelerator.device)
+
+    own = torch.zeros(len(names) + 4, dtype=torch.float64, device=accelerator.device)
+    own[-2], own[-1] = float("inf"), float("-inf")
+    if passes:
+        sums = [(column(name) * rows.to(accelerator.device)).sum() for name in names]
+        own = torch.stack(
+            [*sums, rows.sum().to(accelerator.device), column("non_finite").sum()]
+            + [column("ratio_min").amin(), column("ratio_max").amax()]
+        )
+    everywhere = gather(accelerator, own[None])
+    total = everywhere.sum(0)
+    values = torch.cat([total[: len(names)] / total[len(names)], total[[-3]]]).tolist()
+    return dict(zip([*names, "non_finite"], values, strict=True)) | {
+        "ratio_min": float(everywhere[:, -2].min()),
+        "ratio_max": float(everywhere[:, -1].max()),
+        "gradient_norm": float(norm),
+    }
+
+
+def skip_update(state: TrainingState, passes: list[Pass], summary: dict[str, float], log: RunLog) -> None:
+    """Leave the weights as they are, say which step and samples were bad, and end the run when it keeps happening."""
+    state.optimizer.zero_grad()
+    state.skipped_in_a_row += 1
+    bad = [p for p in passes if p.metrics["non_finite"] > 0 or not torch.isfinite(p.metrics["loss"])]
+    where = [f"step {entry.step}, samples {entry.rows.tolist()[:8]}" for entry in bad[:3]]
+    message = (
+        f"update skipped ({state.skipped_in_a_row} in a row): loss {summary['loss']}, gradient norm "
+        f"{summary['gradient_norm']}, {summary['non_finite']:.0f} non-finite positions"
+    )
+    log.say(f"{message}; {'; '.join(where) or 'every loss of this process was finite'}", everywhere=bool(bad))
+    if state.skipped_in_a_row >= state.config.train.max_skipped_updates:
+        raise NonFiniteError(f"{message}. Training ends here: lower train.learning_rate or use a wider model.dtype")

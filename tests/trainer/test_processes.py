@@ -1,0 +1,185 @@
+"""Several processes: the same training as one, whole groups, and no process that waits for one that is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from star_trainer.config import ConfigError, load_config
+from star_trainer.processes import lost_process
+from star_trainer.train import train
+
+HERE = Path(__file__).parent
+SMALL = [
+    "run.progress=false",
+    "train.iterations=3",
+    "train.step_fraction=1.0",
+    "train.batch_size=3",
+    "train.kl_weight=0.01",
+    # Adam moves a weight whose gradient is rounding alone by as much as any other.
+    "train.learning_rate=2e-5",
+    "rollout.prompts=4",
+    "rollout.samples=3",
+    "rollout.batch_size=4",
+    "rollout.steps=3",
+    "rollout.sde_steps=2",
+    "evaluation.prompts=5",
+    "evaluation.interim_prompts=4",
+    "evaluation.steps=2",
+    "evaluation.every=2",
+    "evaluation.pictures=2",
+    "checkpoints.every=1",
+    "reward.terms={'reward_for_tests:brightness': 1.0}",
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(HERE))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    torch.set_num_threads(before)
+
+
+def launch(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run Python with `arguments` as that many processes, as `torchrun` and `accelerate launch` do."""
+    path = ":".join([str(HERE), *(entry for entry in sys.path if entry)])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def run_two(folder: Path, *overrides: str) -> None:
+    done = launch("-m", "star_trainer", "tiny", f"run.folder={folder}", *SMALL, *overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_one(folder: Path, *overrides: str) -> None:
+    train(load_config("tiny", [f"run.folder={folder}", *SMALL, *overrides]))
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").glob("iteration_*"))
+    return {
+        f"{name}/{key}": tensor
+        for name in ("policy", "average", "optimizer")
+        for key, tensor in load_file(newest / f"{name}.safetensors").items()
+    }
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    run_two(folder)
+    return folder
+
+
+def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
+    run_one(tmp_path)
+    one, other = trained(tmp_path), trained(two)
+    assert one.keys() == other.keys()
+    assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-6
+    assert any(tensor.abs().max() > 1e-5 for key, tensor in one.items() if "lora_B" in key)
+    for mine, theirs in zip(records(tmp_path), records(two), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in ("train/loss", "train/policy_loss", "train/kl", "reward/mean", "reward/std", "eval/reward"):
+            assert mine.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), abs=1e-6), name
+    assert json.loads((two / "summary.json").read_text())["held_out_prompts"] == 5
+    images = [load_file(folder / "base_evaluation.safetensors")["images"] for folder in (tmp_path, two)]
+    assert images[0].shape == images[1].shape == (2, 64, 64, 3)
+    assert (images[0].int() - images[1].int()).abs().max() <= 1
+
+
+def test_every_process_has_random_numbers_of_its_own_in_the_checkpoint(two: Path) -> None:
+    newest = max((two / "checkpoints").glob("iteration_*"))
+    states = [load_file(newest / f"rng_000{rank}.safetensors")["torch"] for rank in (0, 1)]
+    assert not torch.equal(*states)
+
+
+def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_all_groups(tmp_path: Path) -> None:
+    # One group of the four has spread: one process has all the samples that are trained on, the other none.
+    overrides = ["method=shuffled", "train.iterations=1", "train.updates=1"]
+    overrides.append("reward.terms={'reward_for_tests:one_group': 1.0}")
+    run_two(tmp_path / "two", *overrides)
+    run_one(tmp_path / "one", *overrides)
+    one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+    assert max(float(tensor.abs().max()) for key, tensor in one.items() if "exp_avg" in key) > 1e-4
+    assert records(tmp_path / "two")[1]["reward/groups_without_spread"] == 0.75
+
+
+def test_sharded_weights_train_as_copied_ones_do(two: Path, tmp_path: Path) -> None:
+    # Stopped and taken up again, so that a checkpoint of shards is read as well.
+    run_two(tmp_path, "model.sharded=true", "train.iterations=2")
+    run_two(tmp_path, "model.sharded=true")
+    copied, sharded = trained(two), trained(tmp_path)
+    assert copied.keys() == sharded.keys()
+    assert max(float((copied[key] - sharded[key]).abs().max()) for key in copied) < 1e-6
+    adapters = [load_file(folder / "adapter" / "pytorch_lora_weights.safetensors") for folder in (two, tmp_path)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.allclose(adapters[0][key], adapters[1][key], atol=1e-6) for key in adapters[0])
+
+
+def test_a_fully_trained_sharded_transformer_is_exported_whole(tmp_path: Path) -> None:
+    from diffusers import SD3Transformer2DModel
+
+    overrides = ["model.sharded=true", "model.lora=null", "train.kl_weight=0", "train.iterations=1"]
+    run_two(tmp_path, *overrides, "model.gradient_checkpointing=true", "rollout.keep_on_host=true")
+    exported = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer").state_dict()
+    averages = load_file(max((tmp_path / "checkpoints").glob("iteration_*")) / "average.safetensors")
+    assert averages.keys() <= exported.keys()
+    assert all(torch.equal(exported[key], averages[key]) for key in averages)
+
+
+def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(two: Path, tmp_path: Path) -> None:
+    ended = launch(str(HERE / "kill_run.py"), "rollout", str(tmp_path), *SMALL)
+    assert ended.returncode != 0
+    assert "SIGKILL" in ended.stderr or "another process of this run is gone" in ended.stderr
+    assert not (tmp_path / "summary.json").exists()
+    run_two(tmp_path)
+    expected, resumed = trained(two), trained(tmp_path)
+    assert not [key for key in expected if not torch.equal(expected[key], resumed[key])]
+
+
+def test_a_reward_that_fails_in_one_process_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
+    failing = ["reward.terms={'reward_for_tests:fails_in_the_last_process': 1.0}"]
+    ended = launch("-m", "star_trainer", "tiny", f"run.folder={tmp_path}", *SMALL, *failing)
+    assert ended.returncode != 0
+    assert "process 1 of 2 cannot go on" in ended.stderr and "the reward is gone" in ended.stderr
+    assert "iterations are saved" in ended.stderr
+    assert list((tmp_path / "checkpoints").glob("iteration_*/manifest.json"))
+
+
+def test_groups_that_cannot_be_divided_are_refused_by_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with pytest.raises(ConfigError, match=r"rollout\.prompts: expected a multiple of the 3 processes"):
+        run_one(tmp_path)
+
+
+def test_one_process_has_nothing_to_spread_its_weights_over(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.sharded"):
+        run_one(tmp_path, "model.sharded=true")
+
+
+def test_only_failures_of_communication_count_as_a_lost_process() -> None:
+    assert lost_process(RuntimeError("[../third_party/gloo/pair.cc:534] Connection closed by peer"))
+    assert lost_process(torch.distributed.DistBackendError("NCCL communicator was aborted"))
+    assert not lost_process(RuntimeError("out of memory"))
+    assert not lost_process(ValueError("gloo"))
