@@ -27,16 +27,21 @@ _ACTIVATION_COPIES = 17
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes on one device at the fullest moment of an update; the models of rewards are not counted."""
+    """Estimated bytes on one device; the models of rewards are not counted.
+
+    The text encoders are there while prompts are encoded, samples and activations during rollout and update.
+    """
 
     weights: float
     trained: float
     rollout: float
     activations: float
+    encoders: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.trained + self.rollout + self.activations
+        """At the fullest moment."""
+        return self.weights + self.trained + max(self.rollout + self.activations, self.encoders)
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,13 @@ def plan(config: Config, processes: int = 1) -> Plan:
     trained_steps = max(1, round(config.train.step_fraction * noisy))
     # Guidance runs the unconditional half by itself, and the KL asks the model without adapters for each of the two.
     forward = (2 if guided else 1) * (2 if config.train.kl_weight > 0.0 else 1)
+    if config.train.old_log_prob == "recompute":
+        forward += 2 if guided else 1
     rollout_batches = math.ceil(samples / config.rollout.batch_size)
     return Plan(
         parameters=frozen,
         trainable=trainable,
-        memory=_memory(config, transformer, frozen, trainable, tokens, samples, side),
+        memory=_memory(config, transformer, frozen, trainable, tokens, samples, side, processes),
         latent=(shape.in_channels, side, side),
         tokens=tokens,
         images=samples * processes,
@@ -143,7 +150,8 @@ def report(config: Config, processes: int = 1) -> str:
             "estimated GPU memory",
             f"{_bytes(memory.total)}{each}: weights {_bytes(memory.weights)}, gradients, optimiser and averages "
             f"{_bytes(memory.trained)}, samples of an iteration {_bytes(memory.rollout)}, activations of one backward "
-            f"pass {_bytes(memory.activations)}; models of rewards come on top",
+            f"pass {_bytes(memory.activations)}, or instead of the last two the text encoders, "
+            f"{_bytes(memory.encoders)}, while prompts are encoded; models of rewards come on top",
         ),
     ]
     width_of_names = max(len(name) for name, _ in lines)
@@ -221,15 +229,22 @@ def _count(module: Any) -> int:
 
 
 def _memory(
-    config: Config, transformer: Any, frozen: dict[str, int], trainable: int, tokens: int, samples: int, side: int
+    config: Config,
+    transformer: Any,
+    frozen: dict[str, int],
+    trainable: int,
+    tokens: int,
+    samples: int,
+    side: int,
+    processes: int,
 ) -> Memory:
     itemsize = 4 if config.model.dtype == "float32" else 2
     copies = 2 if config.model.lora is None and config.train.kl_weight > 0.0 else 1
-    others = frozen["autoencoder"] + frozen["text encoders"]
     held = 0 if config.model.lora is None else frozen["transformer"]
-    weights = itemsize * (held + others + (copies - 1) * frozen["transformer"])
+    shares = processes if config.model.sharded else 1
+    weights = itemsize * (held / shares + frozen["autoencoder"] + (copies - 1) * frozen["transformer"])
     # In float32 whatever the model's dtype: weight, gradient, two moments of AdamW and the moving average.
-    trained = 4 * 5 * trainable
+    trained = 4 * 5 * trainable / shares
     hidden = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     per_block = tokens * hidden * config.train.batch_size * itemsize
     blocks = transformer.config.num_layers
@@ -237,7 +252,9 @@ def _memory(
         activations = per_block * (blocks + _ACTIVATION_COPIES)
     else:
         activations = per_block * blocks * _ACTIVATION_COPIES
-    return Memory(weights, trained, 4 * samples * _kept_numbers(config, transformer.config, side), activations)
+    kept = 0 if config.rollout.keep_on_host else samples
+    rollout = 4 * kept * _kept_numbers(config, transformer.config, side)
+    return Memory(weights, trained, rollout, activations, itemsize * frozen["text encoders"])
 
 
 def _kept_numbers(config: Config, shape: Any, side: int) -> int:

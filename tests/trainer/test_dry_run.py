@@ -121,6 +121,13 @@ def test_memory_follows_what_it_is_made_of() -> None:
     assert base.total == base.weights + base.trained + base.rollout + base.activations
     assert memory("rollout.prompts=24").rollout == pytest.approx(base.rollout * 2)
     assert memory("method=uniform").rollout < base.rollout
+    assert memory("rollout.keep_on_host=true").rollout == 0
+    # Prompts are encoded before anything else is on the device.
+    assert memory("train.batch_size=1", "rollout.keep_on_host=true", "rollout.prompts=1").total == (
+        base.weights + base.trained + base.encoders
+    )
+    one, spread = (plan(load_config("tiny", [f"model.sharded={sharded}"]), 4).memory for sharded in ("false", "true"))
+    assert spread.trained == one.trained / 4 and spread.weights < one.weights
 
 
 def test_the_command_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
