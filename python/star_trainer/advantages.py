@@ -56,7 +56,7 @@ def group_advantages(rewards: np.ndarray, group_size: int, *, std: str = "group"
 
 
 def control_weights(method: str, weights: Tensor | None, group_size: int, rng: np.random.Generator) -> Tensor | None:
-    """The maps that a method uses, from STAR's [T, B, h, w]; None is w = 1.
+    """The maps that a method uses, from STAR's (or the oracle's own) [T, B, h, w]; None is w = 1.
 
     ``shuffled`` gives every sample the map of another prompt's sample, step by step; ``inverted`` mirrors each
     map between its smallest and largest value and scales its mean back to 1.
@@ -68,7 +68,7 @@ def control_weights(method: str, weights: Tensor | None, group_size: int, rng: n
         return None
     if weights is None:
         raise ValueError(f"weights: expected the recorded maps for the method {method}, got None")
-    if method == "star":
+    if method in ("star", "oracle"):
         return weights
     if method == "shuffled":
         groups = weights.shape[1] // group_size
@@ -84,4 +84,4 @@ def control_weights(method: str, weights: Tensor | None, group_size: int, rng: n
         flat = weights.flatten(2)
         mirrored = flat.amin(-1, keepdim=True) + flat.amax(-1, keepdim=True) - flat
         return (mirrored / mirrored.mean(-1, keepdim=True)).view_as(weights)
-    raise ValueError(f"method: expected star, uniform, uniform_position, shuffled or inverted, got {method!r}")
+    raise ValueError(f"method: expected star, uniform, uniform_position, shuffled, inverted or oracle, got {method!r}")

@@ -14,7 +14,7 @@ from star_trainer.yaml_files import KeyPath, YamlFileError, parse
 
 PRESETS = Path(__file__).parent / "presets"
 
-Method = Literal["star", "uniform", "uniform_position", "shuffled", "inverted"]
+Method = Literal["star", "uniform", "uniform_position", "shuffled", "inverted", "oracle"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -232,8 +232,8 @@ class Config(_Section):
 
     @property
     def uses_maps(self) -> bool:
-        """Whether the method needs allocation maps, and so text units and recorded attention."""
-        return self.method not in ("uniform", "uniform_position")
+        """Whether the method needs maps made from attention, and so text units and a recorded rollout."""
+        return self.method in ("star", "shuffled", "inverted")
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
@@ -250,6 +250,8 @@ class Config(_Section):
             raise ValueError("train.kl_scale: expected 'variance' for the sampler cps, which has no noise rate")
         if self.method == "shuffled" and self.rollout.prompts < 2:
             raise ValueError("rollout.prompts: expected at least 2 for the method shuffled, which exchanges maps")
+        if self.method == "oracle" and self.prompts.source != "scenes":
+            raise ValueError("method: oracle is for prompts.source=scenes, where it is known what an image shows")
         clamp = self.allocation.clamp
         if clamp is not None and not 0.0 <= clamp[0] <= 1.0 <= clamp[1]:
             raise ValueError(f"allocation.clamp: expected low <= 1 <= high, both at least 0, got {list(clamp)}")

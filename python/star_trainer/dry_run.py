@@ -262,5 +262,5 @@ def _kept_numbers(config: Config, shape: Any, side: int) -> int:
     steps = config.rollout.steps
     latents = (steps + 1) * shape.in_channels * side**2
     log_probs = min(config.rollout.sde_steps or steps, steps) * side**2
-    maps = steps * (side // shape.patch_size) ** 2 if config.uses_maps else 0
+    maps = steps * (side // shape.patch_size) ** 2 if config.uses_maps or config.method == "oracle" else 0
     return latents + log_probs + maps

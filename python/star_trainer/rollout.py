@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import star_kernels as sk
 from star_trainer.config import Allocation, Config
+from star_trainer.oracle import true_maps
 from star_trainer.policy import Embeddings, Policy
 from star_trainer.randomness import stream
 from star_trainer.rewards import RewardFunction
@@ -200,7 +201,7 @@ def collect(
     embeddings = policy.encode([prompt.text for prompt in prompts])
     units = text_units(policy, prompts) if config.uses_maps else None
     trajectories: list[Trajectory] = []
-    pending: list[Future[tuple[np.ndarray, float]]] = []
+    pending: list[Future[_Judged]] = []
     first_sample = first_prompt * section.samples
     start = time.perf_counter()
     for first in range(0, len(repeated), section.batch_size):
@@ -221,21 +222,25 @@ def collect(
             backend=config.backend,
         )
         judged = [repeated[row] for row in rows.tolist()]
-        pending.append(worker.submit(_judge, policy, trajectory.latents[-1], judged, reward))
+        pending.append(worker.submit(_judge, policy, config, trajectory.latents[-1], judged, reward))
         trajectories.append(trajectory.to("cpu") if section.keep_on_host else trajectory)
     sampled = time.perf_counter()
-    rewards = [future.result() for future in pending]
+    judgements = [future.result() for future in pending]
     end = time.perf_counter()
+    trajectory = _join(trajectories)
+    if config.method == "oracle":
+        maps = torch.cat([judged.maps for judged in judgements if judged.maps is not None])
+        trajectory = replace(trajectory, weights=maps.to(trajectory.latents.device).expand(section.steps, -1, -1, -1))
     _, timesteps = policy.schedule(section.steps)
     return Rollout(
-        trajectory=_join(trajectories),
+        trajectory=trajectory,
         timesteps=timesteps,
         embeddings=embeddings,
-        rewards=np.concatenate([values for values, _ in rewards]),
+        rewards=np.concatenate([judged.rewards for judged in judgements]),
         prompts=repeated,
         seconds={
             "rollout": sampled - start,
-            "reward": sum(seconds for _, seconds in rewards),
+            "reward": sum(judged.seconds for judged in judgements),
             "reward_wait": end - sampled,
         },
     )
@@ -247,11 +252,23 @@ def _group_noise(policy: Policy, config: Config, iteration: int, prompts: Tensor
     return randn_tensor((len(prompts), *policy.latent_shape), generator=generators, device=torch.device("cpu"))
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """A batch's rewards [B], the maps that its images give (for the oracle), and what that took."""
+
+    rewards: np.ndarray
+    maps: Tensor | None
+    seconds: float
+
+
 def _judge(
-    policy: Policy, latents: Tensor, prompts: Sequence[ScenePrompt], reward: RewardFunction
-) -> tuple[np.ndarray, float]:
+    policy: Policy, config: Config, latents: Tensor, prompts: Sequence[ScenePrompt], reward: RewardFunction
+) -> _Judged:
     start = time.perf_counter()
-    return reward(policy.decode(latents), prompts), time.perf_counter() - start
+    images = policy.decode(latents)
+    rewards = reward(images, prompts)
+    maps = true_maps(images, prompts, policy.grid, config.allocation) if config.method == "oracle" else None
+    return _Judged(rewards, maps, time.perf_counter() - start)
 
 
 def _join(parts: Sequence[Trajectory]) -> Trajectory:

@@ -92,7 +92,7 @@ def test_inverted_maps_reverse_the_order_and_keep_mean_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "maps", "size"), [("oracle", _maps(), 4), ("star", None, 4), ("shuffled", _maps(groups=1), 4)]
+    ("method", "maps", "size"), [("best", _maps(), 4), ("star", None, 4), ("shuffled", _maps(groups=1), 4)]
 )
 def test_controls_that_cannot_be_made_are_refused(method: str, maps: torch.Tensor | None, size: int) -> None:
     with pytest.raises(ValueError, match="method|weights"):

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from star_trainer.rewards.requirements import DetectedObject
-from star_trainer.rewards.scene_detector import SCORE_THRESHOLD, detect
+from star_trainer.rewards.scene_detector import SCORE_THRESHOLD, detect, detect_masks
 from star_trainer.scenes import COLOURS, SHAPES, SceneObject, render, sample_prompt, sample_scene, shape_mask
 
 
@@ -153,3 +153,13 @@ def test_strided_and_read_only_pictures_are_taken() -> None:
 def test_what_is_no_picture_is_refused(image: np.ndarray, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=f"image: .*{words}"):
         detect(image)
+
+
+def test_masks_are_the_pixels_of_their_objects() -> None:
+    objects = [SceneObject("square", "red", 16.0, 20.0, 9.0), SceneObject("circle", "blue", 45.0, 44.0, 8.0)]
+    found = detect_masks(plain(objects))
+    assert [item for item, _ in found] == detect(plain(objects))
+    for item, mask in found:
+        (drawn,) = [each for each in objects if each.shape == item.name]
+        truth = shape_mask(drawn.shape, drawn.x, drawn.y, drawn.radius) > 0.5
+        assert mask.dtype == bool and (mask & truth).sum() / (mask | truth).sum() > 0.85

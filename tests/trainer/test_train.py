@@ -127,7 +127,7 @@ def test_a_killed_run_ends_in_the_same_weights_bit_for_bit(point: str, uninterru
     assert rewards(tmp_path) == rewards(uninterrupted)
 
 
-@pytest.mark.parametrize("method", ["uniform", "uniform_position", "shuffled", "inverted"])
+@pytest.mark.parametrize("method", ["uniform", "uniform_position", "shuffled", "inverted", "oracle"])
 def test_methods_draw_the_same_random_numbers(method: str, uninterrupted: Path, tmp_path: Path) -> None:
     run(tmp_path, f"method={method}", "train.iterations=1")
 

@@ -69,6 +69,11 @@ def detect(image: np.ndarray) -> list[DetectedObject]:
         ValueError: not [H, W, 3], or not finite.
         TypeError: neither uint8 nor float.
     """
+    return [found for found, _ in detect_masks(image)]
+
+
+def detect_masks(image: np.ndarray) -> list[tuple[DetectedObject, np.ndarray]]:
+    """`detect`, and with each object the pixels that are its own, [H, W] bool."""
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"image: expected shape [H, W, 3], got {list(image.shape)}")
@@ -81,16 +86,19 @@ def detect(image: np.ndarray) -> list[DetectedObject]:
     gaps = np.abs((hue[..., None] - _palette_hues() + 180.0) % 360.0 - 180.0)
     nearest = gaps.argmin(-1)
     minimum_area = MINIMUM_AREA * image.shape[0] * image.shape[1] / IMAGE_SIZE**2
-    detections = []
+    found = []
     for index, colour in enumerate(COLOURS):
         labels, count = ndimage.label((chroma > CHROMA_THRESHOLD) & (nearest == index))
         windows = ndimage.find_objects(labels, count)
         # Areas of all pieces at once: a noisy picture has thousands.
         for label in np.flatnonzero(np.bincount(labels.ravel(), minlength=1)[1:] >= minimum_area) + 1:
             window = windows[label - 1]
-            shape, score = _match(labels[window] == label)
+            piece = labels[window] == label
+            shape, score = _match(piece)
             if score >= SCORE_THRESHOLD:
                 rows, columns = window
                 box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-                detections.append(DetectedObject(shape, score, colour, box))
-    return detections
+                mask = np.zeros(image.shape[:2], dtype=bool)
+                mask[window] = piece
+                found.append((DetectedObject(shape, score, colour, box), mask))
+    return found
