@@ -11,36 +11,17 @@ from PIL import Image
 from star_trainer.config import ConfigError
 from star_trainer.rewards.clip import ClipModel, ClipReward
 from star_trainer.scenes import ScenePrompt
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers import CLIPProcessor
 
 from tests.tiny_models import tiny_clip_tokenizer
-
-try:
-    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
-except ImportError:
-    from transformers import CLIPImageProcessor
+from tests.tiny_reward_models import CLIPImageProcessor, save_clip
 
 PROMPTS = [ScenePrompt(text, {}) for text in ("a red circle", "a blue square", "a photo of three cats")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP as diffusers and transformers save it, with the image processor of the published ones at 32 pixels."""
-    folder = tmp_path_factory.mktemp("clip") / "model"
-    tokenizer = tiny_clip_tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    model = CLIPModel(
-        CLIPConfig(
-            text_config={**sizes, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id},
-            vision_config={**sizes, "image_size": 32, "patch_size": 8},
-            projection_dim=16,
-        )
-    )
-    model.save_pretrained(folder)
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,9 @@ from star_trainer.config import ConfigError
 from star_trainer.rewards.geneval import COLOURS, Detector, GenEvalReward, box_of, masked_crop
 from star_trainer.rewards.requirements import DetectedObject, judge
 from star_trainer.scenes import ScenePrompt
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 from tests.tiny_models import DATA
-
-try:
-    from transformers import Mask2FormerImageProcessorPil as Mask2FormerImageProcessor
-except ImportError:
-    from transformers import Mask2FormerImageProcessor
+from tests.tiny_reward_models import save_detector
 
 RGB = {
     "red": (220, 20, 20),
@@ -49,27 +44,7 @@ class SeesColours:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Mask2Former of random weights, as transformers saves it."""
-    folder = str(tmp_path_factory.mktemp("detector") / "model")
-    torch.manual_seed(0)
-    stages = [f"stage{i}" for i in range(1, 5)]
-    backbone = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, out_features=stages)
-    config = Mask2FormerConfig(
-        backbone_config=backbone,
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        dim_feedforward=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=12,
-        id2label={0: "cat", 1: "mouse", 2: "tv"},
-    )
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
-    Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
-    return folder
+    return str(save_detector(tmp_path_factory.mktemp("detector") / "model"))
 
 
 @pytest.fixture(scope="module")
