@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -10,6 +11,9 @@ import warnings
 from collections.abc import Sequence
 
 from star_trainer.config import ConfigError, describe_keys, load_config, preset_names
+
+# What a disk says that is full or may not be written to.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,6 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
+        return 2
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"star-train: {error}; the same command goes on from the last whole checkpoint", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("star-train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -254,7 +254,7 @@ def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
         with warnings.catch_warnings():
             # The name of this argument changed between the diffusers releases that are supported.
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=dtype)
+            pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pipeline: {config.pipeline!r} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)

@@ -87,12 +87,25 @@ def read_prompts(name: str, key: str, origin: str | None = None) -> list[ScenePr
     for number, line in filled:
         try:
             prompt = parse(line)
+            if prompt is not None:
+                _check_text(prompt.text)
         except ValueError as error:
             raise ConfigError(f"{key}: {path}, line {number}: {error}") from error
-        prompts += [] if prompt is None else [prompt]
+        if prompt is not None:
+            prompts.append(prompt)
     if not prompts:
         raise ConfigError(f"{key}: {path} holds no prompts")
     return prompts
+
+
+def _check_text(text: str) -> None:
+    """Refuse what no tokenizer takes, or nothing can be drawn of."""
+    if not text.strip():
+        raise ValueError("expected a prompt, got white space")
+    if "\0" in text:
+        raise ValueError("expected a prompt without null bytes")
+    # Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is a ValueError.
+    text.encode()
 
 
 def _text_line(line: str) -> ScenePrompt:

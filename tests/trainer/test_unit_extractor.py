@@ -403,7 +403,8 @@ def test_what_is_cut_off_is_told_from_what_is_not_there(tmp_path: Path, capsys: 
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     arguments = [str(path), "--pipeline", "tiny", "--max-sequence-length", "20", "--set", "source=file"]
     assert main(arguments) == 0
-    cut, foreign = capsys.readouterr().out.splitlines()[-2:]
+    summary, cut, foreign = capsys.readouterr().out.splitlines()[-3:]
+    assert summary.startswith("found in the token sequence: 2 of 4")
     assert cut.startswith("    cut off after 16 tokens of CLIP and 20 of T5: blue square in 'a red circle and a cat")
     assert foreign == "    not in the prompt: yellow triangle in 'a green cross'"
 

@@ -115,13 +115,14 @@ def load_reward(config: Reward) -> RewardFunction:
 
     Raises:
         ConfigError: what `check_reward` refuses, or a model that cannot be loaded.
-        RewardError: when called: a reward of one's own that fails, anything but B finite numbers, or a prompt that the
-            reward can tell nothing of; the message names the term.
+        RewardError: when called: images of another form, a reward of one's own that fails, anything but B finite
+            numbers, or a prompt that the reward can tell nothing of; the message names the term.
     """
     models = _Models(config)
     functions = {name: _find(name, models) for name in config.terms}
 
     def reward(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+        _check_images(images, len(prompts))
         total = np.zeros(len(prompts))
         for name, function in functions.items():
             for prompt in prompts:
@@ -160,6 +161,13 @@ def unsuitable(name: str, prompt: ScenePrompt) -> str | None:
     if name == "ocr" and not quoted_texts(prompt.text):
         return f"expected a prompt with a quoted text to render, got {shown}"
     return None
+
+
+def _check_images(images: np.ndarray, count: int) -> None:
+    fits = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4 and images.size > 0
+    if not fits or len(images) != count or images.shape[3] != 3:
+        got = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise RewardError(f"rewards: expected images [{count}, H, W, 3] of uint8, got {got}")
 
 
 def _values(name: str, values: Any, count: int) -> np.ndarray:

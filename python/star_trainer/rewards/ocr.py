@@ -13,6 +13,7 @@ from star_trainer.rewards.errors import RewardError
 from star_trainer.scenes import ScenePrompt
 from star_trainer.units.rules import quoted_texts
 
+_LONGEST = 8  # times the shorter side: RapidOCR enlarges that one to 736 pixels, whatever becomes of the longer one
 _MOST_ORDERS = 4  # texts of which every order is tried: 24 comparisons
 
 
@@ -23,7 +24,7 @@ class OcrReward:
 
     Raises:
         ConfigError: RapidOCR is not installed.
-        RewardError: when called: a prompt that quotes no text.
+        RewardError: when called: a prompt that quotes no text, or an image more than 8 times as long as wide.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,9 @@ class OcrReward:
 
     def read(self, image: np.ndarray) -> list[str]:
         """The lines of text in an image [H, W, 3] uint8 (RGB), from top to bottom."""
+        height, width = image.shape[:2]
+        if max(height, width) > _LONGEST * min(height, width):
+            raise RewardError(f"reward ocr: expected sides of at most {_LONGEST} to 1, got {width} x {height} pixels")
         lines, _ = self._read(np.ascontiguousarray(image[:, :, ::-1]))  # OpenCV's order of channels.
         return [text for _, text, _ in lines or ()]
 
