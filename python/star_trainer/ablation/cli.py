@@ -1,0 +1,121 @@
+"""``star-ablate``: the same training with several allocations and seeds, and what the differences amount to."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from star_trainer.ablation.plot import plot_ablation
+from star_trainer.ablation.results import as_json, compare, markdown, read_curve
+from star_trainer.ablation.runs import Arm, places, plan_runs, run_all
+from star_trainer.config import ConfigError, Method, load_config, preset_names
+from star_trainer.files import write_atomically
+
+_METHODS = get_args(Method)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="star-ablate",
+        description="Train with several methods and seeds, equal in everything else, and compare them with a baseline.",
+        epilog=(
+            "examples:\n"
+            "  star-ablate tiny                                             all methods, five seeds\n"
+            "  star-ablate tiny --methods star,uniform --seeds 3 train.iterations=20\n"
+            '  star-ablate tiny --methods uniform,star --arm "half: method=star allocation.strength=0.5"\n\n'
+            "The same command goes on where it was stopped; runs that are done are not made again."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    parser.add_argument("--methods", default=",".join(_METHODS), help="comma-separated (default: all)")
+    parser.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="'NAME: key=value ...'",
+        help="something else to compare: a name and the settings in which it differs; may be repeated",
+    )
+    parser.add_argument("--baseline", help="the arm that others are compared with (default: uniform, or the first)")
+    parser.add_argument("--seeds", default="5", help="how many (5 is 0 to 4), or which, comma-separated")
+    parser.add_argument("--folder", help="where runs and results go (default: runs/ablation_CONFIG)")
+    parser.add_argument("--jobs", type=int, help="runs at the same time (default: one per GPU, else one per core)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; 0, 1 where a run failed, 2 with one line of explanation for arguments that cannot be used."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        arms = _arms(options.methods, options.arm)
+        seeds = _seeds(options.seeds)
+        baseline = options.baseline or ("uniform" if any(arm.name == "uniform" for arm in arms) else arms[0].name)
+        if baseline not in [arm.name for arm in arms]:
+            raise ConfigError(f"--baseline: expected one of {', '.join(arm.name for arm in arms)}, got {baseline!r}")
+        if options.jobs is not None and options.jobs < 1:
+            raise ConfigError(f"--jobs: expected at least 1, got {options.jobs}")
+        folder = Path(options.folder or f"runs/ablation_{Path(options.config).stem}")
+        runs = plan_runs(options.config, options.overrides, arms, seeds, folder)
+    except ConfigError as error:
+        print(f"star-ablate: {error}", file=sys.stderr)
+        return 2
+    try:
+        failures = run_all(runs, places(options.jobs))
+    except KeyboardInterrupt:
+        print("star-ablate: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    curves = [read_curve(run) for run in runs if run not in failures]
+    if baseline not in {curve.arm for curve in curves}:
+        print(f"star-ablate: every run of the baseline {baseline} failed, see {folder}", file=sys.stderr)
+        return 1
+    rows = compare(curves, baseline)
+    table = markdown(rows, baseline)
+    settings = {
+        "config": load_config(options.config, options.overrides).model_dump(mode="json"),
+        "arms": {arm.name: list(arm.overrides) for arm in arms},
+        "seeds": seeds,
+        "baseline": baseline,
+        "failures": {f"{run.arm}, seed {run.seed}": words for run, words in failures.items()},
+    }
+    write_atomically(folder / "ablation.json", as_json(curves, rows, settings).encode())
+    write_atomically(folder / "ablation.md", table.encode())
+    plot_ablation(curves, folder / "ablation.png")
+    print(table)
+    print(f"table, plot and raw numbers are in {folder}")
+    return 1 if failures else 0
+
+
+def _arms(methods: str, others: Sequence[str]) -> list[Arm]:
+    arms = []
+    for name in filter(None, (part.strip() for part in methods.split(","))):
+        if name not in _METHODS:
+            raise ConfigError(f"--methods: expected some of {', '.join(_METHODS)}, got {name!r}")
+        arms.append(Arm(name, (f"method={name}",)))
+    for text in others:
+        name, colon, settings = text.partition(":")
+        if not colon or not re.fullmatch(r"[\w.+-]+", name.strip()):
+            raise ConfigError(f"--arm: expected 'NAME: key=value ...' with a name of letters and digits, got {text!r}")
+        arms.append(Arm(name.strip(), tuple(settings.split())))
+    names = [arm.name for arm in arms]
+    if not arms or len(set(names)) < len(names):
+        raise ConfigError(f"--methods: expected arms with names of their own, got {', '.join(names) or 'none'}")
+    return arms
+
+
+def _seeds(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ConfigError(f"--seeds: expected a number of seeds, or seeds separated by commas, got {text!r}")
+    numbers = [int(part) for part in text.split(",")]
+    seeds = list(range(numbers[0])) if "," not in text else list(dict.fromkeys(numbers))
+    if not seeds:
+        raise ConfigError("--seeds: expected at least one, got 0")
+    return seeds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""star-ablate: runs are made once, in any order and number, and differences are those of an independent computation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from star_trainer.ablation import runs as runs_module
+from star_trainer.ablation.cli import main
+from star_trainer.ablation.results import Curve, compare, markdown, mean_over_seeds
+from star_trainer.ablation.runs import Arm, Run, places, plan_runs, run_all
+
+HERE = Path(__file__).parent
+SMALL = [
+    "train.iterations=2",
+    "rollout.prompts=2",
+    "rollout.samples=2",
+    "rollout.batch_size=4",
+    "rollout.steps=2",
+    "rollout.sde_steps=1",
+    "evaluation.prompts=4",
+    "evaluation.interim_prompts=4",
+    "evaluation.steps=2",
+    "evaluation.every=1",
+    "evaluation.pictures=2",
+]
+
+# Stands for the trainer: logs what a run logs, slower for seed 1, and fails where it is told to.
+STAND_IN = """
+import json, sys, time
+from pathlib import Path
+from star_trainer.config import load_config
+config = load_config("tiny", sys.argv[1:])
+folder = Path(config.run.folder)
+(folder / "config.json").write_text(config.model_dump_json())
+with (folder / "starts").open("a") as file:
+    file.write("x")
+if config.train.max_gradient_norm == 7.0 and config.run.seed == 1:
+    sys.exit("out of luck")
+time.sleep(0.2 * config.run.seed)
+score = 0.5 + 0.1 * (config.method == "star") + 0.01 * config.run.seed
+lines = [{"iteration": 0, "eval/graded": 0.4, "eval/prompts": 4}]
+for iteration in (1, 2):
+    seconds = {f"seconds/{name}": 0.5 for name in ("rollout", "reward_wait", "update")}
+    lines.append({"iteration": iteration, "reward/mean": 0.5, **seconds})
+lines.append({"iteration": 2, "eval/graded": score, "eval/prompts": 4})
+(folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+(folder / "summary.json").write_text(json.dumps({"iterations": 2, "final": {"graded": score}}))
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "command", lambda run: [sys.executable, "-c", STAND_IN, *run.overrides])
+    monkeypatch.setattr(runs_module, "_POLL", 0.05)
+
+
+def test_runs_are_made_once_and_compared(stand_in: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["tiny", *SMALL, "--methods", "star,uniform", "--seeds", "2", "--folder", str(tmp_path), "--jobs", "3"]
+    assert main(arguments) == 0
+    assert main(arguments) == 0
+    assert "4 of 4 runs are done already" in capsys.readouterr().out
+    assert [path.read_text() for path in sorted(tmp_path.glob("*/*/starts"))] == ["x"] * 4
+    result = json.loads((tmp_path / "ablation.json").read_text())
+    star, uniform = result["rows"]
+    assert (star["arm"], uniform["arm"]) == ("star", "uniform")
+    assert star["final"]["value"] == pytest.approx(0.605) and uniform["final"]["value"] == pytest.approx(0.505)
+    assert star["final_difference"]["mean"] == pytest.approx(0.1) and uniform["final_difference"] is None
+    assert star["area"]["value"] == pytest.approx((0.4 + 0.605) / 2)
+    assert star["seconds_per_iteration"] == pytest.approx(1.5) and star["seconds_ratio"] == pytest.approx(1.0)
+    assert result["runs"][0]["rollouts"] == [0, 8] and result["runs"][0]["seconds"] == pytest.approx([0.0, 3.0])
+    assert (tmp_path / "ablation.png").stat().st_size > 10_000
+    assert "| star | 2 | 0.6050" in (tmp_path / "ablation.md").read_text()
+    # Other settings are other runs: what is there does not count as theirs.
+    again = plan_runs("tiny", [*SMALL, "train.learning_rate=1e-5"], [Arm("star", ("method=star",))], [0], tmp_path)
+    assert not again[0].is_done()
+
+
+def test_a_failed_run_is_reported_and_the_others_are_compared(
+    stand_in: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unlucky = "odd: method=star train.max_gradient_norm=7.0"
+    arguments = ["tiny", *SMALL, "--methods", "uniform", "--arm", unlucky, "--seeds", "2", "--folder", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "odd, seed 1 failed: out of luck" in "".join(capsys.readouterr())
+    result = json.loads((tmp_path / "ablation.json").read_text())
+    assert result["failures"] == {"odd, seed 1": "out of luck"}
+    assert {(row["arm"], row["final"]["n"]) for row in result["rows"]} == {("uniform", 2), ("odd", 1)}
+
+
+def test_stopping_leaves_no_process_behind(stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(Run, "command", lambda run: endless)
+    started = []
+    real = runs_module._start
+
+    def start(run, environment):
+        started.append(real(run, environment))
+        return started[-1]
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs_module, "_start", start)
+    monkeypatch.setattr(runs_module.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(plan_runs("tiny", SMALL, [Arm("star", ())], [0, 1], tmp_path), places(2))
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+def test_the_command_trains_and_compares_for_real(tmp_path: Path) -> None:
+    assert main(["tiny", *SMALL, "--methods", "star,uniform", "--seeds", "1", "--folder", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "ablation.json").read_text())
+    assert {(row["arm"], row["score"]) for row in result["rows"]} == {
+        (arm, score) for arm in ("star", "uniform") for score in ("strict", "graded")
+    }
+    assert all(run["iterations"] == [0, 1, 2] for run in result["runs"])
+    first, second = (run["scores"]["graded"][0] for run in result["runs"])
+    assert first == second, "the base model is the same for all methods"
+
+
+def curve(arm: str, seed: int, final: float) -> Curve:
+    return Curve(arm, seed, [0, 1], [0, 4], [0.0, 1.0], {"graded": [0.0, final]}, {"graded": final}, 1.0)
+
+
+def test_intervals_and_tests_are_students() -> None:
+    rng = np.random.default_rng(0)
+    values = {arm: rng.normal(size=5) for arm in ("star", "uniform")}
+    curves = [curve(arm, seed, values[arm][seed]) for arm in values for seed in range(5)]
+    star, uniform = compare(curves, "uniform")
+    interval = stats.t.interval(0.95, 4, values["star"].mean(), stats.sem(values["star"]))
+    assert (star.final.low, star.final.high) == pytest.approx(interval)
+    paired = stats.ttest_rel(values["star"], values["uniform"])
+    assert star.final_difference is not None and uniform.final_difference is None
+    assert star.final_difference.p_value == pytest.approx(paired.pvalue)
+    assert star.area_difference is not None
+    assert star.area_difference.mean == pytest.approx(star.final_difference.mean / 2)
+    assert "±" in markdown([star], "uniform")
+
+
+def test_pairs_are_those_of_the_same_seed() -> None:
+    curves = [curve("uniform", seed, 0.1 * seed) for seed in (0, 1, 2)] + [
+        curve("star", s, 0.1 * s + 1) for s in (2, 1)
+    ]
+    (_, star) = compare(curves, "uniform")
+    assert star.final_difference is not None and star.final_difference.mean == pytest.approx(1.0)
+    assert star.final.n == 2
+
+
+def test_a_single_seed_has_no_interval() -> None:
+    mean = mean_over_seeds([0.5])
+    assert mean.value == 0.5 and np.isnan(mean.low) and mean.n == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "best"], "--methods"),
+        (["--methods", "star,star"], "--methods"),
+        (["--methods", ""], "--methods"),
+        (["--arm", "no name"], "--arm"),
+        (["--arm", "odd: nonsense=1"], "nonsense"),
+        (["--seeds", "many"], "--seeds"),
+        (["--seeds", "0"], "--seeds"),
+        (["--baseline", "best"], "--baseline"),
+        (["--jobs", "0"], "--jobs"),
+        (["train.iterations=-1"], "train.iterations"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tiny", *arguments]) == 2
+    assert message in capsys.readouterr().err
