@@ -34,6 +34,17 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {_format(shape)}, got {type(value).__name__}")
+    if value.shape != shape:
+        _check_shape(name, value, shape, allow_empty)
+    if value.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like the other arguments, got one on {value.device}")
+    return value
+
+
+def _check_shape(name: str, value: torch.Tensor, shape: Sequence[int | str], allow_empty: bool) -> None:
     if value.dim() != len(shape):
         came = _format(value.shape)
         raise ValueError(
@@ -46,12 +57,6 @@ def check_tensor(
                 raise ValueError(f"{name}: expected shape {_format(shape)} without zero sizes, got {came}")
         elif size != expected:
             raise ValueError(f"{name}: expected shape {_format(shape)}, got {_format(value.shape)}")
-    if value.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device} like the other arguments, got one on {value.device}")
-    return value
 
 
 def check_reverse_mode(operator: str, inputs: Iterable[object]) -> None:

@@ -77,9 +77,9 @@ def check_coefficients(coefficients: object, batch: int, device: torch.device) -
 
     def row(name: str, value: Tensor) -> Tensor:
         name = f"coefficients.{name}"
-        if isinstance(value, torch.Tensor) and value.device.type == "cpu" and device.type != "cpu":
+        if device.type != "cpu" and isinstance(value, torch.Tensor) and value.device.type == "cpu":
             value = value.to(device, non_blocking=True)
-        if isinstance(value, torch.Tensor) and value.shape == (1,):
+        if batch != 1 and isinstance(value, torch.Tensor) and value.shape == (1,):
             return check_tensor(name, value, (1,), device=device).expand(batch)
         return check_tensor(name, value, (batch,), device=device)
 
