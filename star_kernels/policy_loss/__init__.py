@@ -174,8 +174,10 @@ def policy_loss(
     with_gradient = torch.is_grad_enabled() and velocity.requires_grad
     if _is_traced(velocity):
         loss, metrics, _ = _policy_loss(*inputs, with_gradient, backend)
+    elif (chosen := _chosen_backend(inputs, backend)) == "cpu":
+        loss, metrics, _ = cpu.policy_loss(inputs, with_gradient)
     else:
-        loss, metrics, _ = _LossAndGradient.apply(velocity, inputs, with_gradient, backend)
+        loss, metrics, _ = _LossAndGradient.apply(velocity, inputs, with_gradient, chosen)
     return PolicyLoss(loss, dict(zip(reference.METRICS, metrics.unbind(), strict=True)))
 
 
@@ -189,10 +191,14 @@ def _check_clip_range(clip_range: object) -> tuple[float, float]:
     return low, high
 
 
-def _compute(inputs: reference.Inputs, with_gradient: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, metrics and, if asked for, the gradient with respect to the velocity (else an empty tensor)."""
+def _chosen_backend(inputs: reference.Inputs, backend: str) -> str:
     chosen = backends.resolve_backend("policy_loss", backend, inputs.velocity.device, KERNELS)
-    if chosen == "cpu" and cpu.supports(inputs):
+    return "reference" if chosen == "cpu" and not cpu.supports(inputs) else chosen
+
+
+def _compute(inputs: reference.Inputs, with_gradient: bool, chosen: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics and, if asked for, the gradient with respect to the velocity (else an empty tensor)."""
+    if chosen == "cpu":
         return cpu.policy_loss(inputs, with_gradient)
     if inputs.weights is not None and inputs.weights.device.type == "cpu" and bool((inputs.weights < 0).any()):
         raise ValueError(f"weights: expected numbers of at least 0, got {inputs.weights.min().item()}")
@@ -272,7 +278,7 @@ def _policy_loss(
         kl_weight,
         guidance_scale,
     )
-    return _compute(inputs, with_gradient, backend)
+    return _compute(inputs, with_gradient, _chosen_backend(inputs, backend))
 
 
 @_policy_loss.register_fake

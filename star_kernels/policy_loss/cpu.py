@@ -21,7 +21,10 @@ def supports(inputs: reference.Inputs) -> bool:
 
 
 def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], metrics [8], and the gradient in `inputs.gradient_dtype()` or, unasked for, [0]."""
+    """Loss [], metrics [8], and the gradient in `inputs.gradient_dtype()` or, unasked for, [0].
+
+    Autograd knows the loss's gradient with respect to the velocity: csrc/policy_loss_autograd.cpp.
+    """
     *tensors, clip_low, clip_high, granularity, kl_weight, guidance_scale = inputs
     return torch.ops.star_kernels_cpu.policy_loss(
         *tensors, clip_low, clip_high, granularity == "image", kl_weight, guidance_scale, with_gradient
