@@ -307,8 +307,10 @@ class BlockAhead {
     if (view.data == nullptr || view.channels_last || block.count < kBlock) return;
     const int64_t bytes = bytes_of(view.format);
     const char* data = static_cast<const char*>(view.data) + index_of(view, shape, block, 0) * bytes;
-    latents_[count_++] = {data, shape.positions() * bytes, kTile * bytes};
+    latents_[count_++] = {data, shape.positions() * bytes, kTile * bytes, bytes};
   }
+
+  bool empty() const { return count_ == 0; }
 
   // Chunk kBlock / kTile * c + i is tile i of channel c; a block has as many chunks as its tiles have channels in all.
   STAR_INLINE void fetch(int64_t chunk) const {
@@ -320,10 +322,20 @@ class BlockAhead {
     }
   }
 
+  // The line of number `index` of a chunk.
+  STAR_INLINE void fetch(int64_t chunk, int64_t index) const {
+    constexpr int64_t kChunks = kBlock / kTile;
+    for (int i = 0; i < count_; ++i) {
+      const Latent& latent = latents_[i];
+      const char* from = latent.data + chunk / kChunks * latent.channel_bytes + chunk % kChunks * latent.chunk_bytes;
+      __builtin_prefetch(from + index * latent.number_bytes, 0, 2);
+    }
+  }
+
  private:
   struct Latent {
     const char* data;
-    int64_t channel_bytes, chunk_bytes;
+    int64_t channel_bytes, chunk_bytes, number_bytes;
   };
 
   Latent latents_[4];

@@ -124,25 +124,14 @@ struct PolicyLoss {
     const Tile velocity = guided_tile<Lanes>(inputs, tile, work.velocity, work.unconditional, work.spare),
                sample = read_tile<Lanes>(inputs.sample, shape, tile, work.sample, work.spare),
                next_sample = read_tile<Lanes>(inputs.next_sample, shape, tile, work.next_sample, work.spare);
-    const Gaussian<Lanes> gaussian(inputs.scalars[tile.sample]);
-    const int64_t channels = shape.channels;
-    for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
-      Vec squares[kTogether] = {};
-      for (int64_t c = 0; c < channels; ++c) {
-        if (first == 0) ahead.fetch(chunk + c);
-        Vec v[kTogether], x[kTogether], next[kTogether];
-        load<Lanes>(velocity, c, first, v);
-        load<Lanes>(sample, c, first, x);
-        load<Lanes>(next_sample, c, first, next);
-        for (int i = 0; i < kTogether; ++i) {
-          const Vec deviation = gaussian.deviation(next[i], x[i], gaussian.shift(v[i], x[i]));
-          V::store(work.deviation + c * kTile + first + i * kWidth, deviation);
-          squares[i] = Lanes::fma(deviation, deviation, squares[i]);
-        }
-      }
-      for (int i = 0; i < kTogether; ++i) V::store(work.log_ratio + first + i * kWidth, squares[i]);
+    if (ahead.empty()) {
+      deviate<false>(velocity, sample, next_sample, tile.sample, work, ahead, chunk);
+    } else {
+      deviate<true>(velocity, sample, next_sample, tile.sample, work, ahead, chunk);
     }
     if (!has_reference) return;
+    const Gaussian<Lanes> gaussian(inputs.scalars[tile.sample]);
+    const int64_t channels = shape.channels;
     const Tile reference = read_tile<Lanes>(problem.reference_velocity, shape, tile, work.reference, work.spare);
     for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
       Vec squares[kTogether] = {};
@@ -157,6 +146,32 @@ struct PolicyLoss {
         }
       }
       for (int i = 0; i < kTogether; ++i) V::store(work.kl + first + i * kWidth, squares[i]);
+    }
+  }
+
+  // x' - mu and its squares. The lines of the next block are asked for one by one, between the vectors of this one: a core's
+  // requests would wait for each other if they came together.
+  template <bool kAhead>
+  void deviate(const Tile& velocity, const Tile& sample, const Tile& next_sample, int64_t index, const Work& work,
+               const BlockAhead& ahead, int64_t chunk) const {
+    const Gaussian<Lanes> gaussian(problem.inputs.scalars[index]);
+    const int64_t channels = shape.channels;
+    for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
+      Vec squares[kTogether] = {};
+      for (int64_t c = 0; c < channels; ++c) {
+        Vec v[kTogether], x[kTogether], next[kTogether];
+        load<Lanes>(velocity, c, first, v);
+        load<Lanes>(sample, c, first, x);
+        load<Lanes>(next_sample, c, first, next);
+        for (int i = 0; i < kTogether; ++i) {
+          const int64_t p = first + i * kWidth;
+          const Vec deviation = gaussian.deviation(next[i], x[i], gaussian.shift(v[i], x[i]));
+          V::store(work.deviation + c * kTile + p, deviation);
+          if (kAhead) ahead.fetch(chunk + c, p);
+          squares[i] = Lanes::fma(deviation, deviation, squares[i]);
+        }
+      }
+      for (int i = 0; i < kTogether; ++i) V::store(work.log_ratio + first + i * kWidth, squares[i]);
     }
   }
 
