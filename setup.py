@@ -58,7 +58,7 @@ setup(
     + find_packages("python", include=["star_trainer", "star_trainer.*"]),
     package_dir={"star_trainer": "python/star_trainer"},
     package_data={
-        "star_trainer": ["presets/*.yaml", *(f"tiny_sd3/**/*.{end}" for end in ("safetensors", "json", "txt", "model"))]
+        "star_trainer": ["presets/*.yaml", *(f"tiny_*/**/*.{end}" for end in ("safetensors", "json", "txt", "model"))]
     },
     ext_modules=ext_modules,
     cmdclass=cmdclass,

@@ -119,7 +119,10 @@ class RolloutConfig(_Section):
 class RewardModels(_Section):
     """The models that rewards load: folders, or names on a model hub."""
 
-    clip: str = Field("openai/clip-vit-large-patch14", description="of clip_score, and of geneval's colours")
+    clip: str = Field(
+        "openai/clip-vit-large-patch14",
+        description="of clip_score, and of geneval's colours; 'tiny' comes with the package and knows scenes",
+    )
     pickscore: str = "yuvalkirstain/PickScore_v1"
     pickscore_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     detector: str = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional
 from star_trainer.config import ConfigError
 from star_trainer.scenes import ScenePrompt
 
+TINY_CLIP = Path(__file__).parent.parent / "tiny_clip" / "model"
 _AT_ONCE = 32
 
 
@@ -21,7 +23,7 @@ class ClipModel:
     """A model with an image tower and a text tower in one space, and its processor; frozen, in float32.
 
     Args:
-        model: a folder or a name on a model hub, with weights in safetensors.
+        model: 'tiny' (comes with the package), a folder, or a name on a model hub, with weights in safetensors.
         processor: where the processor comes from, by default `model`.
         key: the setting that is named when something is wrong.
 
@@ -34,8 +36,8 @@ class ClipModel:
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.model = CLIPModel.from_pretrained(model, use_safetensors=True).to(self.device).eval()
-            self.processor = AutoProcessor.from_pretrained(processor or model)
+            self.model = CLIPModel.from_pretrained(_place(model), use_safetensors=True).float().to(self.device).eval()
+            self.processor = AutoProcessor.from_pretrained(_place(processor or model))
             self.preparation = _Preparation(self.processor.image_processor)
         except (AttributeError, OSError, ValueError) as error:
             raise ConfigError(f"{key}: {processor or model} cannot be used: {error}") from error
@@ -74,6 +76,10 @@ class ClipModel:
     def pixels(self, images: Tensor) -> Tensor:
         """What the processor makes of images [B, 3, H, W] in [0, 1], differentiably: [B, 3, h, w]."""
         return self.preparation(images.to(self.device))
+
+
+def _place(name: str) -> str:
+    return str(TINY_CLIP) if name == "tiny" else name
 
 
 class _Preparation:
