@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         config = load_config(options.config, options.overrides)
-        _quieten()
+        quieten()
         # Imported late: a bad configuration is reported before torch and diffusers load.
         from star_trainer.checkpoint import CheckpointError
         from star_trainer.processes import lost_process
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave the terminal to the run: other libraries' progress bars and notices about optional parts stay out."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -235,16 +235,11 @@ def check_against_model(config: Config, transformer: Any, vae_scale: int) -> Non
         )
 
 
-def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
-    """Load the pipeline and add what is trained: adapters, or all weights of the transformer.
-
-    Args:
-        config: the model section.
-        keep_reference: keep a frozen copy of the weights where there are no adapters to switch off.
+def load_pipeline(config: Model) -> Any:
+    """Load the pipeline with frozen weights.
 
     Raises:
-        ConfigError: a pipeline that cannot be loaded or is not Stable Diffusion 3, or adapter targets
-            that match no layer.
+        ConfigError: it cannot be loaded or is not Stable Diffusion 3.
     """
     from diffusers import StableDiffusion3Pipeline
 
@@ -263,6 +258,21 @@ def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
         if module is not None:
             module.requires_grad_(False)
             module.eval()
+    return pipeline
+
+
+def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
+    """Load the pipeline and add what is trained: adapters, or all weights of the transformer.
+
+    Args:
+        config: the model section.
+        keep_reference: keep a frozen copy of the weights where there are no adapters to switch off.
+
+    Raises:
+        ConfigError: a pipeline that cannot be loaded or is not Stable Diffusion 3, or adapter targets
+            that match no layer.
+    """
+    pipeline = load_pipeline(config)
     transformer = pipeline.transformer
     frozen_copy = None
     if config.lora is None:

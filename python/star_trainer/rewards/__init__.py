@@ -107,7 +107,7 @@ _OF_REQUIREMENTS = ("scene_strict", "scene_graded", "geneval_strict", "geneval_g
 
 
 def load_reward(config: Reward) -> RewardFunction:
-    """The weighted sum of rewards given by name or as ``module:function``.
+    """The weighted sum of `load_terms`.
 
     A reward is called as ``function(images, prompts)`` with images [B, H, W, 3] uint8 (RGB) and a sequence of B
     `ScenePrompt`, whose `text` is the prompt and whose `metadata` is what stands beside it in its file. It returns B
@@ -118,20 +118,35 @@ def load_reward(config: Reward) -> RewardFunction:
         RewardError: when called: images of another form, a reward of one's own that fails, anything but B finite
             numbers, or a prompt that the reward can tell nothing of; the message names the term.
     """
-    models = _Models(config)
-    functions = {name: _find(name, models) for name in config.terms}
+    terms = load_terms(config)
 
     def reward(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
-        _check_images(images, len(prompts))
-        total = np.zeros(len(prompts))
-        for name, function in functions.items():
-            for prompt in prompts:
-                if (reason := unsuitable(name, prompt)) is not None:
-                    raise RewardError(f"reward {name}: {reason}")
-            total += config.terms[name] * _values(name, function(images, prompts), len(prompts))
-        return total
+        return sum((config.terms[name] * term(images, prompts) for name, term in terms.items()), np.zeros(len(prompts)))
 
     return reward
+
+
+def load_terms(config: Reward) -> dict[str, RewardFunction]:
+    """The rewards given by name or as ``module:function``, without their weights; models are shared among them.
+
+    Raises:
+        ConfigError, RewardError: as of `load_reward`.
+    """
+    models = _Models(config)
+    return {name: _checked(name, _find(name, models)) for name in config.terms}
+
+
+def _checked(name: str, function: RewardFunction) -> RewardFunction:
+    """A reward that refuses bad images and prompts it can tell nothing of, and returns finite numbers [B] float64."""
+
+    def call(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+        _check_images(images, len(prompts))
+        for prompt in prompts:
+            if (reason := unsuitable(name, prompt)) is not None:
+                raise RewardError(f"reward {name}: {reason}")
+        return _values(name, function(images, prompts), len(prompts))
+
+    return call
 
 
 def check_reward(config: Reward) -> None:

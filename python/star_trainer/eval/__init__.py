@@ -1,0 +1,1 @@
+"""Evaluation of a trained adapter against its base model on files of prompts."""

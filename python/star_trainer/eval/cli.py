@@ -1,0 +1,283 @@
+"""``star-eval``: pictures, scores and intervals of a pipeline with and without its adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from star_trainer.config import Config, ConfigError, Prompts, check_section, load_config, preset_names
+
+if TYPE_CHECKING:
+    from star_trainer.eval.gallery import Gallery
+    from star_trainer.eval.tables import Row
+    from star_trainer.policy import Policy
+    from star_trainer.rewards import RewardFunction
+    from star_trainer.scenes import ScenePrompt
+
+# What Flow-GRPO evaluates Stable Diffusion 3.5 with, where neither a preset nor a run says otherwise.
+_PUBLISHED = ("evaluation.steps=40", "evaluation.guidance_scale=4.5", "rollout.batch_size=8")
+_SHORT = {"geneval": "geneval_strict"}
+_AT_ONCE = 64
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="star-eval",
+        description="Draw pictures with a pipeline, with and without an adapter, from the same noise, and score both.",
+        epilog=(
+            "examples:\n"
+            "  star-eval runs/tiny_star_0                        a run, with its own settings and its last checkpoint\n"
+            "  star-eval tiny --adapter runs/tiny_star_0/adapter --rewards scene_strict,clip_score "
+            "reward.models.clip=tiny --out eval\n"
+            "  star-eval --pipeline stabilityai/stable-diffusion-3.5-medium --adapter runs/mine/adapter\n"
+            "      --prompts evaluation_metadata.jsonl --rewards geneval --out eval --resolution 512\n\n"
+            "OUT/base and OUT/adapter are laid out as GenEval's scorer expects them. Pictures that are there already\n"
+            "are not made again: a command that was stopped goes on. Intervals are 95 % bootstrap intervals over\n"
+            "prompts."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source",
+        nargs="*",
+        metavar="SOURCE key=value",
+        help=f"where settings come from: a run's folder, a preset ({', '.join(preset_names())}) or a YAML file; and "
+        "settings that replace those, as of star-train",
+    )
+    parser.add_argument("--pipeline", help="model.pipeline: 'tiny', a folder, or a name on a hub")
+    parser.add_argument("--adapter", type=Path, help="folder of LoRA weights (or of a whole transformer) to compare")
+    parser.add_argument("--prompts", help="file of prompts (.jsonl, .txt, .tsv), or 'scenes'; the run's held-out ones")
+    parser.add_argument(
+        "--count", type=int, help="how many prompts to take (all of a file's); one that comes again counts once"
+    )
+    parser.add_argument("--samples", type=int, default=4, help="pictures per prompt (4)")
+    parser.add_argument("--rewards", help="names with commas between; geneval is short for geneval_strict")
+    parser.add_argument("--steps", type=int, help="evaluation.steps: denoising steps")
+    parser.add_argument("--guidance-scale", type=float, help="evaluation.guidance_scale")
+    parser.add_argument("--resolution", type=int, help="model.resolution: pixels of a side")
+    parser.add_argument("--seed", type=int, help="run.seed: of the noise")
+    parser.add_argument("--out", type=Path, help="folder for pictures and tables (the run's folder, eval/)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns 0, or 2 with one line of explanation for what cannot be done."""
+    options = _parser().parse_intermixed_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        config, run, out = _settings(options)
+        # Imported late: a bad configuration is reported before torch and diffusers load.
+        from star_trainer.checkpoint import CheckpointError
+        from star_trainer.cli import quieten
+        from star_trainer.rewards.errors import RewardError
+        from star_trainer.rollout import NonFiniteError
+    except ConfigError as error:
+        print(f"star-eval: {error}", file=sys.stderr)
+        return 2
+    quieten()
+    try:
+        evaluate(config, options, run, out)
+    except (CheckpointError, ConfigError, NonFiniteError, OSError, RewardError) as error:
+        print(f"star-eval: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("star-eval: stopped; the same command goes on with the pictures that are missing", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> tuple[Config, Path | None, Path]:
+    """The configuration, the run's folder if it is one, and where to write."""
+    sources = [item for item in options.source if "=" not in item]
+    overrides = [item for item in options.source if "=" in item]
+    if len(sources) > 1:
+        raise ConfigError(f"expected one run, preset or file of settings, got {' and '.join(sources)}")
+    named = {
+        "model.pipeline": options.pipeline,
+        "evaluation.steps": options.steps,
+        "evaluation.guidance_scale": options.guidance_scale,
+        "model.resolution": options.resolution,
+        "run.seed": options.seed,
+    }
+    overrides = [f"{key}={value}" for key, value in named.items() if value is not None] + overrides
+    for name in ("count", "samples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: expected at least 1, got {value}")
+    source = sources[0] if sources else None
+    run = Path(source) if source is not None and (Path(source) / "config.json").is_file() else None
+    if run is not None:
+        config = load_config(str(run / "config.json"), overrides)
+    elif source is not None or options.pipeline in (None, "tiny"):
+        config = load_config(source or "tiny", overrides)
+    else:
+        config = check_section(Config, {}, [*_PUBLISHED, *overrides], "the command line")
+    if options.rewards is not None:
+        names = [_SHORT.get(name.strip(), name.strip()) for name in options.rewards.split(",") if name.strip()]
+        terms = dict.fromkeys(names, 1.0)
+        config = config.model_copy(update={"reward": config.reward.model_copy(update={"terms": terms})})
+    if not config.reward.terms:
+        raise ConfigError("--rewards: expected at least one name")
+    if options.out is not None:
+        return config, run, options.out
+    if run is None:
+        raise ConfigError("--out: expected a folder for pictures and tables")
+    return config, run, run / "eval"
+
+
+def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out: Path) -> None:
+    """Make what is missing of the pictures, score them all, and write and print the table.
+
+    Raises:
+        ConfigError: settings, prompts, weights or pictures that cannot be used; the message names the option.
+    """
+    from tqdm import tqdm
+
+    from star_trainer.eval.gallery import Gallery, fill
+    from star_trainer.eval.tables import markdown, tabulate
+    from star_trainer.rewards import check_prompts, check_reward, load_terms
+    from star_trainer.train import check_backend
+
+    check_backend(config.backend)
+    check_reward(config.reward)
+    prompts = _prompts(config, options)
+    check_prompts(config.reward.terms, prompts, "--rewards")
+    scorers = load_terms(config.reward)
+    policy, digest = _models(config, options.adapter, run)
+    galleries = {}
+    for model in ("base",) if digest is None else ("base", "adapter"):
+        galleries[model] = Gallery(out / model, prompts, options.samples)
+        galleries[model].open(_decisive(config, digest if model == "adapter" else None))
+    with tqdm(total=len(galleries) * len(prompts) * options.samples, unit="picture", disable=None) as bar:
+        for model, gallery in galleries.items():
+            with policy.base_weights() if model == "base" and digest is not None else nullcontext():
+                fill(gallery, policy, config, bar)
+    scores = {model: _score(gallery, scorers) for model, gallery in galleries.items()}
+    rows = tabulate(scores, [prompt.metadata.get("tag") for prompt in prompts])
+    table = markdown(rows)
+    _write(out, config, galleries, scores, rows, table)
+    print(table)
+    print(f"pictures, scores and tables are in {out}")
+
+
+def _prompts(config: Config, options: argparse.Namespace) -> list[ScenePrompt]:
+    from star_trainer.prompts import load_prompts, read_prompts
+    from star_trainer.randomness import numpy_stream
+
+    if options.prompts in (None, "scenes"):
+        _, draw = load_prompts(config.prompts if options.prompts is None else Prompts())
+        drawn = draw(numpy_stream(config.run.seed, "held-out"), options.count or config.evaluation.prompts)
+    else:
+        drawn = read_prompts(options.prompts, "--prompts")[: options.count]
+    # Some files hold a prompt once per picture. Intervals are over prompts that differ.
+    distinct: dict[str, ScenePrompt] = {}
+    for prompt in drawn:
+        distinct.setdefault(prompt.text, prompt)
+    return list(distinct.values())
+
+
+def _models(config: Config, adapter: Path | None, run: Path | None) -> tuple[Policy, str | None]:
+    """The model with what was trained, if anything, and the digest of that."""
+    from star_trainer.eval.models import load_adapted, load_base, load_trained
+
+    if adapter is not None:
+        return load_adapted(config, adapter)
+    if run is not None:
+        return load_trained(config, run)
+    return load_base(config), None
+
+
+def _decisive(config: Config, digest: str | None) -> dict[str, Any]:
+    """What decides pictures; the rest of the configuration may change between two calls."""
+    return {
+        "model.pipeline": config.model.pipeline,
+        "model.dtype": config.model.dtype,
+        "model.resolution": config.model.resolution,
+        "model.max_sequence_length": config.model.max_sequence_length,
+        "evaluation.steps": config.evaluation.steps,
+        "evaluation.guidance_scale": config.evaluation.guidance_scale,
+        "run.seed": config.run.seed,
+        "adapter": digest,
+    }
+
+
+def _score(gallery: Gallery, scorers: Mapping[str, RewardFunction]) -> dict[str, np.ndarray]:
+    """Scores [P, S] by reward."""
+    from tqdm import tqdm
+
+    places = list(gallery.places())
+    found: dict[str, list[np.ndarray]] = {name: [] for name in scorers}
+    for first in tqdm(range(0, len(places), _AT_ONCE), desc=f"scoring {gallery.root.name}", disable=None):
+        some = places[first : first + _AT_ONCE]
+        images = gallery.read(some)
+        for name, scorer in scorers.items():
+            found[name].append(scorer(images, [gallery.prompts[prompt] for prompt, _ in some]))
+    return {name: np.concatenate(parts).reshape(-1, gallery.samples) for name, parts in found.items()}
+
+
+def _write(
+    out: Path,
+    config: Config,
+    galleries: Mapping[str, Gallery],
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    rows: Sequence[Row],
+    table: str,
+) -> None:
+    """scores.jsonl (a line per picture), table.json, table.md, and sheet.png where there are two models."""
+    from star_trainer.files import write_atomically
+    from star_trainer.report import before_after_sheet
+
+    lines = []
+    for model, gallery in galleries.items():
+        for prompt, sample in gallery.places():
+            entry = {
+                "model": model,
+                "file": str(gallery.path(prompt, sample).relative_to(out)),
+                "prompt": gallery.prompts[prompt].text,
+                "tag": gallery.prompts[prompt].metadata.get("tag"),
+                **{name: float(values[prompt, sample]) for name, values in scores[model].items()},
+            }
+            lines.append(json.dumps(entry) + "\n")
+    write_atomically(out / "scores.jsonl", "".join(lines).encode())
+    shown = [
+        {
+            "reward": row.reward,
+            "tag": row.tag,
+            "prompts": row.prompts,
+            **{
+                column: {name: None if math.isnan(value) else value for name, value in vars(estimate).items()}
+                for column, estimate in row.estimates.items()
+            },
+        }
+        for row in rows
+    ]
+    samples = next(iter(galleries.values())).samples
+    settings = {**_decisive(config, None), "samples": samples}
+    del settings["adapter"]
+    write_atomically(out / "table.json", json.dumps({"settings": settings, "rows": shown}, indent=2).encode())
+    write_atomically(out / "table.md", table.encode())
+    if len(galleries) == 2:
+        base, adapter = galleries.values()
+        places = [(prompt, 0) for prompt in range(min(config.evaluation.pictures, len(base.prompts)))]
+        reward = next(iter(scores["base"]))
+        before_after_sheet(
+            [base.prompts[prompt].text for prompt, _ in places],
+            base.read(places),
+            adapter.read(places),
+            scores["base"][reward][: len(places), 0],
+            scores["adapter"][reward][: len(places), 0],
+            out / "sheet.png",
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The two models that are compared: the base, and the base with what was trained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor
+
+from star_trainer.checkpoint import load_latest
+from star_trainer.config import Config, ConfigError, Lora
+from star_trainer.policy import Policy, check_against_model, load_pipeline, load_policy
+
+_WHOLE = "diffusion_pytorch_model.safetensors"
+
+
+def load_base(config: Config) -> Policy:
+    """The pipeline as it is."""
+    pipeline = load_pipeline(config.model)
+    return _ready(Policy(pipeline, pipeline.transformer, config.model), config)
+
+
+def load_adapted(config: Config, adapter: Path) -> tuple[Policy, str]:
+    """The pipeline with an adapter and a digest of its weights; `base_weights` gives the pipeline without it.
+
+    Args:
+        config: the model section says which pipeline.
+        adapter: a folder or file of LoRA weights in diffusers' format, or a folder with a whole transformer, as full
+            training leaves it.
+
+    Raises:
+        ConfigError: nothing there, or weights that do not fit the pipeline.
+    """
+    if not adapter.exists():
+        raise ConfigError(f"--adapter: no such folder or file: {adapter}")
+    pipeline = load_pipeline(config.model)
+    try:
+        if (adapter / _WHOLE).is_file():
+            base = pipeline.transformer
+            trained = type(base).from_pretrained(adapter, torch_dtype=base.dtype, use_safetensors=True)
+            whole = config.model.model_copy(update={"lora": None})
+            policy = Policy(pipeline, trained.requires_grad_(False).eval(), whole, base)
+            return _ready(policy, config), _digest(trained.state_dict())
+        pipeline.load_lora_weights(str(adapter), use_safetensors=True)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ConfigError(f"--adapter: {adapter} cannot be loaded: {error}") from error
+    layers = {name: value for name, value in pipeline.transformer.named_parameters() if "lora_" in name}
+    if not layers:
+        raise ConfigError(f"--adapter: {adapter} holds no weights for the transformer of {config.model.pipeline}")
+    section = config.model.model_copy(update={"lora": config.model.lora or Lora()})
+    return _ready(Policy(pipeline, pipeline.transformer, section), config), _digest(layers)
+
+
+def load_trained(config: Config, run: Path) -> tuple[Policy, str]:
+    """The averaged weights of a run's newest whole checkpoint, as the run evaluates and exports them, and a digest.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it does not fit the run's own settings.
+        CheckpointError: every checkpoint is damaged.
+    """
+    found = load_latest(run / "checkpoints")
+    if found is None:
+        raise ConfigError(f"{run}: no checkpoint in {run / 'checkpoints'}; name an adapter with --adapter")
+    policy = load_policy(config.model, keep_reference=True)
+    parameters, average = policy.trainable(), found.tensors["average"]
+    if {name: tensor.shape for name, tensor in average.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise ConfigError(f"model: the weights in {found.path} are not those of these settings")
+    for name, parameter in parameters.items():
+        parameter.data = average[name].to(parameter.dtype)
+    return _ready(policy, config), _digest(average)
+
+
+def _ready(policy: Policy, config: Config) -> Policy:
+    """On its device, and in the precision that the trainer samples in."""
+    accelerator = Accelerator(
+        mixed_precision="no" if config.model.dtype == "float32" else "bf16", cpu=not torch.cuda.is_available()
+    )
+    check_against_model(config, policy.model, policy.pipeline.vae_scale_factor)
+    policy.pipeline.vae.to(accelerator.device)
+    policy.transformer = accelerator.prepare_model(policy.transformer, evaluation_mode=True)
+    if policy.frozen_copy is not None:
+        policy.frozen_copy = accelerator.prepare_model(policy.frozen_copy, evaluation_mode=True)
+    return policy
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""Mean scores with bootstrap intervals, by GenEval's tags and over all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+OVERALL, DIFFERENCE = "overall", "difference"
+_RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % bootstrap interval (percentiles), NaN where a tag has fewer than two prompts."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """The scores of one reward on the prompts of one tag, by model, and their difference where there are two."""
+
+    reward: str
+    tag: str
+    prompts: int
+    estimates: dict[str, Estimate]
+
+
+def estimate(groups: Sequence[np.ndarray]) -> Estimate:
+    """The mean over groups of each group's mean, and its interval when prompts are drawn anew within each group.
+
+    Each group is [P] float, a score per prompt.
+    """
+
+    def mean_of_means(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.mean([values.mean(axis=axis) for values in resampled], axis=0)
+
+    mean = float(mean_of_means(*groups))
+    if min(map(len, groups)) < 2:
+        return Estimate(mean, math.nan, math.nan)
+    interval = stats.bootstrap(
+        tuple(groups),
+        mean_of_means,
+        n_resamples=_RESAMPLES,
+        batch=500,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high))
+
+
+def tabulate(scores: Mapping[str, Mapping[str, np.ndarray]], tags: Sequence[str | None]) -> list[Row]:
+    """Rows for each reward: one per tag, in the order in which tags come, then one over all.
+
+    Args:
+        scores: by model and reward [P, S]: S samples of P prompts. With two models their difference, second minus
+            first, is taken prompt by prompt.
+        tags: P tags, or None where a prompt has none. The row over all is the mean over tags, as in GenEval.
+    """
+    by_tag: dict[str, list[int]] = {}
+    for place, tag in enumerate(tags):
+        by_tag.setdefault(tag or "", []).append(place)
+    rows = []
+    models = list(scores)
+    for reward in scores[models[0]]:
+        # Samples of a prompt are not independent of each other: a prompt counts with their mean.
+        values = {model: scores[model][reward].mean(axis=1) for model in models}
+        if len(models) == 2:
+            values[DIFFERENCE] = values[models[1]] - values[models[0]]
+        if len(by_tag) > 1:
+            for tag, places in by_tag.items():
+                estimates = {column: estimate([v[places]]) for column, v in values.items()}
+                rows.append(Row(reward, tag or "without tag", len(places), estimates))
+        estimates = {column: estimate([v[places] for places in by_tag.values()]) for column, v in values.items()}
+        rows.append(Row(reward, OVERALL, len(tags), estimates))
+    return rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table for people and for Markdown."""
+    columns = list(rows[0].estimates)
+    header = ["reward", "tag", "prompts", *columns]
+    lines = [header]
+    for row in rows:
+        cells = [_cell(row.estimates[column], signed=column == DIFFERENCE) for column in columns]
+        lines.append([row.reward, row.tag, str(row.prompts), *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    shown = ("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(f"{line} |" for line in shown) + "\n"
+
+
+def _cell(value: Estimate, *, signed: bool) -> str:
+    form = "+.4f" if signed else ".4f"
+    if math.isnan(value.low):
+        return f"{value.mean:{form}}"
+    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
