@@ -25,7 +25,7 @@ from star_trainer.scenes import ScenePrompt
 from star_trainer.units.rules import quoted_texts
 
 if TYPE_CHECKING:
-    from star_trainer.rewards.clip import ClipModel
+    from star_trainer.rewards.clip import ClipModel, ClipReward
     from star_trainer.rewards.geneval import Detector
 
 RewardFunction = Callable[[np.ndarray, Sequence[ScenePrompt]], np.ndarray]
@@ -68,12 +68,12 @@ class _Models:
 
         return GenEvalReward(self.detector, strict=strict)
 
-    def clip_score(self) -> RewardFunction:
+    def clip_score(self) -> ClipReward:
         from star_trainer.rewards.clip import ClipReward
 
         return ClipReward(self.clip, scale="percent")
 
-    def pickscore(self) -> RewardFunction:
+    def pickscore(self) -> ClipReward:
         from star_trainer.rewards.clip import ClipModel, ClipReward
 
         model = ClipModel(self.names.pickscore, self.names.pickscore_processor, key="reward.models.pickscore")
@@ -203,6 +203,19 @@ def _values(name: str, values: Any, count: int) -> np.ndarray:
     if not np.isfinite(numbers).all():
         raise RewardError(f"reward {name}: got NaN or infinity for sample {int(np.argmin(np.isfinite(numbers)))}")
     return numbers
+
+
+def find_differentiable(config: Reward) -> ClipReward | None:
+    """The first term that has a gradient with respect to the image, or None.
+
+    Raises:
+        ConfigError: its model cannot be loaded.
+    """
+    names = [name for name in config.terms if name in ("clip_score", "pickscore")]
+    if not names:
+        return None
+    models = _Models(config)
+    return models.clip_score() if names[0] == "clip_score" else models.pickscore()
 
 
 def _find(name: str, models: _Models) -> RewardFunction:

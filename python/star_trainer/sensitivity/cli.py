@@ -1,0 +1,209 @@
+"""``star-sensitivity``: does the map point at what the reward depends on, and does it make the gradient less noisy?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from star_trainer.config import Config, ConfigError, load_config, preset_names
+from star_trainer.files import write_atomically
+
+PARTS = ("objects", "edits", "gradients")
+_ARMS = ("star", "uniform", "shuffled", "inverted", "oracle")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="star-sensitivity",
+        description="Compare allocation maps with what the reward depends on, and measure signal and noise of the "
+        "policy gradient under each allocation of the same rollouts.",
+        epilog=(
+            "examples:\n"
+            "  star-sensitivity tiny\n"
+            "  star-sensitivity tiny --parts gradients --batches 200 train.batch_size=96\n"
+            "  star-sensitivity tiny run.folder=runs/tiny_star_0 --trained     after that run instead of before\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts for objects and edits (default: 64)")
+    parser.add_argument(
+        "--share", type=float, default=0.2, help="part of the image that edits paint over (default: 0.2)"
+    )
+    parser.add_argument("--batches", type=int, default=100, help="rollout batches for gradients (default: 100)")
+    parser.add_argument("--arms", default=",".join(_ARMS), help=f"of gradients, some of {', '.join(_ARMS)}")
+    parser.add_argument(
+        "--trained", action="store_true", help="use the newest checkpoint in run.folder, not the base model"
+    )
+    parser.add_argument("--folder", help="where results go (default: runs/sensitivity_CONFIG)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns 0, or 2 with one line of explanation for what cannot be used."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        config, parts, arms = _check(options)
+        from star_trainer.checkpoint import CheckpointError
+        from star_trainer.rewards.errors import RewardError
+        from star_trainer.rollout import NonFiniteError
+    except ConfigError as error:
+        print(f"star-sensitivity: {error}", file=sys.stderr)
+        return 2
+    try:
+        report(config, parts, arms, options)
+    except (CheckpointError, ConfigError, NonFiniteError, RewardError) as error:
+        print(f"star-sensitivity: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("star-sensitivity: stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _check(options: argparse.Namespace) -> tuple[Config, list[str], list[str]]:
+    config = load_config(options.config, [*options.overrides, "method=star"])
+    parts = [part.strip() for part in options.parts.split(",") if part.strip()]
+    arms = [arm.strip() for arm in options.arms.split(",") if arm.strip()]
+    for name, given, known in (("--parts", parts, PARTS), ("--arms", arms, _ARMS)):
+        if not given or any(entry not in known for entry in given):
+            raise ConfigError(f"{name}: expected some of {', '.join(known)}, got {', '.join(given) or 'none'}")
+    for name, number, least in (("--prompts", options.prompts, 2), ("--batches", options.batches, 3)):
+        if number < least:
+            raise ConfigError(f"{name}: expected at least {least}, got {number}")
+    if not 0.0 < options.share < 1.0:
+        raise ConfigError(f"--share: expected between 0 and 1, got {options.share}")
+    if config.prompts.source != "scenes" and ("objects" in parts or "oracle" in arms):
+        raise ConfigError("--parts: objects, and the arm oracle, need prompts.source=scenes, where the truth is known")
+    return config, parts, arms
+
+
+def report(config: Config, parts: Sequence[str], arms: Sequence[str], options: argparse.Namespace) -> None:
+    """Measure what was asked for and write table, plots and numbers."""
+    from star_trainer.prompts import check_prompts, load_prompts
+    from star_trainer.randomness import numpy_stream
+    from star_trainer.rewards import load_reward
+    from star_trainer.sensitivity import gradients, maps, plots
+    from star_trainer.state import build_state
+    from star_trainer.units import UnitExtractor
+
+    check_prompts(config)
+    draw_training, draw_held_out = load_prompts(config.prompts)
+    reward, extractor = load_reward(config.reward), UnitExtractor(config.units)
+    folder = Path(options.folder or f"runs/sensitivity_{Path(options.config).stem}")
+    state = build_state(config)
+    if options.trained and not state.restore(Path(config.run.folder) / "checkpoints"):
+        raise ConfigError(f"run.folder: expected a run with a checkpoint for --trained, got {config.run.folder}")
+    scores: list[maps.Score] = []
+    if "objects" in parts or "edits" in parts:
+        held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), options.prompts)
+        cases = maps.sample_cases(state, extractor.fill(held_out), layers="objects" in parts)
+        if "objects" in parts:
+            scores += maps.overlap(cases)
+        if "edits" in parts:
+            rng = numpy_stream(config.run.seed, "edits")
+            scores += maps.edits(cases, reward, options.share, rng)
+            scores += maps.regional_correlation(cases, reward)
+            scores += _differentiable(config, cases, state)
+            _draw_cases(cases, reward, options.share, folder / "cases.png")
+    signals: list[gradients.Signal] = []
+    if "gradients" in parts:
+        signals = gradients.measure(state, draw_training, reward, arms, options.batches, extractor.fill)
+    table = tables(scores, signals)
+    content = {
+        "config": config.model_dump(mode="json"),
+        "iteration": state.iteration,
+        "prompts": options.prompts,
+        "share": options.share,
+        "scores": maps.as_rows(scores),
+        "gradients": [dataclasses.asdict(signal) for signal in signals],
+    }
+    write_atomically(folder / "sensitivity.json", json.dumps(_plain(content), indent=1).encode())
+    write_atomically(folder / "sensitivity.md", table.encode())
+    plots.plot_by_step(scores, signals, folder / "sensitivity.png")
+    print(table)
+    print(f"tables, plots and numbers are in {folder}")
+
+
+def _differentiable(config: Config, cases: Any, state: Any) -> list[Any]:
+    """The correlation with the reward's gradient, where a term of the reward has one."""
+    from star_trainer.rewards import find_differentiable
+    from star_trainer.sensitivity import maps
+
+    found = find_differentiable(config.reward)
+    return [] if found is None else maps.gradient_correlation(cases, state.policy, found)
+
+
+def _draw_cases(cases: Any, reward: Any, share: float, path: Path, count: int = 6) -> None:
+    import numpy as np
+
+    from star_trainer.sensitivity import maps, plots
+
+    shown = dataclasses.replace(
+        cases,
+        prompts=cases.prompts[:count],
+        images=cases.images[:count],
+        latents=cases.latents[:count],
+        maps={name: values[:, :count] for name, values in cases.maps.items()},
+    )
+    steps = sorted({0, len(shown.maps["map"]) // 2, len(shown.maps["map"]) - 1})
+    inside = np.stack([maps.top_region(each, share) for each in shown.maps["map"][steps[1 if len(steps) > 1 else 0]]])
+    edited = {
+        "inside": maps.edit(shown.images, inside),
+        "outside": maps.edit(shown.images, np.stack([maps.farthest(region) for region in inside])),
+    }
+    rewards = {name: reward(images, shown.prompts) for name, images in {"before": shown.images, **edited}.items()}
+    plots.plot_cases(shown, edited, rewards, steps, path)
+
+
+def tables(scores: Sequence[Any], signals: Sequence[Any]) -> str:
+    """Markdown: the scores as means over the steps and by step, and the gradients' signal and noise."""
+    lines: list[str] = []
+    steps = sorted({score.step for score in scores})
+    for what in dict.fromkeys(score.what for score in scores):
+        lines += [f"| {what} | " + " | ".join(f"step {step + 1}" for step in steps) + " | n |"]
+        lines += ["|---" * (len(steps) + 2) + "|"]
+        of = [score for score in scores if score.what == what]
+        for name in dict.fromkeys(score.map for score in of):
+            row = [score for score in of if score.map == name]
+            cells = [f"{score.value:.3f} ± {score.high - score.value:.3f}" for score in row]
+            lines += [f"| {name} | {' | '.join(cells)} | {min(score.n for score in row)} |"]
+        lines += [""]
+    if signals:
+        lines += [
+            "| gradient | step | signal / noise | cosine | norm² of the mean | trace of the covariance | batches |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for signal in sorted(signals, key=lambda found: (found.step != "all", found.step)):
+            step = signal.step if signal.step == "all" else str(int(signal.step) + 1)
+            lines += [
+                f"| {signal.arm} | {step} | {_interval(signal.ratio)} | {_interval(signal.cosine)} | "
+                f"{signal.squared_mean:.3g} | {signal.covariance_trace:.3g} | {signal.batches} |"
+            ]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _interval(estimate: Any) -> str:
+    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+
+
+def _plain(value: Any) -> Any:
+    """`value` with null for what is not a number, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

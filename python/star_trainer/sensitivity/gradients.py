@@ -1,0 +1,193 @@
+"""Signal and noise of the policy gradient under each allocation of the same rollouts.
+
+At a fixed policy, n independent batches give n on-policy gradients g_1 … g_n of the trained parameters. With their
+Gram matrix, ‖E g‖² is estimated without bias by the mean of g_i·g_j over i ≠ j, and the trace of the covariance by the
+mean of ‖g_i‖² less that. The ratio of the two says how much of a batch's gradient is signal: 1 / ratio is the number of
+batches after which the error of their mean is as long as the mean itself.
+
+On policy all ratios are 1, where the image-level objective has the gradient of the position-level one with even
+weights: one arm, `uniform`, stands for both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from tqdm import tqdm
+
+import star_kernels as sk
+from star_trainer.advantages import control_weights, group_advantages
+from star_trainer.oracle import true_maps
+from star_trainer.processes import whole
+from star_trainer.prompts import PromptSource
+from star_trainer.randomness import numpy_stream
+from star_trainer.rewards import RewardFunction
+from star_trainer.rollout import Rollout, collect
+from star_trainer.scenes import ScenePrompt
+from star_trainer.state import TrainingState
+from star_trainer.update import attention_of_the_rollout, predict
+
+# Iterations of the rollouts' random numbers that no training reaches, so that no batch was trained on.
+_FIRST_ITERATION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with its 95 % jackknife interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What n gradients say: ‖E g‖² (may come out below 0), tr Cov g, their ratio, and two batches' mean cosine."""
+
+    arm: str
+    step: str
+    batches: int
+    squared_mean: float
+    covariance_trace: float
+    ratio: Estimate
+    cosine: Estimate
+
+
+def signal_and_noise(gram: np.ndarray) -> tuple[float, float, float]:
+    """‖E g‖², tr Cov g (both unbiased) and the mean cosine between batches, from the Gram matrix [n, n], n >= 2."""
+    n = len(gram)
+    diagonal = np.diagonal(gram)
+    signal = (gram.sum() - diagonal.sum()) / (n * (n - 1))
+    norms = np.sqrt(diagonal)
+    lengths = np.outer(norms, norms)
+    cosines = np.divide(gram, lengths, out=np.zeros_like(gram), where=lengths > 0)
+    cosine = (cosines.sum() - np.diagonal(cosines).sum()) / (n * (n - 1))
+    return float(signal), float(diagonal.mean() - signal), float(cosine)
+
+
+def jackknife(gram: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Estimate:
+    """A statistic of the Gram matrix with the interval that leaving out one batch at a time gives; n >= 3."""
+    n = len(gram)
+    value = statistic(gram)
+    left_out = np.array([statistic(np.delete(np.delete(gram, i, 0), i, 1)) for i in range(n)])
+    error = math.sqrt((n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum()))
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    return Estimate(value, value - half, value + half)
+
+
+def summarise(arm: str, step: str, gradients: Sequence[Tensor]) -> Signal:
+    """The statistics of one arm's gradients [P], one per batch; at least three.
+
+    Raises:
+        ValueError: fewer than three batches, of which an interval cannot be made.
+    """
+    if len(gradients) < 3:
+        raise ValueError(f"gradients: expected at least 3 batches, got {len(gradients)}")
+    matrix = torch.stack(list(gradients)).double()
+    gram = (matrix @ matrix.T).numpy()
+    squared_mean, trace, _ = signal_and_noise(gram)
+
+    def ratio(of: np.ndarray) -> float:
+        signal, noise, _ = signal_and_noise(of)
+        return signal / noise if noise > 0 else math.nan
+
+    cosine = jackknife(gram, lambda of: signal_and_noise(of)[2])
+    return Signal(arm, step, len(gradients), squared_mean, trace, jackknife(gram, ratio), cosine)
+
+
+def measure(
+    state: TrainingState,
+    draw: PromptSource,
+    reward: RewardFunction,
+    arms: Sequence[str],
+    batches: int,
+    fill: Callable[[Sequence[ScenePrompt]], list[ScenePrompt]],
+) -> list[Signal]:
+    """Signal and noise per arm, for each denoising step and for their sum, from `batches` fresh rollouts.
+
+    The gradients of all batches are held in memory: batches · arms · (steps + 1) · parameters · 4 bytes.
+    """
+    config = state.config
+    gradients: dict[tuple[str, str], list[Tensor]] = {}
+    with ThreadPoolExecutor(1) as worker:
+        for batch in tqdm(range(batches), unit="batch", desc="gradients", disable=None):
+            iteration = _FIRST_ITERATION + batch
+            prompts = fill(draw(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts))
+            rollout = collect(state.policy, config, prompts, reward, worker, iteration)
+            advantages = group_advantages(
+                rollout.rewards,
+                config.rollout.samples,
+                std=config.train.advantage_std,
+                clip=config.train.advantage_clip,
+            )
+            weights = arm_weights(state, rollout, arms, numpy_stream(config.run.seed, "shuffle", iteration))
+            for (arm, step), gradient in batch_gradients(state, rollout, advantages.values, weights).items():
+                gradients.setdefault((arm, str(step)), []).append(gradient)
+                total = gradients.setdefault((arm, "all"), [])
+                if len(total) <= batch:
+                    total.append(torch.zeros_like(gradient))
+                total[batch] += gradient
+    return [summarise(arm, step, found) for (arm, step), found in gradients.items()]
+
+
+def arm_weights(
+    state: TrainingState, rollout: Rollout, arms: Sequence[str], rng: np.random.Generator
+) -> dict[str, Tensor | None]:
+    """The maps [T, B, h, w] that each arm has for one rollout of STAR; None is even weights."""
+    maps: dict[str, Tensor | None] = {}
+    for arm in arms:
+        if arm == "oracle":
+            images = state.policy.decode(rollout.trajectory.latents[-1])
+            true = true_maps(images, rollout.prompts, state.policy.grid, state.config.allocation)
+            maps[arm] = true.to(state.policy.device).expand(len(rollout.timesteps), -1, -1, -1)
+        else:
+            maps[arm] = control_weights(arm, rollout.trajectory.weights, rollout.group_size, rng)
+    return maps
+
+
+def batch_gradients(
+    state: TrainingState, rollout: Rollout, advantages: np.ndarray, weights: dict[str, Tensor | None]
+) -> dict[tuple[str, int], Tensor]:
+    """The on-policy gradient [P] of every arm at every step with noise; all arms share the forward passes.
+
+    Samples of groups without spread have no advantage and add nothing, but count: gradients are means over all samples.
+    """
+    config, trajectory, device = state.config, rollout.trajectory, state.policy.device
+    parameters = list(state.policy.trainable().values())
+    sizes = sum(parameter.numel() for parameter in parameters)
+    steps = [step for step, row in enumerate(trajectory.coefficients) if row.stochastic]
+    gradients = {(arm, step): torch.zeros(sizes) for arm in weights for step in steps}
+    samples = len(rollout.rewards)
+    state.policy.transformer.train()
+    for first in range(0, samples, config.train.batch_size):
+        rows = torch.arange(first, min(first + config.train.batch_size, samples))
+        for step in steps:
+            with attention_of_the_rollout(state):
+                velocity, unconditional = predict(state, rollout, step, rows)
+            for index, (arm, maps) in enumerate(weights.items()):
+                leaf = velocity.detach().requires_grad_()
+                result = sk.policy_loss(
+                    leaf,
+                    trajectory.latents[step, rows].to(device),
+                    trajectory.latents[step + 1, rows].to(device),
+                    rollout.log_prob[step, rows].to(device),
+                    torch.from_numpy(advantages).float()[rows].to(device),
+                    trajectory.coefficients[step],
+                    weights=None if maps is None else maps[step, rows].to(device),
+                    unconditional_velocity=unconditional,
+                    guidance_scale=config.rollout.guidance_scale,
+                    backend=config.backend,
+                )
+                (upstream,) = torch.autograd.grad(result.loss, leaf)
+                found = torch.autograd.grad(velocity, parameters, upstream, retain_graph=index + 1 < len(weights))
+                flat = torch.cat([whole(part).flatten().float().cpu() for part in found])
+                gradients[arm, step] += flat * (len(rows) / samples)
+    state.policy.transformer.eval()
+    return gradients

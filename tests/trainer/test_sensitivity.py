@@ -1,0 +1,199 @@
+"""star-sensitivity: estimators against constructions whose answer is known, and the command on the small pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from star_trainer.advantages import group_advantages
+from star_trainer.config import load_config
+from star_trainer.rewards import scene_graded
+from star_trainer.rollout import collect
+from star_trainer.scenes import COLOURS, SceneObject, ScenePrompt, sample_prompts, shape_mask
+from star_trainer.sensitivity.cli import main
+from star_trainer.sensitivity.gradients import batch_gradients, jackknife, signal_and_noise, summarise
+from star_trainer.sensitivity.maps import (
+    Cases,
+    auroc,
+    edit,
+    edits,
+    farthest,
+    moved,
+    overlap,
+    regional_correlation,
+    top_region,
+)
+from star_trainer.state import build_state
+from star_trainer.update import Batch, step_loss
+
+SMALL = [
+    "rollout.prompts=2",
+    "rollout.samples=2",
+    "rollout.batch_size=4",
+    "rollout.steps=2",
+    "rollout.sde_steps=1",
+    "train.batch_size=3",
+]
+
+
+def test_signal_and_noise_of_gaussian_gradients_are_unbiased() -> None:
+    rng = np.random.default_rng(0)
+    mean = rng.normal(size=40) * 0.3
+    estimates = []
+    for _ in range(400):
+        batches = mean + rng.normal(size=(12, 40)) * 2.0
+        estimates.append(signal_and_noise(batches @ batches.T)[:2])
+    signal, noise = np.array(estimates).T
+    assert signal.mean() == pytest.approx((mean**2).sum(), abs=4 * signal.std() / 20)
+    assert noise.mean() == pytest.approx(40 * 4.0, abs=4 * noise.std() / 20)
+
+
+def test_jackknife_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(1)
+    mean = np.full(30, 0.4)
+    truth = (mean**2).sum() / 30.0
+    covered = 0
+    for _ in range(150):
+        batches = mean + rng.normal(size=(25, 30))
+        found = summarise("star", "all", list(torch.from_numpy(batches)))
+        covered += found.ratio.low <= truth <= found.ratio.high
+        assert found.batches == 25
+    assert 0.87 <= covered / 150 <= 1.0
+
+
+def test_identical_gradients_have_no_noise_and_cosine_one() -> None:
+    gram = np.full((4, 4), 2.0)
+    signal, noise, cosine = signal_and_noise(gram)
+    assert (signal, noise, cosine) == pytest.approx((2.0, 0.0, 1.0))
+    assert jackknife(gram, lambda of: signal_and_noise(of)[2]).low == pytest.approx(1.0)
+
+
+def test_two_batches_are_too_few() -> None:
+    with pytest.raises(ValueError, match="at least 3"):
+        summarise("star", "all", [torch.ones(2)] * 2)
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return build_state(load_config("tiny", [*SMALL, f"run.folder={tmp_path_factory.mktemp('run')}"]))
+
+
+def test_gradients_are_those_of_an_on_policy_update(state) -> None:
+    """With all samples in one part, the gradient of each arm is what the trainer's own loss gives."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    prompts = sample_prompts(np.random.default_rng(0), 2, held_out=False)
+
+    def reward(images, batch):
+        return images.astype(np.float64).mean(axis=(1, 2, 3))
+
+    with ThreadPoolExecutor(1) as worker:
+        rollout = collect(state.policy, state.config, prompts, reward, worker, 0)
+    advantages = group_advantages(rollout.rewards, 2)
+    maps = {"star": rollout.trajectory.weights, "uniform": None}
+    found = batch_gradients(state, rollout, advantages.values, maps)
+    parameters = list(state.policy.trainable().values())
+    for arm, weights in maps.items():
+        batch = Batch(rollout, advantages.values, weights, rollout.log_prob)
+        result, _ = step_loss(state, batch, 0, torch.arange(4))
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(result.loss, parameters)])
+        torch.testing.assert_close(found[arm, 0], expected, atol=1e-6 * float(expected.abs().max()) + 1e-9, rtol=1e-3)
+    assert not torch.allclose(found["star", 0], found["uniform", 0])
+
+
+def picture(*objects: SceneObject) -> np.ndarray:
+    canvas = np.full((64, 64, 3), 120.0)
+    for item in objects:
+        coverage = shape_mask(item.shape, item.x, item.y, item.radius)[..., None]
+        canvas = canvas * (1 - coverage) + np.array(COLOURS[item.colour]) * coverage
+    return canvas.round().astype(np.uint8)
+
+
+@pytest.fixture
+def cases() -> Cases:
+    """Squares in four places; `map` is right, `wrong prompt` that of another image, `text-blind` even."""
+    places = [(24.0, 24.0), (40.0, 24.0), (24.0, 40.0), (40.0, 40.0)]
+    images = np.stack([picture(SceneObject("square", "red", x, y, 8.0)) for x, y in places])
+    right = np.full((1, 4, 8, 8), 0.1)
+    for case, (x, y) in enumerate(places):
+        right[0, case, int(y) // 8 - 1 : int(y) // 8 + 1, int(x) // 8 - 1 : int(x) // 8 + 1] = 14.5
+    prompt = ScenePrompt("a red square", {"include": [{"class": "square", "count": 1, "color": "red"}]})
+    maps = {"map": right, "wrong prompt": np.roll(right, 1, axis=1), "text-blind": np.ones_like(right)}
+    return Cases([prompt] * 4, images, torch.zeros(4, 4, 16, 16), maps)
+
+
+def test_overlap_is_perfect_for_the_true_map_and_chance_for_an_even_one(cases: Cases) -> None:
+    found = {(score.what, score.map): score for score in overlap(cases)}
+    assert found["object AUROC", "map"].value == 1.0 and found["weight on objects", "map"].value == 14.5
+    assert found["object AUROC", "text-blind"].value == 0.5 and found["weight on objects", "text-blind"].value == 1.0
+    assert found["object AUROC", "wrong prompt"].value < 0.5 and found["object AUROC", "map"].n == 4
+
+
+def test_painting_over_the_top_of_the_true_map_costs_the_reward(cases: Cases) -> None:
+    scores = edits(cases, scene_graded, 4 / 64, np.random.default_rng(0))
+    found = {(score.what, score.map): score.value for score in scores}
+    assert found["reward lost inside", "map"] == 1.0 and found["reward lost outside", "map"] == 0.0
+    assert found["reward lost inside", "wrong prompt"] == 0.0
+    correlation = {score.map: score for score in regional_correlation(cases, scene_graded)}
+    assert correlation["map"].value > 0.9 > correlation["wrong prompt"].value
+    assert correlation["text-blind"].n == 0, "an even map has no correlation"
+
+
+def test_regions(cases: Cases) -> None:
+    weights = np.arange(12.0).reshape(3, 4)
+    region = top_region(weights, 0.25)
+    assert region.sum() == 3 and region[2, 1:].all()
+    assert (farthest(region) & region).sum() == 0 and farthest(region).sum() == 3
+    assert np.array_equal(moved(region, 4), np.roll(region, 1, axis=0))
+    assert top_region(weights, 1e-6).sum() == 1
+    edited = edit(cases.images, np.ones((4, 8, 8), dtype=bool))
+    assert np.array_equal(edited, cases.images), "nothing is left to take a colour from"
+
+
+def test_auroc_counts_pairs() -> None:
+    rng = np.random.default_rng(0)
+    values, positive = rng.integers(0, 5, 40).astype(float), rng.random(40) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in values[positive] for b in values[~positive]]
+    assert auroc(values, positive) == pytest.approx(np.mean(pairs))
+    assert np.isnan(auroc(values, np.zeros(40, dtype=bool)))
+
+
+def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = ["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", "--prompts", "6", "--batches", "3"]
+    assert main([*arguments, "--folder", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert {score["map"] for score in content["scores"]} == {
+        *("map", "wrong prompt", "text-blind"),
+        *(f"layer {layer}" for layer in range(4)),
+    }
+    assert {(signal["arm"], signal["step"]) for signal in content["gradients"]} == {
+        (arm, step) for arm in ("star", "uniform", "shuffled", "inverted", "oracle") for step in ("0", "all")
+    }
+    for name in ("sensitivity.png", "cases.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert "| star | all |" in (tmp_path / "sensitivity.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "everything"], "--parts"),
+        (["--arms", "best"], "--arms"),
+        (["--prompts", "1"], "--prompts"),
+        (["--batches", "2"], "--batches"),
+        (["--share", "1"], "--share"),
+        (["prompts.source=a.jsonl", "prompts.held_out=b.jsonl", "units=rules"], "--parts"),
+        (["train.iterations=-1"], "train.iterations"),
+        (["--trained", "run.folder=nowhere/at_all", "--parts", "objects"], "run.folder"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["tiny", *arguments]) == 2
+    assert message in capsys.readouterr().err
