@@ -239,9 +239,9 @@ def load_pipeline(config: Model) -> Any:
     """Load the pipeline with frozen weights.
 
     Raises:
-        ConfigError: it cannot be loaded or is not Stable Diffusion 3.
+        ConfigError: it cannot be loaded, is not Stable Diffusion 3, or lacks some of its weights.
     """
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     source = str(TINY_PIPELINE) if config.pipeline == "tiny" else config.pipeline
     dtype = getattr(torch, config.dtype)
@@ -249,7 +249,15 @@ def load_pipeline(config: Model) -> Any:
         with warnings.catch_warnings():
             # The name of this argument changed between the diffusers releases that are supported.
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+            options = {"torch_dtype": dtype, "use_safetensors": True}
+            parts = {}
+            # The pipeline itself would only warn of missing weights, and go on with random ones.
+            for part, kind in (("transformer", SD3Transformer2DModel), ("vae", AutoencoderKL)):
+                parts[part], found = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **options)
+                if found["missing_keys"]:
+                    missing = sorted(found["missing_keys"])
+                    raise ValueError(f"its {part} has no weights for {missing[0]} and {len(missing) - 1} others")
+            pipeline = StableDiffusion3Pipeline.from_pretrained(source, **parts, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pipeline: {config.pipeline!r} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)

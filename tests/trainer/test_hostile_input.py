@@ -348,6 +348,19 @@ def test_broken_weights_of_a_pipeline_are_refused_by_its_name(kind: str, tmp_pat
         load_policy(Model(pipeline=str(folder), max_sequence_length=16))
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_weights_that_lack_some_are_refused_rather_than_drawn_at_random(part: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(TINY_PIPELINE, folder)
+    path = folder / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match=f"model.pipeline.*{part} has no weights for {name}"):
+        load_policy(Model(pipeline=str(folder)))
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_broken_evaluation_counts_as_none(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "base.safetensors"
