@@ -54,6 +54,9 @@ std::string cpu_level() {
   TORCH_INTERNAL_ASSERT(false);
 }
 
+// What star_kernels/backends.py expects of an extension; both are raised where one cannot do with the other's old one.
+constexpr int64_t kInterface = 2;
+
 py::dict build_info() {
   py::dict result;
 #if defined(__clang__)
@@ -64,6 +67,7 @@ py::dict build_info() {
   result["flags"] = STAR_KERNELS_FLAGS;
   result["cpp_standard"] = static_cast<int64_t>(__cplusplus);
   result["torch_version"] = TORCH_VERSION;
+  result["interface"] = kInterface;
 #if defined(_OPENMP)
   result["openmp"] = true;
 #else

@@ -20,14 +20,28 @@ NAMES = ("triton", "cpu", "reference")
 _logger = logging.getLogger("star_kernels")
 
 
+# Must equal kInterface in csrc/bindings.cpp.
+_EXTENSION_INTERFACE = 2
+
+
 @functools.cache
 def load_cpu_extension() -> str | None:
     """Load the compiled extension; ``None`` if that worked, otherwise the reason it did not."""
     try:
-        importlib.import_module("star_kernels._C")
+        extension = importlib.import_module("star_kernels._C")
     except ImportError as error:
         return f"the C++ extension star_kernels._C is not built or does not load ({error})"
-    return None
+    return _reason_against_extension(extension.build_info())
+
+
+def _reason_against_extension(info: dict[str, object]) -> str | None:
+    found = info.get("interface", 1)
+    if found == _EXTENSION_INTERFACE:
+        return None
+    return (
+        f"the C++ extension star_kernels._C was built from other sources (its interface is {found}, these need "
+        f"{_EXTENSION_INTERFACE}): build it again"
+    )
 
 
 def _missing_triton() -> str | None:

@@ -103,3 +103,11 @@ def test_the_environment_overrides_auto_only(built, monkeypatch):
     monkeypatch.setenv("STAR_KERNELS_BACKEND", "gpu")
     with pytest.raises(ValueError, match="^STAR_KERNELS_BACKEND: expected one of"):
         backends.resolve_backend("op", "auto", CPU, ("cpu",))
+
+
+def test_an_extension_of_other_sources_is_not_used() -> None:
+    # Operators would lack what today's sources register, and a gradient could be missing without an error.
+    assert backends._reason_against_extension({"interface": backends._EXTENSION_INTERFACE}) is None
+    for info in ({}, {"interface": 0}, {"interface": 99}):
+        reason = backends._reason_against_extension(info)
+        assert reason is not None and "build it again" in reason

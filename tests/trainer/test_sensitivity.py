@@ -180,6 +180,17 @@ def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -
     assert "| star | all |" in (tmp_path / "sensitivity.md").read_text()
 
 
+def test_a_differentiable_reward_is_compared_by_its_gradient(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    reward = ["reward.terms={clip_score: 1.0}", "reward.models.clip=tiny"]
+    arguments = ["tiny", *SMALL, *reward, f"run.folder={tmp_path / 'run'}", "--prompts", "6", "--parts", "edits"]
+    assert main([*arguments, "--folder", str(tmp_path)]) == 0
+    scores = json.loads((tmp_path / "sensitivity.json").read_text())["scores"]
+    found = [score for score in scores if score["what"] == "correlation with the reward's gradient"]
+    assert {score["map"] for score in found} == {"map", "wrong prompt", "text-blind"}
+    assert all(score["n"] == 6 and -1.0 <= score["value"] <= 1.0 for score in found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

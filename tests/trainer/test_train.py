@@ -76,6 +76,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
         torch.set_num_threads(1)
+        # Made before the fixture of each test, and perhaps after another module's run in another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
         run(folder)
     return folder
 
