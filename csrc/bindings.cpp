@@ -1,5 +1,6 @@
 // star_kernels._C: TORCH_LIBRARY for the operators, pybind11 for what is no operator.
 
+#include "policy_loss_python.h"
 #include "star_kernels.h"
 
 #include <ATen/Parallel.h>
@@ -55,7 +56,7 @@ std::string cpu_level() {
 }
 
 // What star_kernels/backends.py expects of an extension; both are raised where one cannot do with the other's old one.
-constexpr int64_t kInterface = 2;
+constexpr int64_t kInterface = 3;
 
 py::dict build_info() {
   py::dict result;
@@ -111,5 +112,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", &cpu_capability, "Instruction sets by name (avx2, avx512, avx512_bf16, amx) and whether this CPU has them.");
   m.def("cpu_level", &cpu_level,
         "The instructions that kernels use here: the most this CPU has, or less by STAR_KERNELS_CPU_CAPABILITY.");
+  m.def("plain_policy_loss", &star_kernels::plain_policy_loss,
+        "The policy loss and its metrics as a tuple, or None for arguments that need a conversion or an error.");
   m.def("build_info", &build_info, "Compiler, flags, C++ standard, PyTorch version and whether OpenMP was on at build time.");
 }

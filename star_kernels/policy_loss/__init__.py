@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends
 from .._checks import FLOATS, check_choice, check_number, check_reverse_mode, check_tensor
@@ -113,6 +114,26 @@ def policy_loss(
             without an unconditional velocity.
         RuntimeError: a backend that cannot run here, with the reason.
     """
+    if _is_plain(velocity, coefficients) and _resolve(velocity.device, backend) == "cpu":
+        plain = cpu.plain_policy_loss(
+            velocity,
+            sample,
+            next_sample,
+            old_log_prob,
+            advantage,
+            coefficients,
+            weights,
+            mask,
+            clip_range,
+            granularity,
+            reference_velocity,
+            kl_weight,
+            kl_scale,
+            unconditional_velocity,
+            guidance_scale,
+        )
+        if plain is not None:
+            return PolicyLoss(plain[0], dict(zip(reference.METRICS, plain[1:], strict=True)))
     check_tensor("velocity", velocity, ("B", "C", "H", "W"))
     batch, _, height, width = velocity.shape
     device = velocity.device
@@ -191,8 +212,12 @@ def _check_clip_range(clip_range: object) -> tuple[float, float]:
     return low, high
 
 
+def _resolve(device: torch.device, backend: str) -> str:
+    return backends.resolve_backend("policy_loss", backend, device, KERNELS)
+
+
 def _chosen_backend(inputs: reference.Inputs, backend: str) -> str:
-    chosen = backends.resolve_backend("policy_loss", backend, inputs.velocity.device, KERNELS)
+    chosen = _resolve(inputs.velocity.device, backend)
     return "reference" if chosen == "cpu" and not cpu.supports(inputs) else chosen
 
 
@@ -216,6 +241,19 @@ def _compute(inputs: reference.Inputs, with_gradient: bool, chosen: str) -> tupl
 def _is_traced(velocity: Tensor) -> bool:
     """Whether somebody looks at the operators that run: torch.compile, export, fake tensors, dispatch modes."""
     return torch.compiler.is_compiling() or type(velocity) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_plain(velocity: object, coefficients: object) -> bool:
+    """Whether the checks may be left to C++: nobody looks at the operators that run or transforms them."""
+    return (
+        isinstance(coefficients, TransitionCoefficients)
+        and isinstance(velocity, Tensor)
+        and velocity.is_cpu
+        and not _is_traced(velocity)
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 class _LossAndGradient(torch.autograd.Function):
@@ -380,7 +418,7 @@ def _scaled(ctx: Any, saved: Tensor, grad_loss: Tensor) -> Tensor:
     place and handed on. PyTorch's own compiler asks the engine like this before it reuses memory.
     """
     is_ours = not torch._C._autograd._get_current_graph_task_keep_graph()
-    if backends.resolve_backend("policy_loss", ctx.backend, saved.device, KERNELS) == "triton":
+    if _resolve(saved.device, ctx.backend) == "triton":
         from . import triton_kernels
 
         in_place = is_ours and saved.dtype == ctx.dtype
