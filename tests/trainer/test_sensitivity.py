@@ -166,8 +166,9 @@ def test_auroc_counts_pairs() -> None:
 def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = ["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", "--prompts", "6", "--batches", "3"]
-    assert main([*arguments, "--folder", str(tmp_path)]) == 0
-    content = json.loads((tmp_path / "sensitivity.json").read_text())
+    folder = tmp_path / "to be" / "made"
+    assert main([*arguments, "--folder", str(folder)]) == 0
+    content = json.loads((folder / "sensitivity.json").read_text())
     assert {score["map"] for score in content["scores"]} == {
         *("map", "wrong prompt", "text-blind"),
         *(f"layer {layer}" for layer in range(4)),
@@ -176,8 +177,8 @@ def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -
         (arm, step) for arm in ("star", "uniform", "shuffled", "inverted", "oracle") for step in ("0", "all")
     }
     for name in ("sensitivity.png", "cases.png"):
-        assert (tmp_path / name).stat().st_size > 10_000
-    assert "| star | all |" in (tmp_path / "sensitivity.md").read_text()
+        assert (folder / name).stat().st_size > 10_000
+    assert "| star | all |" in (folder / "sensitivity.md").read_text()
 
 
 def test_a_differentiable_reward_is_compared_by_its_gradient(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from star_trainer.cli import quieten
 from star_trainer.config import Config, ConfigError, load_config, preset_names
 from star_trainer.files import write_atomically
 
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         config, parts, arms = _check(options)
+        quieten()
         from star_trainer.checkpoint import CheckpointError
         from star_trainer.rewards.errors import RewardError
         from star_trainer.rollout import NonFiniteError
@@ -61,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report(config, parts, arms, options)
     except (CheckpointError, ConfigError, NonFiniteError, RewardError) as error:
+        print(f"star-sensitivity: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
         print(f"star-sensitivity: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -99,6 +104,8 @@ def report(config: Config, parts: Sequence[str], arms: Sequence[str], options: a
     draw_training, draw_held_out = load_prompts(config.prompts)
     reward, extractor = load_reward(config.reward), UnitExtractor(config.units)
     folder = Path(options.folder or f"runs/sensitivity_{Path(options.config).stem}")
+    # Now, not after an hour of measuring, if it cannot be made.
+    folder.mkdir(parents=True, exist_ok=True)
     state = build_state(config)
     if options.trained and not state.restore(Path(config.run.folder) / "checkpoints"):
         raise ConfigError(f"run.folder: expected a run with a checkpoint for --trained, got {config.run.folder}")
