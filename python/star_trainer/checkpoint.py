@@ -13,7 +13,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,8 +225,15 @@ def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, values
 
 
-def load_optimizer_state(optimizer: Any, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+def load_optimizer_state(
+    optimizer: Any,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    place: Callable[[Tensor, Tensor], Tensor] = lambda value, parameter: value,
+) -> None:
     """Put what `optimizer_state` gave, bit for bit, into an optimizer over the same parameters.
+
+    `place` takes a tensor of the state and its parameter and returns what the optimizer of this process keeps of it.
 
     Raises:
         CheckpointError: another class of optimizer, other groups, or parameters of other shapes or dtypes.
@@ -246,12 +253,14 @@ def load_optimizer_state(optimizer: Any, tensors: Mapping[str, Tensor], values: 
         # JSON has no tuples; betas are one.
         group.update({k: tuple(v) for k, v in group.items() if isinstance(existing.get(k), tuple)})
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in values["state"].items()}
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         kind, number, key = name.split(".", 2)
-        owner: Any = {"state": state, "groups": groups}[kind]
-        owner[int(number)][key] = tensor.clone()
+        if kind == "state":
+            state[int(number)][key] = place(tensor.clone(), parameters[int(number)])
+        else:
+            groups[int(number)][key] = tensor.clone()
     inner.load_state_dict({"state": state, "param_groups": groups})
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     for index, entries in state.items():
         loaded = inner.state[parameters[index]]
         for key, value in entries.items():

@@ -265,7 +265,11 @@ def export(state: TrainingState, folder: Path) -> None:
     model: Any = state.policy.model
     weights = None
     if is_sharded(model):
-        weights = {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+        weights = {}
+        for name, tensor in model.state_dict().items():
+            value = whole(tensor.detach())
+            if state.accelerator.is_main_process:
+                weights[name] = value.cpu()
     if not state.accelerator.is_main_process:
         return
     if state.config.model.lora is None:

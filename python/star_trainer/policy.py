@@ -46,6 +46,8 @@ class Policy:
     transformer: Any
     config: Model
     frozen_copy: Any = None
+    # Where accelerate does not wrap the transformer's forward pass in it.
+    autocast: bool = False
     # In host memory: a few megabytes per prompt at full size, and prompts come in the thousands.
     _cache: OrderedDict[str, tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
 
@@ -138,13 +140,15 @@ class Policy:
         """The transformer's prediction [B, C, H, W] for latents at one timestep (0-d tensor)."""
         # Without gradients there is nothing that the wrapper of several processes would have to do.
         transformer = self.transformer if torch.is_grad_enabled() else self.model
-        return transformer(
-            hidden_states=latents,
-            timestep=timestep.expand(len(latents)),
-            encoder_hidden_states=embeddings.text,
-            pooled_projections=embeddings.pooled,
-            return_dict=False,
-        )[0]
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.autocast):
+            velocity: Tensor = transformer(
+                hidden_states=latents,
+                timestep=timestep.expand(len(latents)),
+                encoder_hidden_states=embeddings.text,
+                pooled_projections=embeddings.pooled,
+                return_dict=False,
+            )[0]
+        return velocity.float() if self.autocast else velocity
 
     @torch.no_grad()
     def reference_velocity(self, latents: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:

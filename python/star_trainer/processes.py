@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -46,6 +47,17 @@ def together(accelerator: Accelerator, action: Callable[[], Result], *failures: 
     if failed.any():
         raise failures[0](f"process {int(failed.int().argmax())} of {len(failed)} cannot go on, as it says itself")
     return result
+
+
+def own_device() -> torch.device:
+    """This process's GPU by its number, else the CPU.
+
+    A model that is on ``cuda`` without a number is on another device for threads and for what comes before processes
+    have chosen theirs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def lost_process(error: BaseException) -> bool:

@@ -14,10 +14,10 @@ import torch
 from accelerate import (
     Accelerator,
     DistributedDataParallelKwargs,
-    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
 from diffusers.training_utils import EMAModel
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from star_trainer import checkpoint
 from star_trainer.config import Config, ConfigError
@@ -67,7 +67,11 @@ class TrainingState:
         averages = dict(zip(parameters, self.average.shadow_params, strict=True))
         for name, tensors in (("policy", parameters), ("average", averages), ("optimizer", optimizer_tensors)):
             # All processes take part in putting a tensor together; one writes it.
-            complete = {key: whole(tensor.detach()) for key, tensor in tensors.items()}
+            complete: dict[str, torch.Tensor] = {}
+            for key, tensor in tensors.items():
+                value = whole(tensor.detach())
+                if main:
+                    complete[key] = value.cpu() if is_spread(tensor) else value
             if main:
                 checkpoint.add(partial, name, complete)
         self.accelerator.wait_for_everyone()
@@ -97,11 +101,9 @@ class TrainingState:
         _copy([found.tensors["policy"][name] for name in parameters], list(parameters.values()))
         _copy([found.tensors["average"][name] for name in parameters], self.average.shadow_params)
         self.average.optimization_step = found.values["average_steps"]
-        checkpoint.load_optimizer_state(self.optimizer, found.tensors["optimizer"], found.values["optimizer"])
-        for parameter, entries in self.optimizer.state.items():
-            for key, value in entries.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    entries[key] = spread_like(value, parameter)
+        checkpoint.load_optimizer_state(
+            self.optimizer, found.tensors["optimizer"], found.values["optimizer"], place=_as_parameter
+        )
         # With fewer or more processes than before, a process without a state of its own keeps the one it started with.
         own = found.tensors.get(f"rng_{self.accelerator.process_index:04d}")
         if own is not None:
@@ -109,6 +111,22 @@ class TrainingState:
         self.iteration = found.iteration
         self.seconds_before = found.values["seconds"]
         self.skipped_in_a_row = found.values["skipped_in_a_row"]
+        return True
+
+    def take_average(self, root: Path) -> bool:
+        """Take the averaged weights of the newest whole checkpoint, whatever else it was trained with; False if none.
+
+        Raises:
+            CheckpointError: checkpoints exist but none is whole, or its weights are not those of this model.
+        """
+        found = checkpoint.load_latest(root)
+        if found is None:
+            return False
+        averages, parameters = found.tensors["average"], self.policy.trainable()
+        if {name: t.shape for name, t in averages.items()} != {name: p.shape for name, p in parameters.items()}:
+            raise checkpoint.CheckpointError(f"{found.path}: its weights are not those that these settings train")
+        _copy([averages[name] for name in parameters], list(parameters.values()))
+        self.iteration = found.iteration
         return True
 
 
@@ -142,6 +160,11 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], root: P
         )
 
 
+def _as_parameter(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """What an optimiser keeps of a parameter, spread over the processes as that is."""
+    return spread_like(value, parameter) if value.shape == parameter.shape else value
+
+
 def _copy(values: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
     with torch.no_grad():
         for value, parameter in zip(values, parameters, strict=True):
@@ -159,10 +182,9 @@ def build_state(config: Config) -> TrainingState:
         log_with="tensorboard",
         project_dir=config.run.folder,
         cpu=not torch.cuda.is_available(),
-        fsdp_plugin=_sharding() if config.model.sharded else None,
         kwargs_handlers=[
             # Every process has the same buffers: sending them about would only make evaluations wait for each other.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         ],
     )
@@ -179,11 +201,19 @@ def build_state(config: Config) -> TrainingState:
     check_against_model(config, policy.model, policy.pipeline.vae_scale_factor)
     policy.pipeline.vae.to(accelerator.device)
     policy.transformer.to(accelerator.device)
-    parameters = list(policy.trainable().values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay, betas=(0.9, 0.99)
+    if config.model.sharded:
+        _shard(policy.transformer)
+        policy.autocast = config.model.dtype == "bfloat16"
+    else:
+        policy.transformer = accelerator.prepare_model(policy.transformer)
+    optimizer = accelerator.prepare_optimizer(
+        torch.optim.AdamW(
+            list(policy.trainable().values()),
+            lr=config.train.learning_rate,
+            weight_decay=config.train.weight_decay,
+            betas=(0.9, 0.99),
+        )
     )
-    policy.transformer, optimizer = accelerator.prepare(policy.transformer, optimizer)
     if policy.frozen_copy is not None:
         policy.frozen_copy = accelerator.prepare_model(policy.frozen_copy.to(accelerator.device), evaluation_mode=True)
     average = EMAModel(list(policy.trainable().values()), decay=config.train.ema_decay)
@@ -193,10 +223,13 @@ def build_state(config: Config) -> TrainingState:
     return TrainingState(config, accelerator, policy, optimizer, average)
 
 
-def _sharding() -> FullyShardedDataParallelPlugin:
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        reshard_after_forward=True,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["JointTransformerBlock"],
-    )
+def _shard(transformer: Any) -> None:
+    """Spread the weights over all processes, block by block, in place.
+
+    Not through accelerate, whose FSDP is for GPUs alone. Precision is autocast's, as it is for a transformer in one
+    piece: a policy that casts what goes in would round timesteps to bfloat16, which knows every fourth of them.
+    """
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for module in (*transformer.transformer_blocks, transformer):
+        # Said explicitly: the outermost module would keep its weights whole after a pass without gradients.
+        fully_shard(module, mp_policy=policy, reshard_after_forward=True)

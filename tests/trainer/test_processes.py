@@ -41,6 +41,10 @@ SMALL = [
 ]
 
 
+# In one worker, which makes the run that these are compared with once.
+SHARED_RUN = pytest.mark.xdist_group("two processes")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(HERE))
@@ -91,6 +95,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@SHARED_RUN
 def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
     run_one(tmp_path)
     one, other = trained(tmp_path), trained(two)
@@ -107,6 +112,7 @@ def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
     assert (images[0].int() - images[1].int()).abs().max() <= 1
 
 
+@SHARED_RUN
 def test_every_process_has_random_numbers_of_its_own_in_the_checkpoint(two: Path) -> None:
     newest = max((two / "checkpoints").glob("iteration_*"))
     states = [load_file(newest / f"rng_000{rank}.safetensors")["torch"] for rank in (0, 1)]
@@ -125,6 +131,7 @@ def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_a
     assert records(tmp_path / "two")[1]["reward/groups_without_spread"] == 0.75
 
 
+@SHARED_RUN
 def test_sharded_weights_train_as_copied_ones_do(two: Path, tmp_path: Path) -> None:
     # Stopped and taken up again, so that a checkpoint of shards is read as well.
     run_two(tmp_path, "model.sharded=true", "train.iterations=2")
@@ -135,6 +142,13 @@ def test_sharded_weights_train_as_copied_ones_do(two: Path, tmp_path: Path) -> N
     adapters = [load_file(folder / "adapter" / "pytorch_lora_weights.safetensors") for folder in (two, tmp_path)]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.allclose(adapters[0][key], adapters[1][key], atol=1e-6) for key in adapters[0])
+
+
+def test_a_sharded_transformer_in_bfloat16_sees_the_exact_timestep(tmp_path: Path) -> None:
+    done = launch(str(HERE / "sharded_velocity.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in [line.split() for line in done.stdout.splitlines() if line.startswith("difference")]:
+        assert float(line[1]) == 0.0 < float(line[-1])
 
 
 def test_a_fully_trained_sharded_transformer_is_exported_whole(tmp_path: Path) -> None:
@@ -148,6 +162,7 @@ def test_a_fully_trained_sharded_transformer_is_exported_whole(tmp_path: Path) -
     assert all(torch.equal(exported[key], averages[key]) for key in averages)
 
 
+@SHARED_RUN
 def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(two: Path, tmp_path: Path) -> None:
     ended = launch(str(HERE / "kill_run.py"), "rollout", str(tmp_path), *SMALL)
     assert ended.returncode != 0
