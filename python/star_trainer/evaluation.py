@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,7 @@ def evaluate(
     # As many prompts for each process, so that all run the model equally often; the last process may repeat some.
     share = -(-len(prompts) // accelerator.num_processes)
     own = [min(accelerator.process_index * share + i, len(prompts) - 1) for i in range(share)]
+    policy.encode_ahead([prompts[place].text for place in own])
     images: list[np.ndarray] = []
     scores: dict[str, list[np.ndarray]] = {name: [] for name in scorers}
     for first in range(0, share, config.rollout.batch_size):
@@ -126,9 +128,9 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> PairedDifference
         )
     difference = after.astype(np.float64) - before
     if np.ptp(difference) == 0.0:
-        # Without any spread the t statistic is 0/0; the interval is the point itself.
+        # Without any spread the t statistic is 0/0: nothing differs at all, or there is no telling how sure that is.
         value = float(difference[0])
-        return PairedDifference(value, value, value, 1.0 if value == 0.0 else 0.0)
+        return PairedDifference(value, *((0.0, 0.0, 1.0) if value == 0.0 else (math.nan,) * 3))
     result = stats.ttest_1samp(difference, 0.0)
     interval = result.confidence_interval(0.95)
     return PairedDifference(float(difference.mean()), float(interval.low), float(interval.high), float(result.pvalue))

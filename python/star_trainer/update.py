@@ -247,9 +247,9 @@ def recompute(state: TrainingState, batch: Batch, steps: list[int], parts: list[
 
 def agreement(accelerator: Accelerator, differences: list[Tensor]) -> dict[str, float]:
     """How well training passes agree with the rollout before anything is updated, over all processes."""
-    own = torch.stack(differences) if differences else torch.zeros(0, 2)
+    own = torch.stack(differences).float().cpu() if differences else torch.zeros(0, 2)
     values = torch.cat([own.sum(0)[:1], own.amax(0)[1:] if differences else torch.zeros(1), torch.tensor([len(own)])])
-    gathered = gather(accelerator, values.cpu()[None])
+    gathered = gather(accelerator, values[None])
     if gathered[:, 2].sum() == 0:
         return {}
     return {

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from star_trainer.config import ConfigError
+from star_trainer.processes import own_device
 from star_trainer.scenes import ScenePrompt
 
 TINY_CLIP = Path(__file__).parent.parent / "tiny_clip" / "model"
@@ -34,7 +35,7 @@ class ClipModel:
     def __init__(self, model: str, processor: str | None = None, *, key: str) -> None:
         from transformers import AutoProcessor, CLIPModel
 
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
         try:
             self.model = CLIPModel.from_pretrained(_place(model), use_safetensors=True).float().to(self.device).eval()
             self.processor = AutoProcessor.from_pretrained(_place(processor or model))
