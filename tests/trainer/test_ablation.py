@@ -151,6 +151,23 @@ def test_pairs_are_those_of_the_same_seed() -> None:
     assert star.final.n == 2
 
 
+def test_the_same_difference_in_every_seed_is_no_certainty() -> None:
+    """Scores come in steps of one image: two equal differences say little, and an interval of width 0 would lie."""
+    curves = [curve(arm, seed, 0.5 + 0.25 * (arm == "star")) for arm in ("uniform", "star") for seed in (0, 1)]
+    (_, star) = compare(curves, "uniform")
+    assert star.final_difference is not None and star.final_difference.mean == 0.25
+    assert np.isnan([star.final_difference.low, star.final_difference.high, star.final_difference.p_value]).all()
+
+
+def test_runs_stay_on_the_gpus_that_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs_module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runs_module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(None)] == ["4", "GPU-5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(3)] == ["0", "1", "0"]
+
+
 def test_a_single_seed_has_no_interval() -> None:
     mean = mean_over_seeds([0.5])
     assert mean.value == 0.5 and np.isnan(mean.low) and mean.n == 1
@@ -164,6 +181,7 @@ def test_a_single_seed_has_no_interval() -> None:
         (["--methods", ""], "--methods"),
         (["--arm", "no name"], "--arm"),
         (["--arm", "odd: nonsense=1"], "nonsense"),
+        (["--arm", "odd: reward.terms.scene_strict=1"], "--arm"),
         (["--seeds", "many"], "--seeds"),
         (["--seeds", "0"], "--seeds"),
         (["--baseline", "best"], "--baseline"),

@@ -15,7 +15,14 @@ from star_trainer.rewards import scene_graded
 from star_trainer.rollout import collect
 from star_trainer.scenes import COLOURS, SceneObject, ScenePrompt, sample_prompts, shape_mask
 from star_trainer.sensitivity.cli import main
-from star_trainer.sensitivity.gradients import batch_gradients, jackknife, signal_and_noise, summarise
+from star_trainer.sensitivity.gradients import (
+    batch_gradients,
+    gram_matrix,
+    jackknife,
+    signal_and_noise,
+    signal_ratio,
+    summarise,
+)
 from star_trainer.sensitivity.maps import (
     Cases,
     auroc,
@@ -59,7 +66,7 @@ def test_jackknife_intervals_cover_the_truth_about_as_often_as_they_say() -> Non
     covered = 0
     for _ in range(150):
         batches = mean + rng.normal(size=(25, 30))
-        found = summarise("star", "all", list(torch.from_numpy(batches)))
+        found = summarise("star", "all", gram_matrix(list(torch.from_numpy(batches))))
         covered += found.ratio.low <= truth <= found.ratio.high
         assert found.batches == 25
     assert 0.87 <= covered / 150 <= 1.0
@@ -69,12 +76,25 @@ def test_identical_gradients_have_no_noise_and_cosine_one() -> None:
     gram = np.full((4, 4), 2.0)
     signal, noise, cosine = signal_and_noise(gram)
     assert (signal, noise, cosine) == pytest.approx((2.0, 0.0, 1.0))
-    assert jackknife(gram, lambda of: signal_and_noise(of)[2]).low == pytest.approx(1.0)
+    assert jackknife(lambda of: signal_and_noise(of)[2], gram).low == pytest.approx(1.0)
+
+
+def test_arms_are_compared_batch_by_batch() -> None:
+    """Noise that two arms share is in neither's difference: that interval is far narrower than their own."""
+    rng = np.random.default_rng(2)
+    batches = torch.from_numpy(0.5 + rng.normal(size=(40, 20)))
+    uniform, star = gram_matrix(list(batches)), gram_matrix(list(batches * 0.99 + 0.02))
+    found = summarise("star", "all", star, uniform)
+    assert found.ratio_less_uniform is not None
+    width = found.ratio_less_uniform.high - found.ratio_less_uniform.low
+    assert width < (found.ratio.high - found.ratio.low) / 5
+    assert found.ratio_less_uniform.value == pytest.approx(signal_ratio(star) - signal_ratio(uniform))
+    assert summarise("uniform", "all", uniform, uniform).ratio_less_uniform is None
 
 
 def test_two_batches_are_too_few() -> None:
     with pytest.raises(ValueError, match="at least 3"):
-        summarise("star", "all", [torch.ones(2)] * 2)
+        summarise("star", "all", np.ones((2, 2)))
 
 
 @pytest.fixture(scope="module")

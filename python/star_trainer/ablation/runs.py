@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from star_trainer.config import Config, load_config
+from star_trainer.config import Config, ConfigError, load_config
 
 # Every how many seconds the runs are looked after.
 _POLL = 0.5
@@ -83,7 +83,7 @@ def plan_runs(
     """All runs, seed by seed, so that what is compared with each other is done at about the same time.
 
     Raises:
-        ConfigError: settings of an arm that cannot be used.
+        ConfigError: settings of an arm that cannot be used, or that measure something else than the others do.
     """
     runs = []
     for seed in seeds:
@@ -91,8 +91,12 @@ def plan_runs(
             place = folder / arm.name / f"seed_{seed}"
             own = (f"run.seed={seed}", f"run.folder={place}", "run.progress=false", "run.resume=true")
             runs.append(Run(arm.name, seed, source, (*overrides, *arm.overrides, *own), place))
-    for run in runs:
-        run.config()
+    measured = {run: (config.reward, config.prompts) for run in runs for config in [run.config()]}
+    for run, what in measured.items():
+        if what != measured[runs[0]]:
+            raise ConfigError(
+                f"--arm: {run.arm} has another reward or other prompts than {runs[0].arm}: they cannot be compared"
+            )
     return runs
 
 
@@ -104,7 +108,10 @@ def places(jobs: int | None) -> list[dict[str, str]]:
     threads = {"OMP_NUM_THREADS": str(max(1, cores // count))}
     if not devices:
         return [threads] * count
-    return [{**threads, "CUDA_VISIBLE_DEVICES": str(place % devices)} for place in range(count)]
+    # Of the GPUs that this process may use, by the names that it knows them by.
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = [name.strip() for name in named if name.strip()] or [str(device) for device in range(devices)]
+    return [{**threads, "CUDA_VISIBLE_DEVICES": names[place % len(names)]} for place in range(count)]
 
 
 def run_all(runs: Sequence[Run], environments: Sequence[dict[str, str]]) -> dict[Run, str]:

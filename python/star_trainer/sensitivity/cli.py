@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, default=100, help="rollout batches for gradients (default: 100)")
     parser.add_argument("--arms", default=",".join(_ARMS), help=f"of gradients, some of {', '.join(_ARMS)}")
     parser.add_argument(
-        "--trained", action="store_true", help="use the newest checkpoint in run.folder, not the base model"
+        "--trained", action="store_true", help="measure the averaged weights in run.folder's newest checkpoint"
     )
     parser.add_argument("--folder", help="where results go (default: runs/sensitivity_CONFIG)")
     return parser
@@ -57,15 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from star_trainer.checkpoint import CheckpointError
         from star_trainer.rewards.errors import RewardError
         from star_trainer.rollout import NonFiniteError
+        from star_trainer.units.cache import CacheError
+        from star_trainer.units.chat import ChatError
     except ConfigError as error:
         print(f"star-sensitivity: {error}", file=sys.stderr)
         return 2
     try:
         report(config, parts, arms, options)
-    except (CheckpointError, ConfigError, NonFiniteError, RewardError) as error:
-        print(f"star-sensitivity: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
+    except (CacheError, ChatError, CheckpointError, ConfigError, NonFiniteError, OSError, RewardError) as error:
         print(f"star-sensitivity: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -107,7 +106,7 @@ def report(config: Config, parts: Sequence[str], arms: Sequence[str], options: a
     # Now, not after an hour of measuring, if it cannot be made.
     folder.mkdir(parents=True, exist_ok=True)
     state = build_state(config)
-    if options.trained and not state.restore(Path(config.run.folder) / "checkpoints"):
+    if options.trained and not state.take_average(Path(config.run.folder) / "checkpoints"):
         raise ConfigError(f"run.folder: expected a run with a checkpoint for --trained, got {config.run.folder}")
     scores: list[maps.Score] = []
     if "objects" in parts or "edits" in parts:
@@ -186,13 +185,14 @@ def tables(scores: Sequence[Any], signals: Sequence[Any]) -> str:
         lines += [""]
     if signals:
         lines += [
-            "| gradient | step | signal / noise | cosine | norm² of the mean | trace of the covariance | batches |"
+            "| gradient | step | signal / noise | less uniform's | cosine | norm² of mean | trace of covariance | n |"
         ]
-        lines += ["|---|---|---|---|---|---|---|"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
         for signal in sorted(signals, key=lambda found: (found.step != "all", found.step)):
             step = signal.step if signal.step == "all" else str(int(signal.step) + 1)
             lines += [
-                f"| {signal.arm} | {step} | {_interval(signal.ratio)} | {_interval(signal.cosine)} | "
+                f"| {signal.arm} | {step} | {_interval(signal.ratio)} | {_interval(signal.ratio_less_uniform)} | "
+                f"{_interval(signal.cosine)} | "
                 f"{signal.squared_mean:.3g} | {signal.covariance_trace:.3g} | {signal.batches} |"
             ]
         lines += [""]
@@ -200,6 +200,8 @@ def tables(scores: Sequence[Any], signals: Sequence[Any]) -> str:
 
 
 def _interval(estimate: Any) -> str:
+    if estimate is None:
+        return ""
     return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
 
 

@@ -32,7 +32,7 @@ from star_trainer.rewards import RewardFunction
 from star_trainer.rollout import Rollout, collect
 from star_trainer.scenes import ScenePrompt
 from star_trainer.state import TrainingState
-from star_trainer.update import attention_of_the_rollout, predict
+from star_trainer.update import attention_of_the_rollout, log_prob, predict
 
 # Iterations of the rollouts' random numbers that no training reaches, so that no batch was trained on.
 _FIRST_ITERATION = 1_000_000
@@ -49,7 +49,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Signal:
-    """What n gradients say: ‖E g‖² (may come out below 0), tr Cov g, their ratio, and two batches' mean cosine."""
+    """What n gradients say: ‖E g‖² (may come out below 0), tr Cov g, their ratio, two batches' mean cosine."""
 
     arm: str
     step: str
@@ -58,6 +58,7 @@ class Signal:
     covariance_trace: float
     ratio: Estimate
     cosine: Estimate
+    ratio_less_uniform: Estimate | None
 
 
 def signal_and_noise(gram: np.ndarray) -> tuple[float, float, float]:
@@ -72,34 +73,42 @@ def signal_and_noise(gram: np.ndarray) -> tuple[float, float, float]:
     return float(signal), float(diagonal.mean() - signal), float(cosine)
 
 
-def jackknife(gram: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Estimate:
-    """A statistic of the Gram matrix with the interval that leaving out one batch at a time gives; n >= 3."""
-    n = len(gram)
-    value = statistic(gram)
-    left_out = np.array([statistic(np.delete(np.delete(gram, i, 0), i, 1)) for i in range(n)])
+def signal_ratio(gram: np.ndarray) -> float:
+    """‖E g‖² / tr Cov g; NaN without noise."""
+    signal, noise, _ = signal_and_noise(gram)
+    return signal / noise if noise > 0 else math.nan
+
+
+def jackknife(statistic: Callable[..., float], *grams: np.ndarray) -> Estimate:
+    """A statistic of Gram matrices of the same batches, n >= 3, with the interval that leaving out one batch gives."""
+    n = len(grams[0])
+    value = statistic(*grams)
+    left_out = np.array([statistic(*(np.delete(np.delete(gram, i, 0), i, 1) for gram in grams)) for i in range(n)])
     error = math.sqrt((n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum()))
     half = float(stats.t.ppf(0.975, n - 1)) * error
     return Estimate(value, value - half, value + half)
 
 
-def summarise(arm: str, step: str, gradients: Sequence[Tensor]) -> Signal:
-    """The statistics of one arm's gradients [P], one per batch; at least three.
+def gram_matrix(gradients: Sequence[Tensor]) -> np.ndarray:
+    """Inner products [n, n] of n gradients [P], in double precision."""
+    matrix = torch.stack(list(gradients)).double()
+    return (matrix @ matrix.T).numpy()
+
+
+def summarise(arm: str, step: str, gram: np.ndarray, uniform: np.ndarray | None = None) -> Signal:
+    """The statistics of one arm from its Gram matrix, and its difference to even weights on the same batches.
 
     Raises:
         ValueError: fewer than three batches, of which an interval cannot be made.
     """
-    if len(gradients) < 3:
-        raise ValueError(f"gradients: expected at least 3 batches, got {len(gradients)}")
-    matrix = torch.stack(list(gradients)).double()
-    gram = (matrix @ matrix.T).numpy()
+    if len(gram) < 3:
+        raise ValueError(f"gram: expected at least 3 batches, got {len(gram)}")
     squared_mean, trace, _ = signal_and_noise(gram)
-
-    def ratio(of: np.ndarray) -> float:
-        signal, noise, _ = signal_and_noise(of)
-        return signal / noise if noise > 0 else math.nan
-
-    cosine = jackknife(gram, lambda of: signal_and_noise(of)[2])
-    return Signal(arm, step, len(gradients), squared_mean, trace, jackknife(gram, ratio), cosine)
+    difference = None
+    if uniform is not None and arm != "uniform":
+        difference = jackknife(lambda own, even: signal_ratio(own) - signal_ratio(even), gram, uniform)
+    cosine = jackknife(lambda of: signal_and_noise(of)[2], gram)
+    return Signal(arm, step, len(gram), squared_mean, trace, jackknife(signal_ratio, gram), cosine, difference)
 
 
 def measure(
@@ -134,7 +143,8 @@ def measure(
                 if len(total) <= batch:
                     total.append(torch.zeros_like(gradient))
                 total[batch] += gradient
-    return [summarise(arm, step, found) for (arm, step), found in gradients.items()]
+    grams = {key: gram_matrix(found) for key, found in gradients.items()}
+    return [summarise(arm, step, gram, grams.get(("uniform", step))) for (arm, step), gram in grams.items()]
 
 
 def arm_weights(
@@ -171,13 +181,15 @@ def batch_gradients(
         for step in steps:
             with attention_of_the_rollout(state):
                 velocity, unconditional = predict(state, rollout, step, rows)
+            # That of these very passes: all ratios are 1, and nothing is clipped.
+            old = log_prob(state, rollout, step, rows, (velocity, unconditional))
             for index, (arm, maps) in enumerate(weights.items()):
                 leaf = velocity.detach().requires_grad_()
                 result = sk.policy_loss(
                     leaf,
                     trajectory.latents[step, rows].to(device),
                     trajectory.latents[step + 1, rows].to(device),
-                    rollout.log_prob[step, rows].to(device),
+                    old,
                     torch.from_numpy(advantages).float()[rows].to(device),
                     trajectory.coefficients[step],
                     weights=None if maps is None else maps[step, rows].to(device),

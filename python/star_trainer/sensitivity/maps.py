@@ -47,6 +47,7 @@ class Cases:
 def sample_cases(state: TrainingState, prompts: Sequence[ScenePrompt], *, layers: bool) -> Cases:
     """Sample the prompts and record their maps: of the configuration's layers, of each layer alone, and controls."""
     config, policy = state.config, state.policy
+    policy.encode_ahead([prompt.text for prompt in prompts])
     recorded = {"map": config.allocation}
     if layers:
         for layer in range(policy.model.config.num_layers):
@@ -188,12 +189,13 @@ def _least_overlap(region: np.ndarray, offsets: np.ndarray) -> int:
     return int(min(offsets, key=lambda offset: int((moved(region, int(offset)) & region).sum())))
 
 
-def regional_correlation(cases: Cases, reward: RewardFunction, blocks: int = 4) -> list[Score]:
-    """Spearman's correlation, over blocks x blocks regions, of a region's weight and what painting it over costs.
+def regional_correlation(cases: Cases, reward: RewardFunction, most: int = 4) -> list[Score]:
+    """Spearman's correlation, over at most `most` x `most` regions, of a region's weight and what its loss costs.
 
     Images whose reward no region changes have no correlation and are left out.
     """
     height, width = cases.grid
+    blocks = _blocks(cases, most)
     before = reward(cases.images, cases.prompts)
     lost = np.zeros((len(before), blocks, blocks))
     for row in range(blocks):
@@ -205,7 +207,7 @@ def regional_correlation(cases: Cases, reward: RewardFunction, blocks: int = 4) 
     return _correlations("correlation with reward lost", cases, lost, blocks)
 
 
-def gradient_correlation(cases: Cases, policy: Policy, reward: ClipReward, blocks: int = 8) -> list[Score]:
+def gradient_correlation(cases: Cases, policy: Policy, reward: ClipReward, most: int = 8) -> list[Score]:
     """Spearman's correlation of a region's weight and the length there of the reward's gradient by the final latent."""
     latents = cases.latents.clone().requires_grad_()
     vae = policy.pipeline.vae
@@ -214,9 +216,14 @@ def gradient_correlation(cases: Cases, policy: Policy, reward: ClipReward, block
         pixels = (vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
         reward.differentiable(pixels, [prompt.text for prompt in prompts]).sum().backward()
     assert latents.grad is not None, "the reward depends on the latents"
-    lengths = latents.grad.float().norm(dim=1)
+    lengths, blocks = latents.grad.float().norm(dim=1), _blocks(cases, most)
     regions = torch.nn.functional.adaptive_avg_pool2d(lengths[:, None], blocks)[:, 0]
     return _correlations("correlation with the reward's gradient", cases, regions.cpu().numpy(), blocks)
+
+
+def _blocks(cases: Cases, most: int) -> int:
+    """As many regions per side as divide the grid, at most `most`."""
+    return next(count for count in range(most, 0, -1) if all(side % count == 0 for side in cases.grid))
 
 
 def _correlations(what: str, cases: Cases, target: np.ndarray, blocks: int) -> list[Score]:
