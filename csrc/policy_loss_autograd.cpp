@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <functional>
 #include <tuple>
+#include <utility>
 
 namespace star_kernels {
 namespace {
@@ -58,16 +59,15 @@ at::Tensor scaled(const at::Tensor& saved, double scale, at::ScalarType dtype, b
 }
 
 struct PolicyLossAndGradient : torch::autograd::Function<PolicyLossAndGradient> {
-  using Compute = std::function<std::tuple<at::Tensor, at::Tensor, at::Tensor>()>;
+  using Compute = std::function<std::tuple<at::Tensor, at::Tensor>()>;
 
   static variable_list forward(AutogradContext* context, const at::Tensor& velocity, const Compute& compute) {
-    const auto [loss, metrics, gradient] = compute();
-    // Not the gradient: as a differentiable output it leads back to the velocity, which a second derivative runs into.
-    context->mark_non_differentiable({metrics});
+    // The gradient is a differentiable output: it leads back to the velocity, which a second derivative runs into.
+    const auto [loss, gradient] = compute();
     context->set_materialize_grads(false);
     context->save_for_backward({gradient});
     context->saved_data["dtype"] = velocity.scalar_type();
-    return {loss, metrics, gradient};
+    return {loss, gradient};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
@@ -92,13 +92,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss_autograd(
     const at::Tensor& kl_std, const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& mask,
     const std::optional<at::Tensor>& reference_velocity, const std::optional<at::Tensor>& unconditional_velocity,
     double clip_low, double clip_high, bool per_image, double kl_weight, double guidance_scale, bool with_gradient) {
+  // Past autograd: compiled autograd takes no function that marks an output as not differentiable.
+  at::Tensor metrics;
   const variable_list output = PolicyLossAndGradient::apply(velocity, PolicyLossAndGradient::Compute([&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return policy_loss(velocity, sample, next_sample, old_log_prob, advantage, sample_drift, velocity_scale, std, kl_std,
-                       weights, mask, reference_velocity, unconditional_velocity, clip_low, clip_high, per_image, kl_weight,
-                       guidance_scale, with_gradient);
+    auto [loss, measured, gradient] =
+        policy_loss(velocity, sample, next_sample, old_log_prob, advantage, sample_drift, velocity_scale, std, kl_std, weights,
+                    mask, reference_velocity, unconditional_velocity, clip_low, clip_high, per_image, kl_weight, guidance_scale,
+                    with_gradient);
+    metrics = std::move(measured);
+    return std::make_tuple(std::move(loss), std::move(gradient));
   }));
-  return {output[0], output[1], output[2]};
+  return {output[0], metrics, output[1]};
 }
 
 }  // namespace

@@ -305,3 +305,17 @@ def test_the_gradient_lies_in_memory_like_the_velocity_so_that_autograd_keeps_it
         assert velocity.grad is not None and velocity.grad.data_ptr() == handed[0]
         gradients.append(velocity.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_compiled_autograd_gives_the_same_gradient(backend: str) -> None:
+    case = make_case(batch=2, channels=4, grid=(4, 4), seed=5)
+    gradients = []
+    for compiled in (False, True):
+        velocity = case["velocity"].clone().requires_grad_()
+        loss = sk.policy_loss(**{**case, "velocity": velocity}, backend=backend).loss
+        enabled = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+        with enabled if compiled else contextlib.nullcontext():
+            loss.backward()
+        gradients.append(velocity.grad)
+    assert torch.equal(*gradients)
