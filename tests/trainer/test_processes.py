@@ -41,10 +41,6 @@ SMALL = [
 ]
 
 
-# In one worker, which makes the run that these are compared with once.
-SHARED_RUN = pytest.mark.xdist_group("two processes")
-
-
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(HERE))
@@ -95,7 +91,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@SHARED_RUN
 def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
     run_one(tmp_path)
     one, other = trained(tmp_path), trained(two)
@@ -110,13 +105,9 @@ def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
     images = [load_file(folder / "base_evaluation.safetensors")["images"] for folder in (tmp_path, two)]
     assert images[0].shape == images[1].shape == (2, 64, 64, 3)
     assert (images[0].int() - images[1].int()).abs().max() <= 1
-
-
-@SHARED_RUN
-def test_every_process_has_random_numbers_of_its_own_in_the_checkpoint(two: Path) -> None:
     newest = max((two / "checkpoints").glob("iteration_*"))
     states = [load_file(newest / f"rng_000{rank}.safetensors")["torch"] for rank in (0, 1)]
-    assert not torch.equal(*states)
+    assert not torch.equal(*states), "every process has random numbers of its own"
 
 
 def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_all_groups(tmp_path: Path) -> None:
@@ -129,19 +120,6 @@ def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_a
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
     assert max(float(tensor.abs().max()) for key, tensor in one.items() if "exp_avg" in key) > 1e-4
     assert records(tmp_path / "two")[1]["reward/groups_without_spread"] == 0.75
-
-
-@SHARED_RUN
-def test_sharded_weights_train_as_copied_ones_do(two: Path, tmp_path: Path) -> None:
-    # Stopped and taken up again, so that a checkpoint of shards is read as well.
-    run_two(tmp_path, "model.sharded=true", "train.iterations=2")
-    run_two(tmp_path, "model.sharded=true")
-    copied, sharded = trained(two), trained(tmp_path)
-    assert copied.keys() == sharded.keys()
-    assert max(float((copied[key] - sharded[key]).abs().max()) for key in copied) < 1e-6
-    adapters = [load_file(folder / "adapter" / "pytorch_lora_weights.safetensors") for folder in (two, tmp_path)]
-    assert adapters[0].keys() == adapters[1].keys()
-    assert all(torch.allclose(adapters[0][key], adapters[1][key], atol=1e-6) for key in adapters[0])
 
 
 def test_a_sharded_transformer_in_bfloat16_sees_the_exact_timestep(tmp_path: Path) -> None:
@@ -162,15 +140,23 @@ def test_a_fully_trained_sharded_transformer_is_exported_whole(tmp_path: Path) -
     assert all(torch.equal(exported[key], averages[key]) for key in averages)
 
 
-@SHARED_RUN
-def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(two: Path, tmp_path: Path) -> None:
-    ended = launch(str(HERE / "kill_run.py"), "rollout", str(tmp_path), *SMALL)
+def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint_sharded_as_copied(
+    two: Path, tmp_path: Path
+) -> None:
+    sharded = "model.sharded=true"
+    ended = launch(str(HERE / "kill_run.py"), "rollout", str(tmp_path), *SMALL, sharded)
     assert ended.returncode != 0
     assert "SIGKILL" in ended.stderr or "another process of this run is gone" in ended.stderr
     assert not (tmp_path / "summary.json").exists()
-    run_two(tmp_path)
-    expected, resumed = trained(two), trained(tmp_path)
-    assert not [key for key in expected if not torch.equal(expected[key], resumed[key])]
+    assert list((tmp_path / "checkpoints").glob("iteration_*/manifest.json"))
+    run_two(tmp_path, sharded)
+    copied, resumed = trained(two), trained(tmp_path)
+    assert copied.keys() == resumed.keys()
+    assert max(float((copied[key] - resumed[key]).abs().max()) for key in copied) < 1e-6
+    assert records(tmp_path)[-1]["iteration"] == 3
+    adapters = [load_file(folder / "adapter" / "pytorch_lora_weights.safetensors") for folder in (two, tmp_path)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.allclose(adapters[0][key], adapters[1][key], atol=1e-6) for key in adapters[0])
 
 
 def test_a_reward_that_fails_in_one_process_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
