@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .._gaussian import TransitionCoefficients
 from . import reference
 
 
@@ -37,44 +36,12 @@ def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, 
     )
 
 
-def plain_policy_loss(
-    velocity: Tensor,
-    sample: Tensor,
-    next_sample: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    coefficients: TransitionCoefficients,
-    weights: object,
-    mask: object,
-    clip_range: object,
-    granularity: object,
-    reference_velocity: object,
-    kl_weight: object,
-    kl_scale: object,
-    unconditional_velocity: object,
-    guidance_scale: object,
-) -> tuple[Tensor, ...] | None:
-    """Loss and metrics of arguments as the public function takes them, checked in C++: csrc/policy_loss_python.cpp.
+def plain_policy_loss(*arguments: object) -> tuple[Tensor, ...] | None:
+    """Loss and metrics (scalars) of what the public function takes, in its order without `backend`, checked in C++.
 
-    None, and nothing done, for what is wrong with them or has to be converted first.
+    See csrc/policy_loss_python.cpp. None, and nothing done, for what is wrong or has to be converted first.
     """
-    output = _extension().plain_policy_loss(
-        velocity,
-        sample,
-        next_sample,
-        old_log_prob,
-        advantage,
-        coefficients,
-        weights,
-        mask,
-        clip_range,
-        granularity,
-        reference_velocity,
-        kl_weight,
-        kl_scale,
-        unconditional_velocity,
-        guidance_scale,
-    )
+    output = _extension().plain_policy_loss(*arguments)
     return cast("tuple[Tensor, ...] | None", output)
 
 
