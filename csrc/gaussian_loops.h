@@ -204,23 +204,21 @@ inline int64_t index_of(const LatentView& view, const LatentShape& shape, const 
 }
 
 // Whether the numbers of a tile lie in memory as the loops want them.
-inline bool in_place(const LatentView& view, const Range& tile) { return !view.channels_last && tile.count == kTile; }
+inline bool in_place(const LatentView& view, const Range& tile) {
+  return view.format == Format::float32 && !view.channels_last && tile.count == kTile;
+}
 
-// Channels of kTile numbers each.
+// Channels of kTile floats each.
 struct Tile {
-  char* data = nullptr;
-  Format format = Format::float32;
-  int64_t stride = kTile;  // in numbers
+  float* data = nullptr;
+  int64_t stride = kTile;
 
-  char* at(int64_t channel, int64_t position) const { return data + (channel * stride + position) * bytes_of(format); }
+  float* at(int64_t channel, int64_t position) const { return data + channel * stride + position; }
 };
-
-inline Tile buffered(float* buffer) { return {reinterpret_cast<char*>(buffer)}; }
 
 // The tile where it lies in memory.
 inline Tile direct_tile(const LatentView& view, const LatentShape& shape, const Range& tile) {
-  const int64_t begin = index_of(view, shape, tile, 0);
-  return {static_cast<char*>(view.data) + begin * bytes_of(view.format), view.format, shape.positions()};
+  return {static_cast<float*>(view.data) + index_of(view, shape, tile, 0), shape.positions()};
 }
 
 // A tile of a latent: straight from memory where that holds it, else converted into `buffer`, with zeros beyond its end. Both
@@ -242,12 +240,12 @@ Tile read_tile(const LatentView& view, const LatentShape& shape, const Range& ti
       read_floats<Lanes>(buffer + c * kTile, view.data, view.format, begin + c * shape.positions(), tile.count);
     }
   }
-  return buffered(buffer);
+  return {buffer};
 }
 
 // Where to write a tile of a latent: in memory where that can hold it, else in `buffer`, from where `write_tile` takes it.
 inline Tile tile_to_write(const LatentView& view, const LatentShape& shape, const Range& tile, float* buffer) {
-  return in_place(view, tile) ? direct_tile(view, shape, tile) : buffered(buffer);
+  return in_place(view, tile) ? direct_tile(view, shape, tile) : Tile{buffer};
 }
 
 // `spare` holds [channels][kTile] floats, like `buffer`.
@@ -271,37 +269,12 @@ constexpr int kTogether = 8;
 template <typename Lanes>
 constexpr int64_t kSpan = kTogether * Lanes::kWidth;
 
-// Several vectors of one channel at once: one look at the format, and loads that do not wait for each other.
-template <typename Lanes, int kCount>
-STAR_INLINE void load(const Tile& tile, int64_t channel, int64_t position, typename Lanes::Vec (&values)[kCount]) {
-  using V = Vectors<Lanes>;
-  const char* from = tile.at(channel, position);
-  if (tile.format == Format::float32) {
-    for (int i = 0; i < kCount; ++i) values[i] = V::read(from, Format::float32, i * V::kWidth);
-  } else if (tile.format == Format::bfloat16) {
-    for (int i = 0; i < kCount; ++i) values[i] = V::read(from, Format::bfloat16, i * V::kWidth);
-  } else {
-    for (int i = 0; i < kCount; ++i) values[i] = V::read(from, Format::float16, i * V::kWidth);
-  }
-}
-
-template <typename Lanes, int kCount>
-STAR_INLINE void store(const Tile& tile, int64_t channel, int64_t position, typename Lanes::Vec (&values)[kCount]) {
-  using V = Vectors<Lanes>;
-  char* to = tile.at(channel, position);
-  if (tile.format == Format::float32) {
-    for (int i = 0; i < kCount; ++i) V::write(to, Format::float32, i * V::kWidth, values[i]);
-  } else if (tile.format == Format::bfloat16) {
-    for (int i = 0; i < kCount; ++i) V::write(to, Format::bfloat16, i * V::kWidth, values[i]);
-  } else {
-    for (int i = 0; i < kCount; ++i) V::write(to, Format::float16, i * V::kWidth, values[i]);
-  }
-}
-
 // The block that comes next, of latents that are read in place. It is asked for while this one is worked on, in the order in
 // which it lies in memory: then the hardware's prefetchers run ahead within each page. They would not with a few lines of every
 // channel at a time, and the requests that a core itself can have in flight do not fill the bandwidth of memory.
 class BlockAhead {
+  static constexpr int kMost = 4;
+
  public:
   void add(const LatentView& view, const LatentShape& shape, const Range& block) {
     if (view.data == nullptr || view.channels_last || block.count < kBlock) return;
@@ -322,15 +295,32 @@ class BlockAhead {
     }
   }
 
-  // The line of number `index` of a chunk.
-  STAR_INLINE void fetch(int64_t chunk, int64_t index) const {
-    constexpr int64_t kChunks = kBlock / kTile;
-    for (int i = 0; i < count_; ++i) {
-      const Latent& latent = latents_[i];
-      const char* from = latent.data + chunk / kChunks * latent.channel_bytes + chunk % kChunks * latent.chunk_bytes;
-      __builtin_prefetch(from + index * latent.number_bytes, 0, 2);
+  // Chunk `chunk` of every latent, from number `index` on, to be fetched with the vectors of a loop.
+  template <int64_t kWidth>
+  class Chunks {
+   public:
+    STAR_INLINE Chunks(const BlockAhead& ahead, int64_t chunk, int64_t index) : count_(ahead.count_) {
+      constexpr int64_t kChunks = kBlock / kTile;
+      for (int i = 0; i < count_; ++i) {
+        const Latent& latent = ahead.latents_[i];
+        from_[i] = latent.data + chunk / kChunks * latent.channel_bytes + chunk % kChunks * latent.chunk_bytes +
+                   index * latent.number_bytes;
+        step_[i] = kWidth * latent.number_bytes;
+      }
     }
-  }
+
+    // What lies beside vector `vector` of the loop.
+    STAR_INLINE void fetch(int64_t vector) const {
+      for (int i = 0; i < kMost; ++i) {
+        if (i < count_) __builtin_prefetch(from_[i] + vector * step_[i], 0, 2);
+      }
+    }
+
+   private:
+    const char* from_[kMost] = {};
+    int64_t step_[kMost] = {};
+    int count_;
+  };
 
  private:
   struct Latent {
@@ -338,7 +328,7 @@ class BlockAhead {
     int64_t channel_bytes, chunk_bytes, number_bytes;
   };
 
-  Latent latents_[4];
+  Latent latents_[kMost];
   int count_ = 0;
 };
 
@@ -351,13 +341,11 @@ Tile guided_tile(const TransitionInputs& inputs, const Range& tile, float* buffe
   const Tile unconditional = read_tile<Lanes>(inputs.unconditional_velocity, inputs.shape, tile, other, spare);
   for (int64_t c = 0; c < inputs.shape.channels; ++c) {
     for (int64_t p = 0; p < kTile; p += V::kWidth) {
-      typename V::Vec conditional[1], base[1];
-      load<Lanes>(velocity, c, p, conditional);
-      load<Lanes>(unconditional, c, p, base);
-      V::store(other + c * kTile + p, Lanes::fma(V::set(inputs.guidance_scale), conditional[0] - base[0], base[0]));
+      const typename V::Vec conditional = V::load(velocity.at(c, p)), base = V::load(unconditional.at(c, p));
+      V::store(other + c * kTile + p, Lanes::fma(V::set(inputs.guidance_scale), conditional - base, base));
     }
   }
-  return buffered(other);
+  return {other};
 }
 
 // The arithmetic of docs/method.md, section 2, for one vector. The two latents are subtracted first: they are close where s

@@ -5,7 +5,9 @@
 // at [9, 16, 64, 64] (9.4 MB) and by DRAM at [64, 16, 64, 64] (67 MB). Old log-probs, weights and mask are 1/C of that.
 //
 // A tile of positions is read channel by channel, with the sums of a few vectors of positions in registers. Its deviations
-// x' - mu stay in the first levels of cache, where the gradient finds them once the position's ratio is known. Nothing of size
+// x' - mu stay in the first levels of cache, where the gradient finds them once the position's ratio is known. What is too
+// large for the caches is fetched a block ahead, and the gradient is written past them, a tile late: while the next one is
+// read, because memory does both at a time. That needs floats, every position of the tile and no KL. Nothing of size
 // [B, C, H, W] exists beside arguments and gradient. Sums of a block of tiles are added up in the order of blocks and samples,
 // in double: bits depend neither on the threads nor, for a sample's gradient, on its batch. At image granularity the ratio
 // needs all positions of a sample first: one thread makes both passes over it, the second of them from the second-level cache.

@@ -1,5 +1,6 @@
 // One block of the spatially resolved objective, tile by tile: deviations once into cache, the terms of every position, and the
-// gradient from what is in cache. See csrc/policy_loss.cpp for the floor and the design.
+// gradient from what is in cache, where it goes past the caches while the next tile is read. See csrc/policy_loss.cpp for the
+// floor and the design.
 #pragma once
 
 #include "gaussian_loops.h"
@@ -18,16 +19,17 @@ struct PolicyLoss {
 
   // The scratch of a thread. Buffers are [channels][kTile], rows [kTile].
   struct Work {
-    float *deviation, *drift;
+    float *deviation, *previous_deviation, *drift;
     float *velocity, *unconditional, *sample, *next_sample, *reference, *gradient, *spare;
     float *log_ratio, *kl, *weight, *old_log_prob, *pull, *counted;
     float* token_row;  // [width]
     int64_t token_row_index = -1;
+    Tile waiting;  // the gradient of the tile before, still to be made of previous_deviation and pull
     bool negative_weight = false;
 
     Work(float* memory, const LatentShape& shape) {
-      for (float** buffer :
-           {&deviation, &drift, &velocity, &unconditional, &sample, &next_sample, &reference, &gradient, &spare}) {
+      for (float** buffer : {&deviation, &previous_deviation, &drift, &velocity, &unconditional, &sample, &next_sample,
+                             &reference, &gradient, &spare}) {
         *buffer = memory;
         memory += shape.channels * kTile;
       }
@@ -37,9 +39,17 @@ struct PolicyLoss {
       }
       token_row = memory;
     }
+
+    // Leaves the tile's gradient to be written with the next tile.
+    void leave(const Tile& tile) {
+      waiting = tile;
+      float* free = previous_deviation;
+      previous_deviation = deviation;
+      deviation = free;
+    }
   };
 
-  static int64_t scratch_floats(const LatentShape& shape) { return (9 * shape.channels + 6) * kTile + shape.width; }
+  static int64_t scratch_floats(const LatentShape& shape) { return (10 * shape.channels + 6) * kTile + shape.width; }
 
   // Sums over the positions of a block, lane by lane.
   struct LaneSums {
@@ -104,6 +114,7 @@ struct PolicyLoss {
       problem.sums[index] = sums.total();
       problem.sums[index].negative_weight = work.negative_weight;
     }
+    if (work.waiting.data != nullptr) make_gradient<true, true>(work.waiting, work.previous_deviation, 0.0f, work);
     if (problem.inputs.beyond_cache) Lanes::fence();
   }
 
@@ -118,16 +129,19 @@ struct PolicyLoss {
   }
 
   // x' - mu and mu - mu_ref of every channel; the sums of their squares stand where log-ratio and KL will be. Meanwhile the next
-  // block's chunks from `chunk` on are fetched.
-  void measure(const Range& tile, const Work& work, const BlockAhead& ahead, int64_t chunk) const {
+  // block's chunks from `chunk` on are fetched, and the gradient that waits is written.
+  void measure(const Range& tile, Work& work, const BlockAhead& ahead, int64_t chunk) const {
     const TransitionInputs& inputs = problem.inputs;
     const Tile velocity = guided_tile<Lanes>(inputs, tile, work.velocity, work.unconditional, work.spare),
                sample = read_tile<Lanes>(inputs.sample, shape, tile, work.sample, work.spare),
                next_sample = read_tile<Lanes>(inputs.next_sample, shape, tile, work.next_sample, work.spare);
-    if (ahead.empty()) {
-      deviate<false>(velocity, sample, next_sample, tile.sample, work, ahead, chunk);
+    if (work.waiting.data != nullptr) {
+      deviate<true, true>(velocity, sample, next_sample, tile.sample, work, ahead, chunk);
+      work.waiting = {};
+    } else if (!ahead.empty()) {
+      deviate<true, false>(velocity, sample, next_sample, tile.sample, work, ahead, chunk);
     } else {
-      deviate<true>(velocity, sample, next_sample, tile.sample, work, ahead, chunk);
+      deviate<false, false>(velocity, sample, next_sample, tile.sample, work, ahead, chunk);
     }
     if (!has_reference) return;
     const Gaussian<Lanes> gaussian(inputs.scalars[tile.sample]);
@@ -136,12 +150,12 @@ struct PolicyLoss {
     for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
       Vec squares[kTogether] = {};
       for (int64_t c = 0; c < channels; ++c) {
-        Vec v[kTogether], anchor[kTogether];
-        load<Lanes>(velocity, c, first, v);
-        load<Lanes>(reference, c, first, anchor);
+        const float *v = velocity.at(c, first), *anchor = reference.at(c, first);
+        float* drifts = work.drift + c * kTile + first;
+#pragma GCC unroll 8
         for (int i = 0; i < kTogether; ++i) {
-          const Vec drift = gaussian.velocity_scale * (v[i] - anchor[i]);
-          V::store(work.drift + c * kTile + first + i * kWidth, drift);
+          const Vec drift = gaussian.velocity_scale * (V::load(v + i * kWidth) - V::load(anchor + i * kWidth));
+          V::store(drifts + i * kWidth, drift);
           squares[i] = Lanes::fma(drift, drift, squares[i]);
         }
       }
@@ -150,8 +164,8 @@ struct PolicyLoss {
   }
 
   // x' - mu and its squares. The lines of the next block are asked for one by one, between the vectors of this one: a core's
-  // requests would wait for each other if they came together.
-  template <bool kAhead>
+  // requests would wait for each other if they came together. So would reads and writes: memory has both at a time.
+  template <bool kAhead, bool kWrites>
   void deviate(const Tile& velocity, const Tile& sample, const Tile& next_sample, int64_t index, const Work& work,
                const BlockAhead& ahead, int64_t chunk) const {
     const Gaussian<Lanes> gaussian(problem.inputs.scalars[index]);
@@ -159,15 +173,19 @@ struct PolicyLoss {
     for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
       Vec squares[kTogether] = {};
       for (int64_t c = 0; c < channels; ++c) {
-        Vec v[kTogether], x[kTogether], next[kTogether];
-        load<Lanes>(velocity, c, first, v);
-        load<Lanes>(sample, c, first, x);
-        load<Lanes>(next_sample, c, first, next);
+        const BlockAhead::Chunks<kWidth> chunks(ahead, chunk + c, first);
+        const float *v = velocity.at(c, first), *x = sample.at(c, first), *next = next_sample.at(c, first);
+        float* deviations = work.deviation + c * kTile + first;
+        const float *previous = work.previous_deviation + c * kTile + first, *pulls = work.pull + first;
+        float* to = kWrites ? work.waiting.at(c, first) : nullptr;
+#pragma GCC unroll 8
         for (int i = 0; i < kTogether; ++i) {
-          const int64_t p = first + i * kWidth;
-          const Vec deviation = gaussian.deviation(next[i], x[i], gaussian.shift(v[i], x[i]));
-          V::store(work.deviation + c * kTile + p, deviation);
-          if (kAhead) ahead.fetch(chunk + c, p);
+          const int64_t p = i * kWidth;
+          const Vec from = V::load(x + p), shift = gaussian.shift(V::load(v + p), from);
+          const Vec deviation = gaussian.deviation(V::load(next + p), from, shift);
+          V::store(deviations + p, deviation);
+          if (kAhead) chunks.fetch(i);
+          if (kWrites) Lanes::stream(to + p, V::load(pulls + p) * V::load(previous + p));
           squares[i] = Lanes::fma(deviation, deviation, squares[i]);
         }
       }
@@ -309,38 +327,46 @@ struct PolicyLoss {
     for (int64_t p = 0; !kAll && p < kTile; p += kWidth) sums.counted -= V::bits(V::load(work.counted + p));
   }
 
-  // Zeros where a position does not count, whatever pull, factors and deviations are: a product with zero would leave NaN.
   template <bool kAll>
-  void write_gradient(const Range& tile, const Work& work) const {
+  void write_gradient(const Range& tile, Work& work) const {
     const Tile gradient = tile_to_write(problem.gradient, shape, tile, work.gradient);
     const float drift_factor = problem.scalars[tile.sample].drift_factor;
+    const bool streams = problem.inputs.beyond_cache && in_place(problem.gradient, tile) && gradient.stride % kWidth == 0 &&
+                         reinterpret_cast<uintptr_t>(gradient.data) % sizeof(Vec) == 0;
+    if (streams && kAll && drift_factor == 0.0f) return work.leave(gradient);
+    if (streams) {
+      make_gradient<kAll, true>(gradient, work.deviation, drift_factor, work);
+    } else {
+      make_gradient<kAll, false>(gradient, work.deviation, drift_factor, work);
+    }
+    write_tile<Lanes>(problem.gradient, shape, tile, work.gradient, work.spare);
+  }
+
+  // Zeros where a position does not count, whatever pull, factors and deviations are: a product with zero would leave NaN.
+  template <bool kAll, bool kStreams>
+  void make_gradient(const Tile& gradient, const float* deviation, float drift_factor, const Work& work) const {
     const bool drifts_too = drift_factor != 0.0f;
     const int64_t channels = shape.channels;
-    const bool streams = problem.inputs.beyond_cache && in_place(problem.gradient, tile) &&
-                         gradient.format == Format::float32 && gradient.stride % kWidth == 0 &&
-                         reinterpret_cast<uintptr_t>(gradient.data) % sizeof(Vec) == 0;
     for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
       Vec pulls[kTogether];
       for (int i = 0; i < kTogether; ++i) pulls[i] = V::load(work.pull + first + i * kWidth);
       for (int64_t c = 0; c < channels; ++c) {
-        const float *deviations = work.deviation + c * kTile + first, *drifts = work.drift + c * kTile + first;
-        Vec values[kTogether];
-        for (int i = 0; i < kTogether; ++i) values[i] = pulls[i] * V::load(deviations + i * kWidth);
-        for (int i = 0; drifts_too && i < kTogether; ++i) {
-          values[i] = Lanes::fma(V::set(drift_factor), V::load(drifts + i * kWidth), values[i]);
-        }
-        for (int i = 0; !kAll && i < kTogether; ++i) {
-          values[i] = V::keep(V::bits(V::load(work.counted + first + i * kWidth)), values[i]);
-        }
-        if (streams) {
-          float* to = reinterpret_cast<float*>(gradient.at(c, first));
-          for (int i = 0; i < kTogether; ++i) Lanes::stream(to + i * kWidth, values[i]);
-        } else {
-          store<Lanes>(gradient, c, first, values);
+        const float *deviations = deviation + c * kTile + first, *drifts = work.drift + c * kTile + first;
+        float* to = gradient.at(c, first);
+#pragma GCC unroll 8
+        for (int i = 0; i < kTogether; ++i) {
+          const int64_t p = i * kWidth;
+          Vec value = pulls[i] * V::load(deviations + p);
+          if (drifts_too) value = Lanes::fma(V::set(drift_factor), V::load(drifts + p), value);
+          if (!kAll) value = V::keep(V::bits(V::load(work.counted + first + p)), value);
+          if (kStreams) {
+            Lanes::stream(to + p, value);
+          } else {
+            V::store(to + p, value);
+          }
         }
       }
     }
-    write_tile<Lanes>(problem.gradient, shape, tile, work.gradient, work.spare);
   }
 };
 

@@ -54,21 +54,27 @@ struct Transition {
     if (problem.draws) drawn = tile_to_write(inputs.next_sample, shape, tile, buffers[4]);
     const Gaussian<Lanes> gaussian(scalars);
     const Vec std = V::set(scalars.std);
+    const bool has_given = given.data != nullptr, draws = problem.draws;
+    const Format format = inputs.next_sample.format;
     for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
       Vec squares[kTogether] = {};
       for (int64_t c = 0; c < shape.channels; ++c) {
         if (first == 0) ahead.fetch(chunk + c);
-        Vec v[kTogether], x[kTogether], next[kTogether] = {};
-        load<Lanes>(velocity, c, first, v);
-        load<Lanes>(sample, c, first, x);
-        if (given.data != nullptr) load<Lanes>(given, c, first, next);
+        const float *v = velocity.at(c, first), *x = sample.at(c, first);
+        const float* givens = has_given ? given.at(c, first) : nullptr;
+        float* to = draws ? drawn.at(c, first) : nullptr;
+#pragma GCC unroll 8
         for (int i = 0; i < kTogether; ++i) {
-          const Vec shift = gaussian.shift(v[i], x[i]);
-          if (problem.draws) next[i] = V::rounded(Lanes::fma(std, next[i], x[i] + shift), inputs.next_sample.format);
-          const Vec deviation = gaussian.deviation(next[i], x[i], shift);
+          const Vec from = V::load(x + i * kWidth), shift = gaussian.shift(V::load(v + i * kWidth), from);
+          Vec next{};
+          if (has_given) next = V::load(givens + i * kWidth);
+          if (draws) {
+            next = V::rounded(Lanes::fma(std, next, from + shift), format);
+            V::store(to + i * kWidth, next);
+          }
+          const Vec deviation = gaussian.deviation(next, from, shift);
           squares[i] = Lanes::fma(deviation, deviation, squares[i]);
         }
-        if (problem.draws) store<Lanes>(drawn, c, first, next);
       }
       for (int i = 0; i < kTogether; ++i) {
         V::store(memory + first + i * kWidth, Gaussian<Lanes>::log_prob(squares[i], scalars));

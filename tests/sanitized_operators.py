@@ -179,7 +179,8 @@ def run_latents() -> None:
             run_latent_operators(dtype, channels, *shapes[index % 4], layout, granularity, full=index % 2 == 0)
             run_latent_operators(dtype, channels, *shapes[(index + 2) % 4], layout, granularity, full=index % 2 == 1)
     # Above the size from which the kernels write past the cache and fetch ahead.
-    run_latent_operators(torch.float32, 16, 192, 192, "contiguous", "position", full=True)
+    for granularity, full in itertools.product(("position", "image"), (False, True)):
+        run_latent_operators(torch.float32, 16, 192, 192, "contiguous", granularity, full)
 
 
 def main(path: Path) -> None:
