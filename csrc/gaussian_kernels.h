@@ -86,6 +86,10 @@ struct PolicyLossProblem {
 
 constexpr float kLogRatioLimit = 20.0f;
 
+// 2^64 takes an advantage times a weight to infinity where it is 2^64 or more, so that its position does not count. What is
+// below gives, with the largest ratio, terms of which 2^35 add up to a finite number.
+constexpr float kWeightedAdvantageToInfinity = 0x1p64f;
+
 // Work on blocks [begin, end), numbered (sample, block); any cut among threads gives the same bits. `scratch` is 64-byte
 // aligned, belongs to the caller's thread and holds `scratch_floats`.
 struct GaussianKernels {

@@ -242,13 +242,14 @@ struct PolicyLoss {
       std::memcpy(work.old_log_prob, old, tile.count * sizeof(float));
       old = work.old_log_prob;
     }
-    const Vec advantage = V::set(scalars.advantage), kl_scale = V::set(scalars.kl_scale), zero{};
+    const Vec advantage = V::set(scalars.advantage), beyond = V::set(kWeightedAdvantageToInfinity),
+              kl_scale = V::set(scalars.kl_scale), zero{};
     Vec probe{};  // a number times zero is zero if it is finite, and NaN if not
     for (int64_t p = 0; p < kTile; p += kWidth) {
       const Vec log_prob = Gaussian<Lanes>::log_prob(V::load(work.log_ratio + p), transition);
       const Vec log_ratio = log_prob - V::load(old + p);
       V::store(work.log_ratio + p, log_ratio);
-      probe += log_ratio * zero + advantage * V::load(work.weight + p) * zero;
+      probe += log_ratio * zero + advantage * V::load(work.weight + p) * beyond * zero;
       if (!has_reference) continue;
       const Vec distance = V::load(work.kl + p) * kl_scale;
       V::store(work.kl + p, distance);
@@ -263,7 +264,7 @@ struct PolicyLoss {
     std::memcpy(work.counted, inside, sizeof inside);
     for (int64_t p = 0; p < kTile; p += kWidth) {
       Int counted = V::bits(V::load(work.counted + p)) & V::is_finite(V::load(work.log_ratio + p)) &
-                    V::is_finite(advantage * V::load(work.weight + p));
+                    V::is_finite(advantage * V::load(work.weight + p) * beyond);
       if (has_reference) counted &= V::is_finite(V::load(work.kl + p));
       V::store(work.counted + p, V::floats(counted));
       for (float* row : {work.log_ratio, work.kl, work.weight}) V::store(row + p, V::keep(counted, V::load(row + p)));

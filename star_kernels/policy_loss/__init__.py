@@ -70,9 +70,10 @@ def policy_loss(
 
     A position where the log-ratio, the advantage times the weight or the KL is not finite adds nothing to the loss or
     the gradient and is counted in `non_finite`; the divisor Σm still counts it, so that the other positions keep
-    their gradient. An image whose mean log-ratio or advantage times mean weight is not finite, because a sum of large
-    numbers overflowed, is left out with all its positions. Positions outside the mask are not looked at. A sample
-    without valid positions adds zero.
+    their gradient. So is a position whose advantage times weight reaches 2⁶⁴, because sums of such terms overflow. An
+    image whose mean log-ratio or advantage times mean weight is not finite, because a sum of large numbers overflowed,
+    is left out with all its positions. Positions outside the mask are not looked at. A sample without valid positions
+    adds zero.
 
     Args:
         velocity: predicted velocity v_c [B, C, H, W]; float32, bfloat16, float16 or float64, as all floating inputs.

@@ -34,6 +34,8 @@ METRICS = (
     "non_finite",
 )
 LOG_RATIO_LIMIT = 20.0
+# Of an advantage times a weight: with the largest ratio, the sum over 2^35 positions is still a float32.
+WEIGHTED_ADVANTAGE_LIMIT = 2.0**64
 
 
 class Inputs(NamedTuple):
@@ -142,7 +144,8 @@ def _terms(inputs: Inputs) -> _Terms:
     else:
         weight = _on_latent_grid(inputs.weights.to(dtype), height, width)
     valid = torch.ones_like(log_ratio, dtype=torch.bool) if inputs.mask is None else inputs.mask
-    finite = log_ratio.isfinite() & kl.isfinite() & (advantage[:, None, None] * weight).isfinite()
+    bounded = (advantage[:, None, None] * weight).abs() < WEIGHTED_ADVANTAGE_LIMIT
+    finite = log_ratio.isfinite() & kl.isfinite() & bounded
     counted = valid & finite
     # A sample without a valid position has only zero terms; 1 keeps them from becoming 0/0.
     share = 1 / valid.sum((1, 2)).clamp(min=1).to(dtype)  # [B]

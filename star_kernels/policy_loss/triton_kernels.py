@@ -44,7 +44,7 @@ from .._gaussian_kernels import (
 from .._kernel_calls import KernelCall
 from .._triton import cast
 from . import reference
-from .reference import LOG_RATIO_LIMIT, METRICS
+from .reference import LOG_RATIO_LIMIT, METRICS, WEIGHTED_ADVANTAGE_LIMIT
 
 # Rows of the partial sums: the metrics in their order, then what only the kernels need.
 _POLICY = tl.constexpr(0)
@@ -62,6 +62,7 @@ _COUNTED = tl.constexpr(11)
 _ROWS = 12
 
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
+_WEIGHTED_LIMIT = tl.constexpr(WEIGHTED_ADVANTAGE_LIMIT)
 _INFINITY = tl.constexpr(float("inf"))
 
 # Tiles of a sample whose sums a program of an image adds at a time, and columns that a program of the metrics does:
@@ -167,7 +168,8 @@ def _terms(
     if inputs.mask is not None:
         valid = tl.load(inputs.mask + index, mask=inside, other=0) != 0
 
-    finite = (tl.abs(log_ratio) < _INFINITY) & (tl.abs(kl) < _INFINITY) & (tl.abs(advantage * weight) < _INFINITY)
+    bounded = tl.abs(advantage * weight) < _WEIGHTED_LIMIT
+    finite = (tl.abs(log_ratio) < _INFINITY) & (tl.abs(kl) < _INFINITY) & bounded
     counted = valid & finite
     log_ratio = tl.where(counted, log_ratio, 0.0)
     kl = tl.where(counted, kl, 0.0)

@@ -103,10 +103,33 @@ def assert_an_overflowing_image_is_left_out(
     one_sign[1], weights[1] = -3e38, 3e38
     both_signs = one_sign.clone()
     both_signs[1, :, ::2] = 3e38
-    for spoiled in ({"old_log_prob": one_sign}, {"old_log_prob": both_signs}, {"weights": weights}):
+    # Small enough that no position is left out for its own advantage times weight.
+    advantage = case["advantage"].clone()
+    advantage[1] = 1e-30
+    heavy = {"weights": weights, "advantage": advantage}
+    for spoiled in ({"old_log_prob": one_sign}, {"old_log_prob": both_signs}, heavy):
         result, gradient = run(case | spoiled)
         assert result.metrics["non_finite"] == plain[1, 0].numel()
         assert torch.equal(gradient, plain) and gradient[0].any()
         for name in ("policy_loss", "kl", "ratio_mean", "ratio_min", "ratio_max", "approx_kl"):
             torch.testing.assert_close(result.metrics[name], masked.metrics[name])
         torch.testing.assert_close(result.loss, masked.loss)
+
+
+def assert_a_weight_that_overflows_is_left_out(
+    run: Callable[[dict[str, Any]], tuple[PolicyLoss, Tensor]], case: dict[str, Any]
+) -> None:
+    """`case` has no mask, and weights [B, h, w] for patches of 2 x 2."""
+    advantage = torch.full_like(case["advantage"], -1.0)
+    # The largest ratio in sample 1, which no upper bound clips for a negative advantage.
+    old_log_prob = case["old_log_prob"].clone()
+    old_log_prob[1] = -1e30
+    case = case | {"advantage": advantage, "old_log_prob": old_log_prob}
+    for weight, left_out in ((1e34, 4), (2.0**64, 4), (2.0**63, 0)):
+        weights = case["weights"].clone()
+        weights[1, 0, 0] = weight
+        result, gradient = run(case | {"weights": weights})
+        assert result.metrics["non_finite"] == left_out
+        assert result.loss.isfinite() and all(value.isfinite() for value in result.metrics.values())
+        assert gradient.isfinite().all() and gradient[0].any()
+        assert result.loss.abs() > 1e20 if left_out == 0 else result.loss.abs() < 1e10

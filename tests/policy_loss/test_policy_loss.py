@@ -15,6 +15,7 @@ from star_kernels import PolicyLoss, policy_loss, transition_coefficients, trans
 from tests.policy_loss.cases import (
     SPOILED_COEFFICIENTS,
     assert_a_spoiled_coefficient_leaves_out_its_sample,
+    assert_a_weight_that_overflows_is_left_out,
     assert_an_overflowing_image_is_left_out,
     make_case,
     spoilable_case,
@@ -307,6 +308,13 @@ def test_a_spoiled_coefficient_leaves_out_its_sample(
 
 def test_an_overflowing_image_is_left_out() -> None:
     assert_an_overflowing_image_is_left_out(run, make_case(masked=False) | {"backend": "reference"})
+
+
+@pytest.mark.parametrize("granularity", ["position", "image"])
+def test_a_weight_that_overflows_is_left_out(granularity: str) -> None:
+    assert_a_weight_that_overflows_is_left_out(
+        run, make_case(masked=False) | {"granularity": granularity, "backend": "reference"}
+    )
 
 
 @pytest.mark.parametrize("granularity", ["position", "image"])

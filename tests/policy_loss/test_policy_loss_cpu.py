@@ -19,6 +19,7 @@ from star_kernels.policy_loss import reference
 from tests.policy_loss.cases import (
     SPOILED_COEFFICIENTS,
     assert_a_spoiled_coefficient_leaves_out_its_sample,
+    assert_a_weight_that_overflows_is_left_out,
     assert_an_overflowing_image_is_left_out,
     make_case,
     spoilable_case,
@@ -261,6 +262,15 @@ def test_any_byte_of_a_mask_but_zero_is_valid(name: str, granularity: str, byte:
 def test_an_overflowing_image_is_left_out(name: str, grid: tuple[int, int]) -> None:
     with level(name):
         assert_an_overflowing_image_is_left_out(run, make_case(grid=grid, masked=False))
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("granularity", ["position", "image"])
+@pytest.mark.parametrize("grid", [(3, 4), (9, 13)])
+def test_a_weight_that_overflows_is_left_out(name: str, granularity: str, grid: tuple[int, int]) -> None:
+    with level(name):
+        case = make_case(grid=grid, masked=False) | {"granularity": granularity}
+        assert_a_weight_that_overflows_is_left_out(run, case)
 
 
 @pytest.mark.parametrize("name", LEVELS)

@@ -12,6 +12,7 @@ from star_kernels import PolicyLoss, policy_loss, transition_log_prob, transitio
 from tests.policy_loss.cases import (
     SPOILED_COEFFICIENTS,
     assert_a_spoiled_coefficient_leaves_out_its_sample,
+    assert_a_weight_that_overflows_is_left_out,
     assert_an_overflowing_image_is_left_out,
     make_case,
     spoilable_case,
@@ -178,6 +179,11 @@ def test_a_spoiled_coefficient_leaves_out_its_sample(
 def test_an_overflowing_image_is_left_out() -> None:
     # Two tiles.
     assert_an_overflowing_image_is_left_out(run, case_of(grid=(9, 8), masked=False))
+
+
+@pytest.mark.parametrize("granularity", ["position", "image"])
+def test_a_weight_that_overflows_is_left_out(granularity: str) -> None:
+    assert_a_weight_that_overflows_is_left_out(run, case_of(masked=False) | {"granularity": granularity})
 
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
