@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from star_trainer.cost import attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import star_kernels as sk
-
-Capturing = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -89,36 +88,14 @@ def fused(inputs: Inputs, *, capture: bool, backend: str) -> tuple[Tensor, Tenso
     return sk.joint_attention(*inputs.qkv, unit_weights, num_image_tokens=inputs.num_image_tokens, backend=backend)
 
 
-def text_column_pass(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash attention, and the probabilities of the text columns recomputed from its log-sum-exp.
-
-    What can be had without a kernel of one's own: nothing of size N x N, but image x text numbers per head.
-    """
-    out, log_sum_exp = flash_with_log_sum_exp(*inputs.qkv)
-    image = inputs.num_image_tokens
-    logits = inputs.query[:, :, :image] @ inputs.key[:, :, image:].mT  # [B, heads, image, text]
-    logits = logits.float().mul_(inputs.query.shape[-1] ** -0.5)
-    probabilities = logits.sub_(log_sum_exp[:, :, :image, None]).exp_()
-    return out, probabilities.mean(1) @ inputs.unit_weights
+def text_column_pass(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's flash attention, then the text columns once more."""
+    return attention.text_column_pass(*inputs.qkv, inputs.unit_weights, num_image_tokens=inputs.num_image_tokens)
 
 
-def flash_with_log_sum_exp(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """What SDPA runs, asked for its log-sum-exp [B, heads, N] too."""
-    aten = torch.ops.aten
-    if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-    if query.dtype == torch.float32:
-        out, log_sum_exp, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
-    else:
-        out, log_sum_exp, *_ = aten._scaled_dot_product_flash_attention(query, key, value)
-    return out, log_sum_exp[:, :, : query.shape[2]]
-
-
-def materialised(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Softmax written out in the model's dtype, its heads averaged: what extractors of attention maps do."""
-    image = inputs.num_image_tokens
-    probabilities = ((inputs.query @ inputs.key.mT) * inputs.query.shape[-1] ** -0.5).softmax(-1)
-    return probabilities @ inputs.value, probabilities[:, :, :image, image:].mean(1).float() @ inputs.unit_weights
+def materialised(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """The softmax written out."""
+    return attention.materialised(*inputs.qkv, inputs.unit_weights, num_image_tokens=inputs.num_image_tokens)
 
 
 def members(inputs: Inputs, backend: str) -> dict[str, Callable[[], object]]:

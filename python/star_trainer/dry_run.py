@@ -73,8 +73,9 @@ def plan(config: Config, processes: int = 1) -> Plan:
             f"rollout.prompts: expected a multiple of the {processes} processes, each of which takes whole groups, "
             f"such as {near}, got {config.rollout.prompts}"
         )
-    shapes = _configurations(config.model.pipeline)
-    transformer, vae, encoders = _build(shapes)
+    shapes = configurations(config.model.pipeline)
+    with torch.device("meta"):
+        transformer, vae, encoders = *build_models(shapes), _build_encoders(shapes)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     check_against_model(config, transformer, scale)
     frozen = {
@@ -188,8 +189,12 @@ def _bytes(count: float) -> str:
     return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / _MIB:.0f} MiB"
 
 
-def _configurations(pipeline: str) -> dict[str, Any]:
-    """The configuration of each part of a pipeline, from its folder, `ARCHITECTURES`, or a hub."""
+def configurations(pipeline: str) -> dict[str, Any]:
+    """The configuration of each part of a pipeline, from its folder, `ARCHITECTURES`, or a hub.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     from diffusers import AutoencoderKL, SD3Transformer2DModel
     from transformers import CLIPTextConfig, T5Config
 
@@ -209,19 +214,21 @@ def _configurations(pipeline: str) -> dict[str, Any]:
         raise ConfigError(f"model.pipeline: {pipeline!r} has no configurations that can be read: {error}") from error
 
 
-def _build(shapes: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
-    """Transformer, autoencoder and text encoders without memory for their weights."""
+def build_models(shapes: dict[str, Any]) -> tuple[Any, Any]:
+    """Transformer and autoencoder with random weights, on PyTorch's default device; on meta, without any."""
     from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    return SD3Transformer2DModel.from_config(shapes["transformer"]), AutoencoderKL.from_config(shapes["vae"])
+
+
+def _build_encoders(shapes: dict[str, Any]) -> list[Any]:
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-    with torch.device("meta"):
-        encoders = [
-            CLIPTextModelWithProjection(shapes["text_encoder"]),
-            CLIPTextModelWithProjection(shapes["text_encoder_2"]),
-            T5EncoderModel(shapes["text_encoder_3"]),
-        ]
-        transformer = SD3Transformer2DModel.from_config(shapes["transformer"])
-        return transformer, AutoencoderKL.from_config(shapes["vae"]), encoders
+    return [
+        CLIPTextModelWithProjection(shapes["text_encoder"]),
+        CLIPTextModelWithProjection(shapes["text_encoder_2"]),
+        T5EncoderModel(shapes["text_encoder_3"]),
+    ]
 
 
 def _count(module: Any) -> int:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ class Policy:
         """The transformer's prediction [B, C, H, W] for latents at one timestep (0-d tensor)."""
         # Without gradients there is nothing that the wrapper of several processes would have to do.
         transformer = self.transformer if torch.is_grad_enabled() else self.model
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(latents.device.type, torch.bfloat16) if self.autocast else nullcontext():
             velocity: Tensor = transformer(
                 hidden_states=latents,
                 timestep=timestep.expand(len(latents)),
@@ -264,27 +264,33 @@ def load_pipeline(config: Model) -> Any:
             pipeline = StableDiffusion3Pipeline.from_pretrained(source, **parts, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pipeline: {config.pipeline!r} cannot be loaded: {error}") from error
+    freeze(pipeline)
+    return pipeline
+
+
+def freeze(pipeline: Any) -> None:
+    """Ready a pipeline for sampling: no gradients, no dropout, no progress bar."""
     pipeline.set_progress_bar_config(disable=True)
     for part in ("vae", *TEXT_ENCODERS, "transformer"):
         module = getattr(pipeline, part)
         if module is not None:
             module.requires_grad_(False)
             module.eval()
-    return pipeline
 
 
-def load_policy(config: Model, *, keep_reference: bool = False) -> Policy:
+def load_policy(config: Model, *, keep_reference: bool = False, pipeline: Any = None) -> Policy:
     """Load the pipeline and add what is trained: adapters, or all weights of the transformer.
 
     Args:
         config: the model section.
         keep_reference: keep a frozen copy of the weights where there are no adapters to switch off.
+        pipeline: what takes the place of the one that `config` names, its weights frozen.
 
     Raises:
         ConfigError: a pipeline that cannot be loaded or is not Stable Diffusion 3, or adapter targets
             that match no layer.
     """
-    pipeline = load_pipeline(config)
+    pipeline = load_pipeline(config) if pipeline is None else pipeline
     transformer = pipeline.transformer
     frozen_copy = None
     if config.lora is None:

@@ -171,8 +171,8 @@ def _copy(values: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) ->
             parameter.copy_(value if is_spread(value) else spread_like(value, parameter))
 
 
-def build_state(config: Config) -> TrainingState:
-    """Load the model and set up what trains it; deterministic in `run.seed`.
+def build_state(config: Config, pipeline: Any = None) -> TrainingState:
+    """Load the model, or take `pipeline` for it, and set up what trains it; deterministic in `run.seed`.
 
     Raises:
         ConfigError: prompts that cannot be divided among the processes, or a model that cannot be loaded.
@@ -197,7 +197,7 @@ def build_state(config: Config) -> TrainingState:
     if config.model.sharded and processes == 1:
         raise ConfigError("model.sharded: expected several processes to spread the weights over, got one")
     torch.manual_seed(config.run.seed)
-    policy = load_policy(config.model, keep_reference=config.train.kl_weight > 0.0)
+    policy = load_policy(config.model, keep_reference=config.train.kl_weight > 0.0, pipeline=pipeline)
     check_against_model(config, policy.model, policy.pipeline.vae_scale_factor)
     policy.pipeline.vae.to(accelerator.device)
     policy.transformer.to(accelerator.device)

@@ -1,0 +1,372 @@
+"""What is measured: a pipeline, the ways to allocate on it, and the trainer's own functions as calls to be timed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import star_kernels as sk
+from star_kernels import recorder
+from star_trainer.advantages import group_advantages
+from star_trainer.config import Config, Model
+from star_trainer.cost.attention import materialised, text_column_pass
+from star_trainer.dry_run import build_models, configurations
+from star_trainer.logs import RunLog
+from star_trainer.policy import TINY_PIPELINE, freeze, load_policy
+from star_trainer.prompts import load_prompts
+from star_trainer.randomness import numpy_stream, stream
+from star_trainer.rewards import RewardFunction, load_reward
+from star_trainer.rollout import Rollout, Trajectory, collect, denoise, text_units
+from star_trainer.scenes import ScenePrompt, sample_prompts
+from star_trainer.state import TrainingState, build_state
+from star_trainer.units import UnitExtractor
+from star_trainer.update import update
+
+ROLLOUT_STEPS = 2
+_UNFUSED = {"unfused": text_column_pass, "materialised": materialised}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method of the trainer, and how it is computed.
+
+    fused: the kernels. unfused: plain PyTorch, its attention followed by a pass over the text columns. materialised:
+    plain PyTorch, capturing from attention probabilities that are written out.
+    """
+
+    method: str
+    variant: str = "fused"
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.variant}"
+
+    @property
+    def baseline(self) -> Arm:
+        """What it is compared with: Flow-GRPO on the same kernels, or in plain PyTorch."""
+        return Arm("uniform", "fused" if self.variant == "fused" else "unfused")
+
+
+UNIFORM = Arm("uniform")
+ROLLOUT_ARMS = (UNIFORM, Arm("star"), Arm("uniform", "unfused"), Arm("star", "unfused"), Arm("star", "materialised"))
+# Nothing is captured in an update, so that materialising is no different from unfused there.
+UPDATE_ARMS = (UNIFORM, Arm("uniform_position"), Arm("star"), Arm("uniform", "unfused"), Arm("star", "unfused"))
+ITERATION_ARMS = (*UPDATE_ARMS, Arm("star", "materialised"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline with its adapters, and the prompts of an iteration."""
+
+    state: TrainingState
+    prompts: list[ScenePrompt]
+    reward: RewardFunction
+
+    def of(self, arm: Arm) -> TrainingState:
+        """The state under the settings of an arm."""
+        config = self.state.config
+        backend = config.backend if arm.variant == "fused" else "reference"
+        return self.under(config.model_copy(update={"method": arm.method, "backend": backend})).state
+
+    def under(self, config: Config) -> Case:
+        """The same under other settings of rollout and update."""
+        return replace(self, state=replace(self.state, config=config))
+
+    @property
+    def rollout_batch(self) -> int:
+        """Samples of a forward pass of the rollout."""
+        section = self.state.config.rollout
+        return min(section.batch_size, section.prompts * section.samples)
+
+    @property
+    def update_groups(self) -> tuple[int, int]:
+        """Prompts and samples of each that make up at most a backward pass of the update."""
+        section = self.state.config.rollout
+        samples = min(section.samples, max(2, self.state.config.train.batch_size))
+        return min(section.prompts, max(1, self.state.config.train.batch_size // samples)), samples
+
+
+class RandomPipeline(StableDiffusion3Pipeline):
+    """A pipeline of a given shape with random weights, whose text encoders are replaced by random embeddings."""
+
+    def encode_prompt(self, prompt: str, *_: Any, max_sequence_length: int, **__: Any) -> tuple[Tensor, ...]:
+        """Embeddings [1, N_text, D] and [1, P] on the CPU, the same for the same text."""
+        shape, generator = self.transformer.config, torch.Generator().manual_seed(len(prompt))
+        tokens = self.tokenizer_max_length + max_sequence_length
+        hidden = torch.randn(1, tokens, shape.joint_attention_dim, generator=generator).to(self.transformer.dtype)
+        pooled = torch.randn(1, shape.pooled_projection_dim, generator=generator).to(self.transformer.dtype)
+        return hidden, hidden, pooled, pooled
+
+
+def random_pipeline(config: Model, device: torch.device, dtype: torch.dtype) -> RandomPipeline:
+    """The pipeline that `config` names, from its configuration alone.
+
+    Raises:
+        ConfigError: its configuration cannot be read.
+    """
+    shapes = configurations(config.pipeline)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            transformer, vae = build_models(shapes)
+    finally:
+        torch.set_default_dtype(default)
+    # Which words a tokenizer knows changes no shape.
+    positions = shapes["text_encoder"].max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(str(TINY_PIPELINE / "tokenizer"), model_max_length=positions)
+    pipeline = RandomPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        text_encoder_3=None,
+    )
+    freeze(pipeline)
+    return pipeline
+
+
+def load_case(config: Config, device: torch.device) -> Case:
+    """The tiny pipeline as it is, with its prompts and reward; any other from its configuration, with random rewards.
+
+    Raises:
+        ConfigError: what `build_state`, `load_prompts` and `load_reward` refuse.
+    """
+    if config.model.pipeline == "tiny":
+        return Case(build_state(config), draw_prompts(config), load_reward(config.reward))
+    pipeline = random_pipeline(config.model, device, getattr(torch, config.model.dtype))
+    return Case(build_state(config, pipeline), draw_prompts(config), _random_reward)
+
+
+def shape_case(config: Config) -> Case:
+    """The same on the meta device, where nothing is computed and operations can be counted.
+
+    Raises:
+        ConfigError: the pipeline's configuration cannot be read.
+    """
+    pipeline = random_pipeline(config.model, torch.device("meta"), torch.float32)
+    policy = load_policy(config.model, keep_reference=config.train.kl_weight > 0.0, pipeline=pipeline)
+    state = TrainingState(config, cast(Accelerator, None), policy, optimizer=None, average=cast(EMAModel, None))
+    return Case(state, draw_prompts(config), _random_reward)
+
+
+def draw_prompts(config: Config) -> list[ScenePrompt]:
+    """An iteration's prompts; for a pipeline of random weights those of the scenes world, whatever its own are.
+
+    Raises:
+        ConfigError: what `load_prompts` refuses.
+    """
+    rng, count = numpy_stream(config.run.seed, "prompts"), config.rollout.prompts
+    if config.model.pipeline != "tiny":
+        return sample_prompts(rng, count, held_out=False)
+    draw_training, _ = load_prompts(config.prompts)
+    return UnitExtractor(config.units).fill(draw_training(rng, count))
+
+
+def _random_reward(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+    return np.random.default_rng(len(images)).random(len(prompts))
+
+
+@contextmanager
+def attention_of(variant: str) -> Iterator[None]:
+    """Within this context recorded attention is computed as in `variant`, whichever function of the trainer records."""
+    fused = recorder.joint_attention
+    recorder.joint_attention = _UNFUSED.get(variant, fused)
+    try:
+        yield
+    finally:
+        recorder.joint_attention = fused
+
+
+def roll_out(case: Case, arm: Arm, steps: int) -> Callable[[], Trajectory]:
+    """The first batch of an iteration's rollout in `steps` denoising steps, all with noise."""
+    config, policy = case.of(arm).config, case.state.policy
+    rows = torch.arange(case.rollout_batch) // config.rollout.samples
+    prompts = case.prompts[: int(rows[-1]) + 1]
+    embeddings = policy.encode([prompt.text for prompt in prompts])[rows]
+    # Once per batch, whatever the number of its steps.
+    units = text_units(policy, prompts)[rows] if config.uses_maps else None
+
+    def call() -> Trajectory:
+        with attention_of(arm.variant):
+            return denoise(
+                policy,
+                embeddings,
+                steps=steps,
+                kind=config.rollout.sampler,
+                generator=stream(config.run.seed, "rollout"),
+                eta=config.rollout.eta,
+                guidance_scale=config.rollout.guidance_scale,
+                units=units,
+                allocation=config.allocation,
+                backend=config.backend,
+            )
+
+    return call
+
+
+def one_pass(case: Case) -> Case:
+    """The case with no more samples than a backward pass takes, in one optimiser step."""
+    config, (prompts, samples) = case.state.config, case.update_groups
+    rollout = {"prompts": prompts, "samples": samples, "batch_size": prompts * samples, "sde_steps": 1}
+    train = {"updates": 1, "step_fraction": 1.0}
+    sections = {"rollout": config.rollout.model_copy(update=rollout), "train": config.train.model_copy(update=train)}
+    return replace(case.under(config.model_copy(update=sections)), prompts=case.prompts[:prompts])
+
+
+def update_once(case: Case) -> Callable[[Arm], Callable[[], object]]:
+    """One optimiser step on one backward pass of samples, at one denoising step, by arm."""
+    small = one_pass(case)
+    section = small.state.config.rollout
+    trajectory = roll_out(small, Arm("star"), ROLLOUT_STEPS)()
+    assert trajectory.log_prob is not None, "the steps have noise"
+    # The first step alone is trained on.
+    trained = replace(trajectory, log_prob=trajectory.log_prob[:1], coefficients=trajectory.coefficients[:1])
+    _, timesteps = small.state.policy.schedule(ROLLOUT_STEPS)
+    embeddings = small.state.policy.encode([prompt.text for prompt in small.prompts])
+    repeated = [prompt for prompt in small.prompts for _ in range(section.samples)]
+    rewards = np.random.default_rng(0).random(len(repeated))
+    rollout = Rollout(trained, timesteps, embeddings, rewards, repeated, seconds={})
+    advantages = group_advantages(rewards, section.samples)
+
+    def of(arm: Arm) -> Callable[[], object]:
+        # It writes to the log only to say that it was skipped, and fails here if it is.
+        call = functools.partial(update, small.of(arm), rollout, advantages, 0, cast(RunLog, None))
+        return lambda: _within(arm, call)
+
+    return of
+
+
+class _InTurn(Executor):
+    """Rewards are computed between the batches and not beside them: what a device does is then counted in one place."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments, **options))
+        return future
+
+
+def iterate(case: Case, arm: Arm) -> Callable[[], object]:
+    """An iteration as training runs it: sampling, rewards, advantages, update."""
+    state = case.of(arm)
+    section = state.config.train
+
+    def iteration() -> object:
+        rollout = collect(state.policy, state.config, case.prompts, case.reward, _InTurn(), 0)
+        advantages = group_advantages(
+            rollout.rewards, rollout.group_size, std=section.advantage_std, clip=section.advantage_clip
+        )
+        return update(state, rollout, advantages, 0, cast(RunLog, None))
+
+    return lambda: _within(arm, iteration)
+
+
+def _within(arm: Arm, call: Callable[[], object]) -> object:
+    with attention_of(arm.variant):
+        return call()
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one joint attention of the rollout sees: query, key and value [B, heads, N, D], image tokens first."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    unit_weights: Tensor
+    num_image_tokens: int
+    rows: tuple[int, int]
+
+
+def layer_inputs(case: Case) -> LayerInputs:
+    """Normal queries, keys and values in the dtype of the model, and the units of the prompts."""
+    state, batch = case.state, case.rollout_batch
+    policy, shape = state.policy, state.policy.model.config
+    rows = torch.arange(batch) // state.config.rollout.samples
+    units = text_units(policy, case.prompts[: int(rows[-1]) + 1])[rows]
+    image = policy.grid[0] * policy.grid[1]
+    total = batch * (2 if state.config.rollout.guidance_scale > 1.0 else 1)
+    sizes = (total, shape.num_attention_heads, image + units.weights.shape[1], shape.attention_head_dim)
+    dtype = getattr(torch, state.config.model.dtype)
+    query, key, value = (torch.randn(sizes, device=policy.device, dtype=dtype) for _ in range(3))
+    return LayerInputs(query, key, value, units.weights, image, (total - batch, total))
+
+
+def attend(inputs: LayerInputs, arm: Arm, backend: str) -> Callable[[], object]:
+    """One joint attention, with capture where the method makes maps."""
+    qkv = (inputs.query, inputs.key, inputs.value)
+    if arm.method == "uniform":
+        return functools.partial(torch.nn.functional.scaled_dot_product_attention, *qkv)
+    options: dict[str, Any] = {"num_image_tokens": inputs.num_image_tokens, "rows": inputs.rows}
+    if arm.variant == "fused":
+        return functools.partial(sk.joint_attention, *qkv, inputs.unit_weights, **options, backend=backend)
+    return functools.partial(_UNFUSED[arm.variant], *qkv, inputs.unit_weights, **options)
+
+
+def make_map(case: Case, inputs: LayerInputs, arm: Arm) -> tuple[Callable[[], Tensor], int]:
+    """A step's allocation map, and the bytes of mass and map."""
+    config, grid = case.of(arm).config, case.state.policy.grid
+    mass = torch.rand(len(inputs.unit_weights), inputs.num_image_tokens, inputs.unit_weights.shape[2])
+    mass, allocation = mass.to(inputs.query.device), config.allocation
+    call = functools.partial(
+        sk.allocation_map,
+        mass,
+        grid,
+        combine=allocation.combine,
+        sharpness=allocation.sharpness,
+        smooth=allocation.smooth,
+        strength=allocation.strength,
+        clamp=allocation.clamp,
+        backend=config.backend,
+    )
+    return call, mass.nbytes + 4 * len(mass) * grid[0] * grid[1]
+
+
+def lose(case: Case, arm: Arm) -> tuple[Callable[[], Tensor], int]:
+    """The policy loss of one backward pass and its gradient for the velocity; the bytes of inputs and gradient."""
+    state = case.of(arm)
+    config, policy, device = state.config, state.policy, state.policy.device
+    prompts, samples = case.update_groups
+    batch, (channels, height, width) = prompts * samples, policy.latent_shape
+    generator = torch.Generator().manual_seed(0)
+    velocity, sample, noise = (torch.randn(batch, channels, height, width, generator=generator) for _ in range(3))
+    velocity = velocity.to(device, getattr(torch, config.model.dtype))
+    sample, noise = sample.to(device), noise.to(device)
+    row = sk.transition_coefficients("flow_sde", torch.tensor([0.8]), torch.tensor([0.7])).to(device)
+    drawn = sk.transition_step(velocity, sample, row, noise=noise)
+    assert drawn.log_prob is not None, "it has noise"
+    weights = torch.ones(batch, *policy.grid, device=device) if config.uses_maps else None
+    advantage = torch.randn(batch, generator=generator).to(device)
+    inputs = (sample, drawn.next_sample, drawn.log_prob, advantage)
+
+    def call() -> Tensor:
+        moved = velocity.detach().requires_grad_()
+        sk.policy_loss(
+            moved,
+            *inputs,
+            row,
+            weights=weights,
+            clip_range=config.train.clip_range,
+            granularity=config.granularity,
+            backend=config.backend,
+        ).loss.backward()
+        assert moved.grad is not None
+        return moved.grad
+
+    moving = [velocity, velocity, *inputs, *([] if weights is None else [weights])]
+    return call, sum(tensor.nbytes for tensor in moving)

@@ -1,0 +1,167 @@
+"""Floating-point operations of a call, counted from shapes alone.
+
+`FlopCounterMode` counts matrix products, convolutions and attention, a multiplication and an addition as two, and
+nothing else; what it does not know of the library's operators is registered here. Element-wise operators (allocation
+map, transition, policy loss) count as nothing, which their time does not hang on: it is bound by the bytes they move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+import star_kernels as sk
+from star_kernels.attention.reference import num_text_keys
+from star_trainer.cost.attention import flash_with_log_sum_exp
+from star_trainer.cost.cases import UNIFORM, Arm, Case, attention_of, one_pass
+from star_trainer.rollout import Rollout, Trajectory, text_units
+from star_trainer.update import Batch, step_loss
+
+Shape = tuple[int, ...]
+
+
+@register_flop_formula(torch.ops.star_kernels.joint_attention)
+def attention_flops(
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    unit_weights: Shape | None,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    first_row: int,
+    end_row: int,
+    direction: str,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Two products of size N x N x D per head; with capture, one of size image x text x K per head of a captured row.
+
+    The text rows of the direction ``text_to_image`` are computed once more: a product of size text x image x D.
+    """
+    batch, heads, queries, head_dim = query
+    keys = key[2]
+    count = 4 * batch * heads * queries * keys * head_dim
+    if unit_weights is None:
+        return count
+    text = num_text_keys(queries, keys, num_image_tokens)
+    captured = (end_row - first_row) * heads * num_image_tokens * text
+    again = 2 * captured * head_dim if direction == "text_to_image" else 0
+    return count + 2 * captured * unit_weights[2] + again
+
+
+@register_flop_formula(torch.ops.star_kernels.joint_attention_backward)
+def attention_backward_flops(grad_out: Shape, query: Shape, key: Shape, *_: Any, **__: Any) -> int:
+    """Five products of size N x N x D per head: the logits once more, and the gradients of P, V, Q and K."""
+    batch, heads, queries, head_dim = query
+    return 10 * batch * heads * queries * key[2] * head_dim
+
+
+@contextmanager
+def _flash_attention() -> Iterator[None]:
+    """Within this context SDPA is the operator that it runs on a device: on meta it falls apart into products.
+
+    One product would be missing: flash attention computes the logits once more in the backward pass.
+    """
+    functional: Any = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = lambda *arguments, **_: flash_with_log_sum_exp(*arguments[:3])[0]
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+def count(call: Callable[[], object]) -> int:
+    """The operations of a call on the meta device."""
+    with _flash_attention(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+class Counts:
+    """Operations of what the trainer does, by arm, of a case on the meta device."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._known: dict[tuple[str, Arm], int] = {}
+
+    def rollout_step(self, arm: Arm) -> int:
+        """One denoising step of a batch of the rollout."""
+        return self._once("rollout", arm, lambda: _rollout_step(self._case, arm))
+
+    def update(self, arm: Arm) -> int:
+        """One backward pass of the samples that `one_pass` takes, with all that comes before it."""
+        return self._once("update", arm, lambda: _update(self._case, arm))
+
+    def iteration(self, arm: Arm) -> int:
+        """All denoising steps, the decoding and all backward passes, as if every group of samples were trained on."""
+        config, policy = self._case.state.config, self._case.state.policy
+        section, latent = config.rollout, torch.empty(1, *policy.latent_shape, device="meta")
+        samples = section.prompts * section.samples
+        noisy = min(section.sde_steps or section.steps, section.steps)
+        trained_steps = max(1, round(config.train.step_fraction * noisy))
+        decode = torch.no_grad()(lambda: policy.pipeline.vae.decode(latent))
+        decoding = samples * self._once("decoding", UNIFORM, lambda: count(decode))
+        sampling = samples * section.steps * self.rollout_step(arm) // self._case.rollout_batch
+        prompts, of_each = self._case.update_groups
+        return decoding + sampling + samples * trained_steps * self.update(arm) // (prompts * of_each)
+
+    def _once(self, what: str, arm: Arm, counted: Callable[[], int]) -> int:
+        if (what, arm) not in self._known:
+            self._known[what, arm] = counted()
+        return self._known[what, arm]
+
+
+def _rollout_step(case: Case, arm: Arm) -> int:
+    config, policy = case.of(arm).config, case.state.policy
+    rows = torch.arange(case.rollout_batch) // config.rollout.samples
+    prompts = case.prompts[: int(rows[-1]) + 1]
+    # Under guidance each sample runs twice, and the second half is recorded.
+    guided = config.rollout.guidance_scale > 1.0
+    embeddings = policy.encode([prompt.text for prompt in prompts])[rows.repeat(1 + guided)]
+    latents = torch.empty(len(embeddings.text), *policy.latent_shape, device="meta")
+    timestep = torch.empty((), device="meta")
+
+    @torch.no_grad()
+    def call() -> None:
+        if not config.uses_maps:
+            policy.velocity(latents, timestep, embeddings)
+            return
+        units, captured = text_units(policy, prompts)[rows], slice(len(latents) - len(rows), None)
+        options: dict[str, Any] = {"layers": config.allocation.layers, "rows": captured, "backend": config.backend}
+        with attention_of(arm.variant), sk.record_attention(policy.transformer, units, **options):
+            policy.velocity(latents, timestep, embeddings)
+
+    return count(call)
+
+
+def _update(case: Case, arm: Arm) -> int:
+    small = one_pass(case)
+    state, policy = small.of(arm), small.state.policy
+    section, (channels, height, width) = state.config.rollout, policy.latent_shape
+    samples = section.prompts * section.samples
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device="meta")
+
+    row = sk.transition_coefficients(section.sampler, torch.tensor([0.8]), torch.tensor([0.7]), eta=section.eta)
+    log_prob, weights = empty(1, samples, height, width), empty(1, samples, *policy.grid)
+    trajectory = Trajectory(empty(2, samples, channels, height, width), log_prob, weights, [row.to("meta")])
+    embeddings = policy.encode([prompt.text for prompt in small.prompts])
+    repeated = [prompt for prompt in small.prompts for _ in range(section.samples)]
+    rollout = Rollout(trajectory, empty(1), embeddings, np.zeros(samples), repeated, seconds={})
+    batch = Batch(rollout, np.zeros(samples), weights if state.config.uses_maps else None, log_prob)
+
+    def call() -> None:
+        with attention_of(arm.variant):
+            _, (velocity, _) = step_loss(state, batch, 0, torch.arange(samples))
+            # The loss is element-wise, its backward pass as well: what is counted comes before it.
+            velocity.backward(torch.empty_like(velocity))
+
+    return count(call)
