@@ -15,6 +15,7 @@ from star_trainer.cost import cases, cli, flops, plot
 from star_trainer.cost import parts as parts_module
 from star_trainer.cost.cases import Arm, Case, attention_of, layer_inputs, load_case, roll_out, shape_case
 from star_trainer.cost.flops import Counts, count
+from star_trainer.cost.results import tables
 
 import star_kernels as sk
 from star_kernels import recorder
@@ -102,6 +103,16 @@ def test_ratios_are_to_uniform_of_the_same_run(
     for name in ("cost.png", "again.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "cost.md").read_text().strip() in table
+
+
+@pytest.mark.parametrize(
+    ("flops", "shown"),
+    [(4_000, "0.004 MFLOP"), (72.25e12, "72.25 TFLOP"), (199.3e15, "199.3 PFLOP"), (2e19, "2e+04 PFLOP")],
+)
+def test_operations_are_shown_in_a_unit_of_their_size(flops: float, shown: str) -> None:
+    member = {"method": "star", "variant": "fused", "baseline": None, "flops": flops, "bytes": None}
+    group = {"name": "update", "what": "8 samples", "members": [member]}
+    assert f"| star, fused |  |  |  | {shown} |" in tables({"parts": {"update": {"groups": [group]}}})
 
 
 def test_parts_measured_later_join_those_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,9 +60,9 @@ def _ratio(member: dict[str, Any]) -> str:
 def _work(member: dict[str, Any]) -> str:
     if member["flops"] is None:
         return f"{format_bytes(member['bytes'])} moved"
-    value = float(member["flops"])
+    value = member["flops"] / 1e6
     for unit in ("MFLOP", "GFLOP", "TFLOP"):
-        value /= 1000 if unit != "MFLOP" else 1_000_000
         if value < 1000:
-            break
-    return f"{value:.4g} {unit}"
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} PFLOP"
