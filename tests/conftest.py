@@ -1,8 +1,32 @@
 """Where there is no GPU, Triton's interpreter runs the kernels; it has to be asked for before they are imported."""
 
 import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`made_once(name, make)`: a folder to read that `make` has filled, once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        path, done = root / name, root / f"{name}.made"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)  # of a worker that failed
+                path.mkdir()
+                make(path)
+                done.touch()
+        return path
+
+    return folder

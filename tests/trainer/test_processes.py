@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,8 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    run_two(folder)
-    return folder
+def two(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    return made_once("two_processes", run_two)
 
 
 def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
