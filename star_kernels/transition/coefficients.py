@@ -18,7 +18,7 @@ def transition_coefficients(
     sigma: Tensor | float,
     sigma_next: Tensor | float,
     *,
-    eta: float = 0.7,
+    eta: Tensor | float = 0.7,
     sigma_max: Tensor | float | None = None,
 ) -> TransitionCoefficients:
     """Coefficients of one step of a sampler, x' = a·x + b·v + s·ε (docs/method.md, section 2).
@@ -35,7 +35,7 @@ def transition_coefficients(
         sigma: noise level of the current sample, [B], or a number or 0-d tensor for all samples. In (0, 1];
             for ddim ᾱ, in (0, 1).
         sigma_next: noise level of the next sample, same forms. In [0, sigma); for ddim ᾱ', in (sigma, 1].
-        eta: how much noise is added. At least 0; at most 1 for cps and ddim. Not used by ode.
+        eta: how much noise is added, same forms. At least 0; at most 1 for cps and ddim. Not used by ode.
         sigma_max: the schedule's second noise level, in (0, 1): flow_sde divides by 1 − σ, and takes this value where
             σ is 1. A number or a tensor like `sigma`; not used by the other kinds.
 
@@ -48,35 +48,41 @@ def transition_coefficients(
         TypeError: an argument of the wrong type or dtype.
         ValueError: an unknown kind, a level or `eta` outside its range, `sigma_next` on the wrong side of `sigma`, a
             missing `sigma_max`, shapes or devices that disagree, or a batch in which only some rows have noise. Values
-            of levels on a GPU, or while torch.compile traces, are not checked: that would wait for the device. Such
-            coefficients also count as stochastic whenever `eta` > 0, even where a last cps or ddim step has s = 0.
+            on a GPU, or while torch.compile traces, are not checked: that would wait for the device. Such coefficients
+            also count as stochastic unless `eta` is the number 0, even where a last cps or ddim step has s = 0.
     """
     check_choice("kind", kind, KINDS)
-    eta = check_number("eta", eta, low=0.0, high=1.0 if kind in ("cps", "ddim") else None)
+    largest_eta = 1.0 if kind in ("cps", "ddim") else math.inf
     given = {"sigma": sigma, "sigma_next": sigma_next}
     if sigma_max is not None:
         given["sigma_max"] = sigma_max
-    levels = _float64_levels(given)
-    now, after, second = levels["sigma"], levels["sigma_next"], levels.get("sigma_max")
+    for name, level in given.items():
+        if not isinstance(level, torch.Tensor):
+            check_number(name, level, low=0.0, high=1.0)
+    if not isinstance(eta, torch.Tensor):
+        check_number("eta", eta, low=0.0, high=None if largest_eta == math.inf else largest_eta)
+    rows = _float64_rows(given | {"eta": eta})
+    now, after, second, noise = rows["sigma"], rows["sigma_next"], rows.get("sigma_max"), rows["eta"]
     readable = now.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable:
         _check_levels(kind, now, after, second)
+        _require("eta", (noise >= 0) & (noise <= largest_eta) & noise.isfinite(), f"[0, {largest_eta}]", noise)
 
     noise_rate = None
     if kind == "ddim":
-        drift, b, std = _ddim(now, after, eta)
+        drift, b, std = _ddim(now, after, noise)
     elif kind == "cps":
-        drift, b, std = _cps(now, after, eta)
+        drift, b, std = _cps(now, after, noise)
     else:
         if kind == "flow_sde":
             capped = now if second is None else torch.where(now == 1, second, now)
-            noise_rate = eta * torch.sqrt(now / (1 - capped))
+            noise_rate = noise * torch.sqrt(now / (1 - capped))
         elif kind == "dance_sde":
-            noise_rate = torch.full_like(now, eta)
+            noise_rate = noise
         rate = torch.zeros_like(now) if noise_rate is None else noise_rate
         drift, b, std = _euler_maruyama(now, after, rate)
 
-    stochastic = kind != "ode" and eta > 0
+    stochastic = kind != "ode" and (isinstance(eta, torch.Tensor) or eta > 0)
     if readable and stochastic:
         noisy = int((std > 0).sum())
         if 0 < noisy < std.numel():
@@ -107,15 +113,15 @@ def _euler_maruyama(sigma: Tensor, sigma_next: Tensor, noise_rate: Tensor) -> tu
     return correction * dt, (1 + correction * (1 - sigma)) * dt, noise_rate * torch.sqrt(-dt)
 
 
-def _cps(sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+def _cps(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(1−σ')·x̂₀ + √(σ'²−s²)·x̂₁ + s·ε with x̂₀ = x − σv and x̂₁ = x + (1−σ)v, so that the noise level is σ' exactly."""
     angle = eta * math.pi / 2
-    kept = sigma_next * math.cos(angle)
-    drift = -2 * sigma_next * math.sin(angle / 2) ** 2  # (1−σ') + σ'·cos − 1, without the cancellation
-    return drift, (1 - sigma) * kept - sigma * (1 - sigma_next), sigma_next * math.sin(angle)
+    kept = sigma_next * torch.cos(angle)
+    drift = -2 * sigma_next * torch.sin(angle / 2) ** 2  # (1−σ') + σ'·cos − 1, without the cancellation
+    return drift, (1 - sigma) * kept - sigma * (1 - sigma_next), sigma_next * torch.sin(angle)
 
 
-def _ddim(alpha_bar: Tensor, alpha_bar_next: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+def _ddim(alpha_bar: Tensor, alpha_bar_next: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """√ᾱ'·x̂₀ + √(1−ᾱ'−s²)·v + s·ε with x̂₀ = (x − √(1−ᾱ)·v)/√ᾱ, where v is the predicted noise."""
     noise, noise_next = 1 - alpha_bar, 1 - alpha_bar_next
     variance = eta**2 * (noise_next / noise) * ((alpha_bar_next - alpha_bar) / alpha_bar_next)
@@ -125,8 +131,8 @@ def _ddim(alpha_bar: Tensor, alpha_bar_next: Tensor, eta: float) -> tuple[Tensor
     return a - 1, direction - a * torch.sqrt(noise), torch.sqrt(variance)
 
 
-def _float64_levels(given: dict[str, Tensor | float]) -> dict[str, Tensor]:
-    """The levels as float64 tensors of one length on one device; numbers and 0-d tensors follow the others."""
+def _float64_rows(given: dict[str, Tensor | float]) -> dict[str, Tensor]:
+    """Levels and noise as float64 tensors of one length on one device; numbers and 0-d tensors follow the others."""
     rows = {name: value for name, value in given.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
     length: int | str = "B"
     device = None
@@ -134,11 +140,9 @@ def _float64_levels(given: dict[str, Tensor | float]) -> dict[str, Tensor]:
         length = check_tensor(name, row, (length,), device=device).shape[0]
         device = row.device
     for name, value in given.items():
-        if name in rows:
+        if name in rows or not isinstance(value, torch.Tensor):
             continue
-        if not isinstance(value, torch.Tensor):
-            check_number(name, value, low=0.0, high=1.0)
-        elif value.device.type == "cpu":
+        if value.device.type == "cpu":
             check_tensor(name, value, ())
         else:
             device = check_tensor(name, value, (), device=device).device
@@ -154,22 +158,23 @@ def _float64_levels(given: dict[str, Tensor | float]) -> dict[str, Tensor]:
     }
 
 
-def _check_levels(kind: str, now: Tensor, after: Tensor, second: Tensor | None) -> None:
-    def require(name: str, holds: Tensor, expected: str, came: Tensor) -> None:
-        if not bool(holds.all()):
-            raise ValueError(f"{name}: expected {expected}, got {came[~holds][0].item()}")
+def _require(name: str, holds: Tensor, expected: str, came: Tensor) -> None:
+    if not bool(holds.all()):
+        raise ValueError(f"{name}: expected {expected}, got {came[~holds][0].item()}")
 
+
+def _check_levels(kind: str, now: Tensor, after: Tensor, second: Tensor | None) -> None:
     if kind == "ddim":
-        require("sigma", (now > 0) & (now < 1), "cumulative alphas in (0, 1) for ddim", now)
-        require("sigma_next", (after >= 0) & (after <= 1), "cumulative alphas in [0, 1] for ddim", after)
-        require("sigma_next", after > now, "cumulative alphas above sigma (they grow towards the image)", after)
+        _require("sigma", (now > 0) & (now < 1), "cumulative alphas in (0, 1) for ddim", now)
+        _require("sigma_next", (after >= 0) & (after <= 1), "cumulative alphas in [0, 1] for ddim", after)
+        _require("sigma_next", after > now, "cumulative alphas above sigma (they grow towards the image)", after)
         return
-    require("sigma", (now > 0) & (now <= 1), "noise levels in (0, 1]", now)
-    require("sigma_next", (after >= 0) & (after <= 1), "noise levels in [0, 1]", after)
-    require("sigma_next", after < now, "noise levels below sigma (they fall towards the image)", after)
+    _require("sigma", (now > 0) & (now <= 1), "noise levels in (0, 1]", now)
+    _require("sigma_next", (after >= 0) & (after <= 1), "noise levels in [0, 1]", after)
+    _require("sigma_next", after < now, "noise levels below sigma (they fall towards the image)", after)
     if kind != "flow_sde":
         return
     if second is not None:
-        require("sigma_max", (second > 0) & (second < 1), "the schedule's second noise level, in (0, 1)", second)
+        _require("sigma_max", (second > 0) & (second < 1), "the schedule's second noise level, in (0, 1)", second)
     elif bool((now == 1).any()):
         raise ValueError("sigma_max: expected the schedule's second noise level because sigma is 1, got None")

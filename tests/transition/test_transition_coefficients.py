@@ -244,7 +244,12 @@ def test_stochastic_says_whether_the_step_has_noise(
         (TypeError, "sigma_max", "flow_sde", (1.0, 0.9), {"sigma_max": "0.9"}),
         (ValueError, "eta", "flow_sde", (0.5, 0.2), {"eta": -0.1}),
         (ValueError, "eta", "flow_sde", (0.5, 0.2), {"eta": float("inf")}),
-        (TypeError, "eta", "flow_sde", (0.5, 0.2), {"eta": torch.tensor(0.7)}),
+        (TypeError, "eta", "flow_sde", (0.5, 0.2), {"eta": "0.7"}),
+        (TypeError, "eta", "flow_sde", (0.5, 0.2), {"eta": torch.tensor(1)}),
+        (ValueError, "eta", "flow_sde", (0.5, 0.2), {"eta": torch.tensor([0.7, -0.1])}),
+        (ValueError, "eta", "flow_sde", (0.5, 0.2), {"eta": torch.tensor([0.7, float("nan")])}),
+        (ValueError, "eta", "flow_sde", (torch.full((3,), 0.5), 0.2), {"eta": torch.tensor([0.7, 0.1])}),
+        (ValueError, "eta", "cps", (0.5, 0.2), {"eta": torch.tensor([0.7, 1.1])}),
         (ValueError, "eta", "cps", (0.5, 0.2), {"eta": 1.1}),
         (ValueError, "eta", "ddim", (0.5, 0.9), {"eta": 1.1}),
         (ValueError, "sigma", "ddim", (0.0, 0.9), {}),
@@ -258,6 +263,18 @@ def test_bad_input_names_the_argument(
 ) -> None:
     with pytest.raises(error, match=rf"^{name}: expected .*got"):
         transition_coefficients(kind, *levels, **options)
+
+
+@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps", "ddim"])
+def test_each_row_may_have_its_own_amount_of_noise(kind: str) -> None:
+    etas = torch.tensor([0.2, 1.0, 0.7])
+    levels = (0.4, 0.7) if kind == "ddim" else (0.7, 0.4)
+    together = transition_coefficients(kind, *levels, eta=etas)
+    assert together.std.shape == (3,)
+    for row, eta in enumerate(etas.tolist()):
+        alone = transition_coefficients(kind, *levels, eta=eta)
+        for name in ("sample_drift", "velocity_scale", "std"):
+            torch.testing.assert_close(getattr(together, name)[row : row + 1], getattr(alone, name), rtol=1e-6, atol=0)
 
 
 def test_levels_on_another_device_are_not_read() -> None:
