@@ -53,13 +53,23 @@ _SD35_MEDIUM = {
     "qk_norm": "rms_norm",
 }
 
+_SD3_MEDIUM = _SD35_MEDIUM | {"pos_embed_max_size": 192, "dual_attention_layers": [], "qk_norm": None}
+_TEXT_ENCODERS: dict[str, dict[str, Any]] = {
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": _CLIP_BIG_G,
+    "text_encoder_3": _T5_XXL,
+}
+
 # By name on the model hub, then by folder of the pipeline.
 ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": {
+        "transformer": _SD3_MEDIUM,
+        "vae": _AUTOENCODER,
+        **_TEXT_ENCODERS,
+    },
     "stabilityai/stable-diffusion-3.5-medium": {
         "transformer": _SD35_MEDIUM,
         "vae": _AUTOENCODER,
-        "text_encoder": _CLIP_L,
-        "text_encoder_2": _CLIP_BIG_G,
-        "text_encoder_3": _T5_XXL,
-    }
+        **_TEXT_ENCODERS,
+    },
 }

@@ -14,7 +14,9 @@ from star_trainer.yaml_files import KeyPath, YamlFileError, parse
 
 PRESETS = Path(__file__).parent / "presets"
 
-Method = Literal["star", "uniform", "uniform_position", "shuffled", "inverted", "oracle"]
+Method = Literal["star", "uniform", "uniform_position", "shuffled", "inverted", "oracle", "r0", "r0_plus"]
+# Differentiable rewards, back-propagated through the sampler; all others are policy gradients.
+REWARD_GRADIENT_METHODS = ("r0", "r0_plus")
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -101,9 +103,9 @@ class RolloutConfig(_Section):
     """How samples are drawn for training."""
 
     prompts: Positive = Field(8, description="prompts per iteration, over all processes")
-    samples: int = Field(8, ge=2, description="samples per prompt: the size of a group")
+    samples: Positive = Field(8, description="samples per prompt: the size of a group")
     batch_size: Positive = Field(64, description="samples per forward pass")
-    steps: Positive = Field(10, description="denoising steps")
+    steps: Positive = Field(10, description="denoising steps; with r0 those of the generator that is trained")
     sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     eta: float = Field(0.7, gt=0.0, description="noise level of the sampler")
     sde_steps: Positive | None = Field(
@@ -192,6 +194,54 @@ class Train(_Section):
     max_skipped_updates: Positive = Field(3, description="non-finite updates in a row after which the run ends")
 
 
+class R0(_Section):
+    """Back-propagation of rewards through the sampler; only for the methods r0 and r0_plus."""
+
+    eta: tuple[Share, Share] = Field(
+        (0.0, 1.0), description="smallest and largest share of noise that a step draws anew; a trajectory draws its own"
+    )
+    gradient_steps: Positive | None = Field(
+        None, description="how many of the last steps are back-propagated through, or null for all"
+    )
+    checkpointing: bool = Field(
+        True, description="run each step again for its gradient instead of keeping the activations of all of them"
+    )
+    decode_batch_size: Positive = Field(8, description="images that are decoded and rewarded at a time")
+    small_decoder: str | None = Field(
+        None, description="an AutoencoderTiny (folder or name on a hub) that decodes for rewards, or null"
+    )
+    normalize_gradients: bool = Field(
+        True, description="scale each reward's gradient to length 1 per image before they are weighted and added"
+    )
+    regularizer: Literal["distance", "lora_norm"] = Field(
+        "distance",
+        description="what is kept small: the squared distance to the first weights over their squared norm, or half "
+        "the squared norm of the adapters' own matrices",
+    )
+    regularizer_weight: float = Field(0.0, ge=0.0, description="its weight at the first iteration")
+    regularizer_final: float | None = Field(None, ge=0.0, description="its weight at the last, or null for the same")
+    regularizer_schedule: Literal["linear", "cosine"] = Field("linear", description="how it gets there")
+    intermediate_weight: float = Field(
+        0.5, ge=0.0, description="r0_plus: weight of the rewards of the images predicted before the last step"
+    )
+    guidance_weight: float = Field(
+        0.1,
+        ge=0.0,
+        description="r0_plus: weight of the first model's guidance at the final latent; with normalize_gradients "
+        "relative to the gradient of the rewards",
+    )
+    allocate: bool = Field(False, description="weight the rewards' gradient by region with the allocation map")
+    stop_distance: float | None = Field(
+        None, gt=0.0, description="end the run when the weights are this far from the first ones, relative to them"
+    )
+    stop_drop: float | None = Field(
+        None,
+        gt=0.0,
+        description="end the run when the first held-out score, which need not be the one that is trained on, has "
+        "fallen by this much",
+    )
+
+
 class Evaluation(_Section):
     """Held-out prompts, fixed noise, no sampler noise."""
 
@@ -225,6 +275,7 @@ class Config(_Section):
     reward: Reward = Reward()
     allocation: Allocation = Allocation()
     train: Train = Train()
+    r0: R0 = R0()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
 
@@ -236,7 +287,19 @@ class Config(_Section):
     @property
     def uses_maps(self) -> bool:
         """Whether the method needs maps made from attention, and so text units and a recorded rollout."""
+        if self.trains_by_reward_gradient:
+            return self.r0.allocate
         return self.method in ("star", "shuffled", "inverted")
+
+    @property
+    def trains_by_reward_gradient(self) -> bool:
+        """Whether rewards are back-propagated through the sampler, and not compared within groups of samples."""
+        return self.method in REWARD_GRADIENT_METHODS
+
+    @property
+    def needs_first_weights(self) -> bool:
+        """Whether training compares the model with the one that it started from."""
+        return self.train.kl_weight > 0.0 or self.trains_by_reward_gradient
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
@@ -251,6 +314,11 @@ class Config(_Section):
             raise ValueError(f"rollout.sde_steps: expected at most the {self.rollout.steps} of rollout.steps")
         if self.train.kl_scale == "std_dev" and self.rollout.sampler == "cps":
             raise ValueError("train.kl_scale: expected 'variance' for the sampler cps, which has no noise rate")
+        if not self.trains_by_reward_gradient and self.rollout.samples < 2:
+            raise ValueError(
+                f"rollout.samples: expected at least 2 for the method {self.method}, which compares the samples of a "
+                f"prompt, got {self.rollout.samples}"
+            )
         if self.method == "shuffled" and self.rollout.prompts < 2:
             raise ValueError("rollout.prompts: expected at least 2 for the method shuffled, which exchanges maps")
         if self.method == "oracle" and self.prompts.source != "scenes":
@@ -264,7 +332,29 @@ class Config(_Section):
             raise ValueError(f"units.endpoint: expected none where units.source is {self.units.source}")
         if (self.prompts.source == "scenes") != (self.prompts.held_out is None):
             raise ValueError("prompts.held_out: expected a file exactly when prompts.source is a file")
+        if self.r0.eta[0] > self.r0.eta[1]:
+            raise ValueError(f"r0.eta: expected the smallest share first, got {list(self.r0.eta)}")
+        if self.trains_by_reward_gradient:
+            self._check_reward_gradient()
         return self
+
+    def _check_reward_gradient(self) -> None:
+        steps = self.rollout.steps
+        if (self.r0.gradient_steps or 0) > steps:
+            raise ValueError(
+                f"r0.gradient_steps: expected at most the {steps} of rollout.steps, got {self.r0.gradient_steps}"
+            )
+        if self.rollout.guidance_scale > 1.0:
+            raise ValueError(
+                f"rollout.guidance_scale: expected 1 for the method {self.method}, whose generator runs without "
+                f"guidance, got {self.rollout.guidance_scale}"
+            )
+        if self.train.kl_weight > 0.0:
+            raise ValueError(f"train.kl_weight: expected 0 for the method {self.method}; see r0.regularizer_weight")
+        if self.model.sharded:
+            raise ValueError(f"model.sharded: expected false for the method {self.method}")
+        if self.r0.regularizer == "lora_norm" and self.model.lora is None:
+            raise ValueError("r0.regularizer: expected 'distance' where all weights are trained, got 'lora_norm'")
 
 
 def preset_names() -> list[str]:

@@ -16,7 +16,7 @@ from star_trainer.config import Config, ConfigError
 from star_trainer.files import folder_or_name
 from star_trainer.policy import TINY_PIPELINE, add_adapter, check_against_model
 from star_trainer.prompts import check_prompts, read_prompts
-from star_trainer.rewards import check_reward
+from star_trainer.rewards import check_differentiable, check_reward
 from star_trainer.train import check_backend
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -97,16 +97,7 @@ def plan(config: Config, processes: int = 1) -> Plan:
         + config.model.max_sequence_length
     )
     samples = config.rollout.prompts // processes * config.rollout.samples
-    guided = config.rollout.guidance_scale > 1.0
-    parts = np.array_split(np.arange(samples), config.train.updates)
-    batches = sum(math.ceil(len(part) / config.train.batch_size) for part in parts)
-    noisy = min(config.rollout.sde_steps or config.rollout.steps, config.rollout.steps)
-    trained_steps = max(1, round(config.train.step_fraction * noisy))
-    # Guidance runs the unconditional half by itself, and the KL asks the model without adapters for each of the two.
-    forward = (2 if guided else 1) * (2 if config.train.kl_weight > 0.0 else 1)
-    if config.train.old_log_prob == "recompute":
-        forward += 2 if guided else 1
-    rollout_batches = math.ceil(samples / config.rollout.batch_size)
+    calls = _reward_gradient_calls if config.trains_by_reward_gradient else _policy_gradient_calls
     return Plan(
         parameters=frozen,
         trainable=trainable,
@@ -114,11 +105,50 @@ def plan(config: Config, processes: int = 1) -> Plan:
         latent=(shape.in_channels, side, side),
         tokens=tokens,
         images=samples * processes,
-        rollout_calls=rollout_batches * config.rollout.steps,
-        update_calls=batches * trained_steps * forward,
-        backward_calls=batches * trained_steps,
-        reward_calls=rollout_batches * len(config.reward.terms),
+        **calls(config, samples),
     )
+
+
+def _batches(config: Config, samples: int) -> list[int]:
+    """How many samples each backward pass of an iteration has."""
+    size = config.train.batch_size
+    parts = [len(part) for part in np.array_split(np.arange(samples), config.train.updates)]
+    return [min(size, part - first) for part in parts for first in range(0, part, size)]
+
+
+def _policy_gradient_calls(config: Config, samples: int) -> dict[str, int]:
+    guided = config.rollout.guidance_scale > 1.0
+    batches = len(_batches(config, samples))
+    noisy = min(config.rollout.sde_steps or config.rollout.steps, config.rollout.steps)
+    trained_steps = max(1, round(config.train.step_fraction * noisy))
+    # Guidance runs the unconditional half by itself, and the KL asks the model without adapters for each of the two.
+    forward = (2 if guided else 1) * (2 if config.train.kl_weight > 0.0 else 1)
+    if config.train.old_log_prob == "recompute":
+        forward += 2 if guided else 1
+    rollout_batches = math.ceil(samples / config.rollout.batch_size)
+    return {
+        "rollout_calls": rollout_batches * config.rollout.steps,
+        "update_calls": batches * trained_steps * forward,
+        "backward_calls": batches * trained_steps,
+        "reward_calls": rollout_batches * len(config.reward.terms),
+    }
+
+
+def _reward_gradient_calls(config: Config, samples: int) -> dict[str, int]:
+    batches, section, steps = _batches(config, samples), config.r0, config.rollout.steps
+    trained_steps = section.gradient_steps or steps
+    plus = config.method == "r0_plus"
+    supervised = trained_steps if plus and section.intermediate_weight > 0.0 else 1
+    guided = 2 if plus and section.guidance_weight > 0.0 else 0
+    chunks = sum(math.ceil(size / section.decode_batch_size) for size in batches)
+    # Steps that keep their activations run once, for both.
+    sampled_alone = steps if section.checkpointing else steps - trained_steps
+    return {
+        "rollout_calls": len(batches) * sampled_alone,
+        "update_calls": len(batches) * (trained_steps + guided),
+        "backward_calls": len(batches) * trained_steps,
+        "reward_calls": chunks * supervised * len(config.reward.terms),
+    }
 
 
 def report(config: Config, processes: int = 1) -> str:
@@ -129,22 +159,23 @@ def report(config: Config, processes: int = 1) -> str:
             that are there and cannot be used.
     """
     check_backend(config.backend)
-    check_reward(config.reward)
+    (check_differentiable if config.trains_by_reward_gradient else check_reward)(config.reward)
     prompts = _prompts(config)
     found = plan(config, processes)
     channels, height, width = found.latent
     memory = found.memory
     each = "" if processes == 1 else f" on each of {processes} processes"
+    size = config.train.batch_size if config.trains_by_reward_gradient else config.rollout.batch_size
     images = f"{found.images:,} ({config.rollout.prompts} prompts x {config.rollout.samples})"
     lines = [
         ("pipeline", config.model.pipeline),
-        ("method", f"{config.method}, {config.rollout.sampler}, rewards {', '.join(config.reward.terms)}"),
+        ("method", f"{config.method}, {_sampler(config)}, rewards {', '.join(config.reward.terms)}"),
         *prompts,
         *((f"parameters, {name}", f"{count:,}") for name, count in found.parameters.items()),
         ("trainable parameters", f"{found.trainable:,}"),
         ("latent", f"{channels} x {height} x {width}; {found.tokens:,} tokens, text included"),
         ("images per iteration", images + (f", {found.images // processes:,}{each}" if each else "")),
-        ("model calls, rollout", f"{found.rollout_calls:,} of up to {config.rollout.batch_size} samples{each}"),
+        ("model calls, rollout", f"{found.rollout_calls:,} of up to {size} samples{each}"),
         ("model calls, update", f"{found.update_calls:,}{each}, {found.backward_calls:,} of them with a backward pass"),
         ("reward calls", f"{found.reward_calls:,}{each}"),
         (
@@ -152,11 +183,19 @@ def report(config: Config, processes: int = 1) -> str:
             f"{_bytes(memory.total)}{each}: weights {_bytes(memory.weights)}, gradients, optimiser and averages "
             f"{_bytes(memory.trained)}, samples of an iteration {_bytes(memory.rollout)}, activations of one backward "
             f"pass {_bytes(memory.activations)}, or instead of the last two the text encoders, "
-            f"{_bytes(memory.encoders)}, while prompts are encoded; models of rewards come on top",
+            f"{_bytes(memory.encoders)}, while prompts are encoded; models of rewards come on top"
+            + (", and what the decoder keeps for its backward pass" if config.trains_by_reward_gradient else ""),
         ),
     ]
     width_of_names = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width_of_names}}  {value}" for name, value in lines)
+
+
+def _sampler(config: Config) -> str:
+    if not config.trains_by_reward_gradient:
+        return config.rollout.sampler
+    trained = config.r0.gradient_steps or config.rollout.steps
+    return f"gradients through {trained} of {config.rollout.steps} steps"
 
 
 def _prompts(config: Config) -> list[tuple[str, str]]:
@@ -246,7 +285,7 @@ def _memory(
     processes: int,
 ) -> Memory:
     itemsize = 4 if config.model.dtype == "float32" else 2
-    copies = 2 if config.model.lora is None and config.train.kl_weight > 0.0 else 1
+    copies = 2 if config.model.lora is None and config.needs_first_weights else 1
     held = 0 if config.model.lora is None else frozen["transformer"]
     shares = processes if config.model.sharded else 1
     weights = itemsize * (held / shares + frozen["autoencoder"] + (copies - 1) * frozen["transformer"])
@@ -259,7 +298,12 @@ def _memory(
         activations = per_block * (blocks + _ACTIVATION_COPIES)
     else:
         activations = per_block * blocks * _ACTIVATION_COPIES
-    kept = 0 if config.rollout.keep_on_host else samples
+    if config.trains_by_reward_gradient:
+        # Samples live from one backward pass to the next, and without checkpointing all steps keep their activations.
+        kept = config.train.batch_size
+        activations *= 1 if config.r0.checkpointing else (config.r0.gradient_steps or config.rollout.steps)
+    else:
+        kept = 0 if config.rollout.keep_on_host else samples
     rollout = 4 * kept * _kept_numbers(config, transformer.config, side)
     return Memory(weights, trained, rollout, activations, itemsize * frozen["text encoders"])
 
@@ -267,6 +311,10 @@ def _memory(
 def _kept_numbers(config: Config, shape: Any, side: int) -> int:
     """Numbers of one sample that wait for the update, in float32: latents, log-probs and maps of its steps."""
     steps = config.rollout.steps
+    if config.trains_by_reward_gradient:
+        # Latents and noise of each step, what it predicts, and gradients.
+        maps = steps * (side // shape.patch_size) ** 2 if config.uses_maps else 0
+        return 4 * steps * shape.in_channels * side**2 + maps
     latents = (steps + 1) * shape.in_channels * side**2
     log_probs = min(config.rollout.sde_steps or steps, steps) * side**2
     maps = steps * (side // shape.patch_size) ** 2 if config.uses_maps or config.method == "oracle" else 0

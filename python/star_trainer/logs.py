@@ -45,6 +45,8 @@ class RunLog:
         self.history: list[dict[str, float]] = []
         self.base: Evaluation | None = None
         self.latest: Evaluation | None = None
+        # Why the run ends before its last iteration.
+        self.stopped: str | None = None
         self._main = state.accelerator.is_main_process
         if self._main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -183,20 +185,22 @@ class RunLog:
         return state.policy.decode(trajectory.latents[-1]), trajectory.weights.transpose(0, 1).cpu().numpy()
 
     def iteration(
-        self, rewards: np.ndarray, seconds: dict[str, float], advantages: Advantages, metrics: dict[str, float]
+        self, rewards: np.ndarray, seconds: dict[str, float], metrics: dict[str, float], advantages: Advantages | None
     ) -> None:
         """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in TensorBoard.
 
-        `rewards` are all processes', `seconds` and what is made of them this process's.
+        `rewards` are all processes', `seconds` and what is made of them this process's; there are no advantages where
+        samples are not compared with each other.
         """
         groups = rewards.reshape(-1, self.state.config.rollout.samples)
         busy = max(seconds["reward"], 1e-9)
+        compared = {} if advantages is None else {"reward/groups_without_spread": advantages.dropped}
         entry = {
             "iteration": self.state.iteration,
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
             "reward/group_std": float(groups.std(axis=1).mean()),
-            "reward/groups_without_spread": advantages.dropped,
+            **compared,
             **{f"train/{name}": value for name, value in metrics.items()},
             **{f"seconds/{name}": value for name, value in seconds.items()},
             "seconds/reward_hidden_fraction": max(0.0, 1.0 - seconds["reward_wait"] / busy),
@@ -205,9 +209,20 @@ class RunLog:
         self._bar.update(1)
         self.say(
             f"iter {self.state.iteration:>4} | reward {entry['reward/mean']:.3f} ± {entry['reward/std']:.3f} | "
-            f"no spread {advantages.dropped:4.0%} | {_update(advantages, metrics)} | "
+            f"{_update(advantages, metrics)} | "
             f"rollout {seconds['rollout']:.1f} s, reward {seconds['reward']:.1f} s, update {seconds['update']:.1f} s"
         )
+
+    def watched(self) -> tuple[float, float] | None:
+        """The held-out score that tells whether training helps, of the first weights and now, on the same prompts.
+
+        That is one that training does not see, if there is one; None before the first evaluation.
+        """
+        if self.base is None or self.latest is None:
+            return None
+        name = "graded" if "graded" in self.scorers else next(iter(self.scorers))
+        latest = self.latest.scores[name]
+        return float(self.base.scores[name][: len(latest)].mean()), float(latest.mean())
 
     def finish(self) -> dict[str, object]:
         """Write adapter and summary, print the comparison with the base model, and return the summary."""
@@ -223,6 +238,7 @@ class RunLog:
             "method": state.config.method,
             "seed": state.config.run.seed,
             "iterations": state.iteration,
+            "stopped": self.stopped,
             "held_out_prompts": len(self.latest),
             "seconds": round(state.seconds(), 1),
             "base": {name: float(v[: len(self.latest)].mean()) for name, v in self.base.scores.items()},
@@ -239,14 +255,17 @@ class RunLog:
         return summary
 
 
-def _update(advantages: Advantages, metrics: dict[str, float]) -> str:
+def _update(advantages: Advantages | None, metrics: dict[str, float]) -> str:
     """What the update of an iteration measured, or why there was none."""
-    if advantages.dropped == 1.0:
-        return "no group with spread: nothing to learn from, weights unchanged"
+    spread = "" if advantages is None else f"no spread {advantages.dropped:4.0%} | "
+    if advantages is not None and advantages.dropped == 1.0:
+        return f"{spread}no group with spread: nothing to learn from, weights unchanged"
     if "gradient_norm" not in metrics:
-        return "every update skipped, weights unchanged"
+        return f"{spread}every update skipped, weights unchanged"
+    if "distance" in metrics:
+        return f"distance {metrics['distance']:.2e} | grad {metrics['gradient_norm']:.2e}"
     kl = f"kl {metrics['kl']:.2e} | " if "kl" in metrics else ""
-    return f"clip {metrics['clip_fraction']:6.2%} | {kl}grad {metrics['gradient_norm']:.2e}"
+    return f"{spread}clip {metrics['clip_fraction']:6.2%} | {kl}grad {metrics['gradient_norm']:.2e}"
 
 
 def _comparison(name: str, before: float, after: float, difference: PairedDifference) -> str:

@@ -188,11 +188,24 @@ class Policy:
         finally:
             self.model.enable_adapters()
 
+    def pixels(self, latents: Tensor, decoder: Any = None) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] of latents [B, C, H, W], differentiably, by the pipeline's or another decoder.
+
+        Another decoder, such as diffusers' AutoencoderTiny, must belong to the same latents.
+        """
+        vae = self.pipeline.vae if decoder is None else decoder
+        return (vae.decode(self._unscaled(latents, vae), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    @staticmethod
+    def _unscaled(latents: Tensor, vae: Any) -> Tensor:
+        """Latents as the autoencoder makes them."""
+        return latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Images [B, H, W, 3] uint8 of latents [B, C, H, W]."""
         vae = self.pipeline.vae
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        scaled = self._unscaled(latents, vae)
         # A convolution over many images at once is slower on a CPU than over a few.
         images = [vae.decode(chunk, return_dict=False)[0] for chunk in scaled.split(16)]
         pixels = self.pipeline.image_processor.postprocess(torch.cat(images).float(), output_type="np")

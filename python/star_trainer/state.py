@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ from accelerate import (
     InitProcessGroupKwargs,
 )
 from diffusers.training_utils import EMAModel
+from pydantic import ValidationError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from star_trainer import checkpoint
@@ -148,6 +149,9 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], root: P
             return {prefix: tree}
         return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}.{key}".strip(".")).items()}
 
+    # A setting that did not exist yet had the effect of its default.
+    with suppress(ValidationError):
+        saved = Config.model_validate(saved).model_dump(mode="json")
     old, new = flatten(saved), flatten(current)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     # More iterations of the same training is what resuming is for.
@@ -197,7 +201,7 @@ def build_state(config: Config, pipeline: Any = None) -> TrainingState:
     if config.model.sharded and processes == 1:
         raise ConfigError("model.sharded: expected several processes to spread the weights over, got one")
     torch.manual_seed(config.run.seed)
-    policy = load_policy(config.model, keep_reference=config.train.kl_weight > 0.0, pipeline=pipeline)
+    policy = load_policy(config.model, keep_reference=config.needs_first_weights, pipeline=pipeline)
     check_against_model(config, policy.model, policy.pipeline.vae_scale_factor)
     policy.pipeline.vae.to(accelerator.device)
     policy.transformer.to(accelerator.device)

@@ -1,28 +1,37 @@
-"""The training loop: sample, reward, allocate, update (docs/method.md, sections 1 to 5)."""
+"""The training loop: sample, reward, allocate, update (docs/method.md, sections 1 to 5), or R0's (section 8)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from star_kernels.backends import resolve_backend
-from star_trainer.advantages import group_advantages
+from star_trainer.advantages import Advantages, group_advantages
 from star_trainer.checkpoint import set_aside
 from star_trainer.config import Config, ConfigError
 from star_trainer.evaluation import evaluate
 from star_trainer.logs import RunLog
 from star_trainer.processes import gather_array, together
 from star_trainer.prompts import check_prompts, load_prompts
+from star_trainer.r0 import Supervision, improve, load_supervision, stop_reason
 from star_trainer.randomness import numpy_stream
-from star_trainer.rewards import load_reward
+from star_trainer.rewards import (
+    RewardFunction,
+    check_differentiable,
+    differentiable_terms,
+    load_terms,
+    weighted_sum,
+)
 from star_trainer.rewards.errors import RewardError
-from star_trainer.rollout import Rollout, collect
+from star_trainer.rollout import collect
 from star_trainer.scenes import ScenePrompt
 from star_trainer.state import TrainingState, build_state
 from star_trainer.units import UnitExtractor
@@ -46,12 +55,18 @@ def train(config: Config) -> dict[str, object]:
     """
     check_backend(config.backend)
     check_prompts(config)
+    if config.trains_by_reward_gradient:
+        check_differentiable(config.reward)
     draw_training, draw_held_out = load_prompts(config.prompts)
-    reward = load_reward(config.reward)
+    terms = load_terms(config.reward)
+    reward = weighted_sum(config.reward, terms)
     held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
     extractor = UnitExtractor(config.units) if config.uses_maps else None
     state = build_state(config)
     accelerator = state.accelerator
+    supervision = None
+    if config.trains_by_reward_gradient:
+        supervision = load_supervision(config, differentiable_terms(terms), state.policy)
     if extractor is not None:
         shown = config.evaluation.pictures
         filled = together(accelerator, lambda: extractor.fill(held_out[:shown]), *OUTSIDE)
@@ -69,18 +84,24 @@ def train(config: Config) -> dict[str, object]:
         drawn = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
         return drawn[first_prompt : first_prompt + count]
 
-    def sample(prompts: list[ScenePrompt], iteration: int) -> Rollout:
-        return collect(state.policy, config, prompts, reward, worker, iteration, first_prompt)
-
     running, saving = RunLog(state, held_out, reward, resumed=resumed), saved_on_failure(state, folder / "checkpoints")
     # The log ends what connects the processes, which saving needs.
     with running as log, saving, ThreadPoolExecutor(1) as worker:
+        if supervision is None:
+            iterate = partial(policy_gradient, state, reward, worker, first_prompt, log)
+        else:
+            iterate = partial(reward_gradient, state, supervision, first_prompt, log)
         log.evaluated_base()
         if state.iteration >= config.train.iterations:
             log.say(
                 f"nothing left to train: {state.iteration} iterations are done, train.iterations is "
                 f"{config.train.iterations} (run.resume=false starts anew)"
             )
+
+        def measure(prompts: list[ScenePrompt]) -> None:
+            with state.averaged_weights():
+                log.evaluated(evaluate(state.policy, config, prompts, log.scorers, accelerator))
+
         encoded = state.iteration
         for iteration in range(state.iteration, config.train.iterations):
             if iteration == encoded:
@@ -89,34 +110,72 @@ def train(config: Config) -> dict[str, object]:
             prompts = own_prompts(iteration)
             if extractor is not None:
                 prompts = together(accelerator, partial(extractor.fill, prompts), *OUTSIDE)
-            rollout = together(accelerator, partial(sample, prompts, iteration), *OUTSIDE)
-            rewards = gather_array(accelerator, rollout.rewards)
-            advantages = group_advantages(
-                rewards,
-                config.rollout.samples,
-                std=config.train.advantage_std,
-                clip=config.train.advantage_clip,
-            )
-            start = time.perf_counter()
-            metrics = update(state, rollout, advantages, iteration, log)
-            rollout.seconds["update"] = time.perf_counter() - start
+            done = iterate(prompts, iteration)
             if extractor is not None and config.units.source == "llm":
-                metrics["units_by_rules_instead"] = float(extractor.replaced)
+                done.metrics["units_by_rules_instead"] = float(extractor.replaced)
             state.iteration = iteration + 1
-            log.iteration(rewards, rollout.seconds, advantages, metrics)
+            log.iteration(done.rewards, done.seconds, done.metrics, done.advantages)
 
             last = state.iteration == config.train.iterations
             if last or state.iteration % config.evaluation.every == 0:
-                shown_prompts = held_out[: None if last else config.evaluation.interim_prompts]
-                with state.averaged_weights():
-                    log.evaluated(evaluate(state.policy, config, shown_prompts, log.scorers, accelerator))
-            if last or state.iteration % config.checkpoints.every == 0:
+                measure(held_out[: None if last else config.evaluation.interim_prompts])
+            if supervision is not None and not last:
+                log.stopped = stop_reason(config, done.metrics, log)
+            if last or log.stopped or state.iteration % config.checkpoints.every == 0:
                 state.save(folder / "checkpoints")
-        if log.latest is None:
-            # Everything was done before this start: what is left is to measure it.
-            with state.averaged_weights():
-                log.evaluated(evaluate(state.policy, config, held_out, log.scorers, accelerator))
+            if log.stopped:
+                log.say(f"stopped after {state.iteration} iterations: {log.stopped}")
+                break
+        if log.latest is None or len(log.latest) < len(held_out):
+            # Stopped early, or everything was done before this start: what is left is to measure it.
+            measure(held_out)
         return log.finish()
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What an iteration gives: the rewards [B] of all processes' samples, and this process's seconds and metrics."""
+
+    rewards: np.ndarray
+    seconds: dict[str, float]
+    metrics: dict[str, float]
+    advantages: Advantages | None
+
+
+def policy_gradient(
+    state: TrainingState,
+    reward: RewardFunction,
+    worker: Executor,
+    first_prompt: int,
+    log: RunLog,
+    prompts: list[ScenePrompt],
+    iteration: int,
+) -> Iteration:
+    """Sample, reward, compare within groups, and update; `first_prompt` is the place of this process's first one."""
+    config, accelerator = state.config, state.accelerator
+    sample = partial(collect, state.policy, config, prompts, reward, worker, iteration, first_prompt)
+    rollout = together(accelerator, sample, *OUTSIDE)
+    rewards = gather_array(accelerator, rollout.rewards)
+    advantages = group_advantages(
+        rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
+    )
+    start = time.perf_counter()
+    metrics = update(state, rollout, advantages, iteration, log)
+    rollout.seconds["update"] = time.perf_counter() - start
+    return Iteration(rewards, rollout.seconds, metrics, advantages)
+
+
+def reward_gradient(
+    state: TrainingState,
+    supervision: Supervision,
+    first_prompt: int,
+    log: RunLog,
+    prompts: list[ScenePrompt],
+    iteration: int,
+) -> Iteration:
+    """Back-propagate rewards through the sampler; `first_prompt` is the place of this process's first one."""
+    done = improve(state, supervision, prompts, iteration, first_prompt, log)
+    return Iteration(gather_array(state.accelerator, done.rewards), done.seconds, done.metrics, None)
 
 
 @contextmanager

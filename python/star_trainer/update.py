@@ -78,7 +78,13 @@ def update(
         summary = summarise(accelerator, passes, norm, with_kl=config.train.kl_weight > 0.0)
         if summary["non_finite"] or not math.isfinite(summary["loss"] + summary["gradient_norm"]):
             skipped += 1
-            skip_update(state, passes, summary, log)
+            bad = [p for p in passes if p.metrics["non_finite"] > 0 or not torch.isfinite(p.metrics["loss"])]
+            where = [f"step {entry.step}, samples {entry.rows.tolist()[:8]}" for entry in bad[:3]]
+            what = (
+                f"loss {summary['loss']}, gradient norm {summary['gradient_norm']}, "
+                f"{summary['non_finite']:.0f} non-finite positions"
+            )
+            skip_update(state, log, what, "; ".join(where))
         else:
             state.optimizer.step()
             state.average.step(parameters)
@@ -294,16 +300,14 @@ def summarise(accelerator: Accelerator, passes: list[Pass], norm: Tensor, *, wit
     }
 
 
-def skip_update(state: TrainingState, passes: list[Pass], summary: dict[str, float], log: RunLog) -> None:
-    """Leave the weights as they are, say which step and samples were bad, and end the run when it keeps happening."""
+def skip_update(state: TrainingState, log: RunLog, what: str, where: str = "") -> None:
+    """Leave the weights as they are, say what was wrong and where, and end the run when it keeps happening.
+
+    `where` is what this process knows of it, and empty if that is nothing.
+    """
     state.optimizer.zero_grad()
     state.skipped_in_a_row += 1
-    bad = [p for p in passes if p.metrics["non_finite"] > 0 or not torch.isfinite(p.metrics["loss"])]
-    where = [f"step {entry.step}, samples {entry.rows.tolist()[:8]}" for entry in bad[:3]]
-    message = (
-        f"update skipped ({state.skipped_in_a_row} in a row): loss {summary['loss']}, gradient norm "
-        f"{summary['gradient_norm']}, {summary['non_finite']:.0f} non-finite positions"
-    )
-    log.say(f"{message}; {'; '.join(where) or 'every loss of this process was finite'}", everywhere=bool(bad))
+    message = f"update skipped ({state.skipped_in_a_row} in a row): {what}"
+    log.say(f"{message}; {where or 'every loss of this process was finite'}", everywhere=bool(where))
     if state.skipped_in_a_row >= state.config.train.max_skipped_updates:
         raise NonFiniteError(f"{message}. Training ends here: lower train.learning_rate or use a wider model.dtype")

@@ -138,7 +138,7 @@ def test_the_place_of_what_is_wrong_is_named(kind: str, tmp_path: Path) -> None:
 
 def test_every_problem_has_its_own_place(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("train:\n  updates: 0\nrollout:\n  samples: 1\n")
+    path.write_text("train:\n  updates: 0\nrollout:\n  samples: 0\n")
     with pytest.raises(ConfigError, match=r"line 4: rollout\.samples.*; .*line 2: train\.updates"):
         load_config(str(path))
 

@@ -190,4 +190,19 @@ def test_sizes_are_in_the_unit_that_suits_them(capsys: pytest.CaptureFixture[str
 
 
 def test_all_presets_are_tested_here() -> None:
-    assert set(preset_names()) == {"tiny", *OWN}
+    assert set(preset_names()) == {"tiny", "tiny_r0", "sd3m_r0", *OWN}
+
+
+def test_r0_starts_from_stable_diffusion_3_medium(nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("sd3m_r0")
+    assert config.method == "r0" and config.rollout.steps == config.evaluation.steps == 4
+    assert main(["sd3m_r0", "--dry-run", "--processes", "8"]) == 0
+    printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    printed = {key: value.strip() for key, value in printed.items()}
+    # Two billion, as published.
+    assert printed["parameters, transformer"] == "2,028,328,000"
+    # Eight images in two batches, four steps, each run once to sample and once for its gradient; an image at a time.
+    assert printed["model calls, rollout"].startswith("8 of up to 4 samples on each of 8")
+    assert printed["model calls, update"].startswith("8 on each of 8 processes, 8")
+    assert printed["reward calls"] == "16 on each of 8 processes"
+    assert not list(nowhere.iterdir())

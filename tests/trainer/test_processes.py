@@ -109,6 +109,23 @@ def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
     assert not torch.equal(*states), "every process has random numbers of its own"
 
 
+def test_rewards_are_back_propagated_as_in_one_process(tmp_path: Path) -> None:
+    # Each update has one sample: one of the two processes has none.
+    overrides = ["method=r0_plus", "rollout.samples=1", "rollout.prompts=2", "train.kl_weight=0", "train.iterations=2"]
+    overrides += ["reward.terms={clip_score: 1}", "reward.models.clip=tiny", "r0.regularizer_weight=100"]
+    run_two(tmp_path / "two", *overrides)
+    run_one(tmp_path / "one", *overrides)
+    one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+    assert any(tensor.abs().max() > 1e-5 for key, tensor in one.items() if "lora_B" in key)
+    for mine, theirs in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in ("reward/mean", "train/reward_clip_score", "train/distance", "train/penalty"):
+            assert mine.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=1e-5, abs=1e-6), name
+        # Of images, whose rounding a batch of another size can change.
+        assert mine.get("eval/reward", 0.0) == pytest.approx(theirs.get("eval/reward", 0.0), abs=0.02)
+
+
 def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_all_groups(tmp_path: Path) -> None:
     # One group of the four has spread: one process has all the samples that are trained on, the other none.
     overrides = ["method=shuffled", "train.iterations=1", "train.updates=1"]

@@ -15,8 +15,9 @@ def advantages(rewards: list[float]) -> Advantages:
 
 def test_an_update_shows_what_it_measured() -> None:
     some = advantages([0.0, 1.0, 1.0, 1.0])
-    assert _update(some, MEASURED) == "clip 25.00% | grad 5.00e-01"
-    assert _update(some, MEASURED | {"kl": 0.001}) == "clip 25.00% | kl 1.00e-03 | grad 5.00e-01"
+    assert _update(some, MEASURED) == "no spread  50% | clip 25.00% | grad 5.00e-01"
+    assert _update(some, MEASURED | {"kl": 0.001}) == "no spread  50% | clip 25.00% | kl 1.00e-03 | grad 5.00e-01"
+    assert _update(None, {"distance": 0.03, "gradient_norm": 0.5}) == "distance 3.00e-02 | grad 5.00e-01"
 
 
 def test_without_spread_there_is_nothing_to_learn_from() -> None:

@@ -27,17 +27,37 @@ def problem(dtype: torch.dtype = torch.float64, batch: int = 2) -> dict[str, Any
 
 
 @pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("kind", ["flow_sde", "ode"])
+@pytest.mark.parametrize("kind", ["flow_sde", "cps", "ode"])
 def test_gradcheck_through_the_next_sample(guided: bool, kind: str) -> None:
     p = problem()
     sigma = torch.tensor([0.9, 0.4], dtype=torch.float64)
-    c = sk.transition_coefficients(kind, sigma, 0.7 * sigma)
+    c = sk.transition_coefficients(kind, sigma, 0.7 * sigma, eta=torch.tensor([0.3, 0.9]))
     options = {"unconditional_velocity": p["u"], "guidance_scale": 3.5} if guided else {}
 
     def step(v: Tensor, x: Tensor) -> Tensor:
         return sk.transition_step(v, x, c, noise=p["noise"], **options).next_sample
 
     assert torch.autograd.gradcheck(step, (p["v"].requires_grad_(), p["x"].requires_grad_()))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_backend_differentiates_through_a_sampler(backend: str, dtype: torch.dtype) -> None:
+    """R0 does: through two steps of a velocity that depends on the sample, each trajectory with its own noise."""
+
+    def gradients(dtype: torch.dtype, **options: str) -> tuple[Tensor, ...]:
+        p = problem(dtype)
+        x, slope = p["x"].requires_grad_(), p["v"].requires_grad_()
+        eta, latents = torch.tensor([0.2, 0.8]), x
+        for sigma, after in ((0.9, 0.5), (0.5, 0.0)):
+            c = sk.transition_coefficients("cps", sigma, after, eta=eta)
+            latents = sk.transition_step(slope * latents, latents, c, noise=p["noise"], **options).next_sample
+        return torch.autograd.grad((latents.double() ** 2).sum(), (x, slope))
+
+    expected = gradients(torch.float64, backend="reference")
+    for got, exact in zip(gradients(dtype, backend=backend), expected, strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - exact).norm() / exact.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -12,10 +12,12 @@ from typing import get_args
 from star_trainer.ablation.plot import plot_ablation
 from star_trainer.ablation.results import as_json, compare, markdown, read_curve
 from star_trainer.ablation.runs import Arm, places, plan_runs, run_all
-from star_trainer.config import ConfigError, Method, load_config, preset_names
+from star_trainer.config import REWARD_GRADIENT_METHODS, ConfigError, Method, load_config, preset_names
 from star_trainer.files import write_atomically
 
 _METHODS = get_args(Method)
+# Unless others are asked for: those that train on the same rewards in the same way.
+_ALLOCATIONS = [name for name in _METHODS if name not in REWARD_GRADIENT_METHODS]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
-    parser.add_argument("--methods", default=",".join(_METHODS), help="comma-separated (default: all)")
+    parser.add_argument("--methods", default=",".join(_ALLOCATIONS), help="comma-separated (default: %(default)s)")
     parser.add_argument(
         "--arm",
         action="append",

@@ -59,7 +59,7 @@ class Run:
             return False
         config = self.config()
         same = saved.model_copy(update={"run": config.run, "checkpoints": config.checkpoints}) == config
-        return same and summary.get("iterations") == config.train.iterations
+        return same and (summary.get("iterations") == config.train.iterations or bool(summary.get("stopped")))
 
     def iterations_done(self) -> int:
         return sum("reward/mean" in record for record in read_metrics(self.folder))

@@ -10,7 +10,7 @@ import os
 import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from star_trainer.rewards.geneval import Detector
 
 RewardFunction = Callable[[np.ndarray, Sequence[ScenePrompt]], np.ndarray]
+DifferentiableReward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
 
 
 def scene_strict(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
@@ -118,7 +119,11 @@ def load_reward(config: Reward) -> RewardFunction:
         RewardError: when called: images of another form, a reward of one's own that fails, anything but B finite
             numbers, or a prompt that the reward can tell nothing of; the message names the term.
     """
-    terms = load_terms(config)
+    return weighted_sum(config, load_terms(config))
+
+
+def weighted_sum(config: Reward, terms: Mapping[str, RewardFunction]) -> RewardFunction:
+    """The sum of terms from `load_terms` with the weights of the configuration."""
 
     def reward(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
         return sum((config.terms[name] * term(images, prompts) for name, term in terms.items()), np.zeros(len(prompts)))
@@ -146,7 +151,14 @@ def _checked(name: str, function: RewardFunction) -> RewardFunction:
                 raise RewardError(f"reward {name}: {reason}")
         return _values(name, function(images, prompts), len(prompts))
 
-    return call
+    return _as_differentiable(function, call)
+
+
+def _as_differentiable(function: RewardFunction, wrapped: RewardFunction) -> RewardFunction:
+    """`wrapped` with the gradient that `function` has, if any."""
+    if callable(found := getattr(function, "differentiable", None)):
+        wrapped.differentiable = found  # type: ignore[attr-defined]
+    return wrapped
 
 
 def check_reward(config: Reward) -> None:
@@ -205,17 +217,50 @@ def _values(name: str, values: Any, count: int) -> np.ndarray:
     return numbers
 
 
-def find_differentiable(config: Reward) -> ClipReward | None:
-    """The first term that has a gradient with respect to the image, or None.
+class NotDifferentiable(ConfigError):
+    """A reward without a gradient with respect to the image."""
+
+
+# Why no gradient reaches the image.
+_WITHOUT_GRADIENT = {
+    **dict.fromkeys(_OF_REQUIREMENTS, "it counts what a detector finds"),
+    "ocr": "it compares texts that are read off the image",
+    "remote": "a server returns numbers alone",
+}
+
+
+def differentiable_terms(terms: Mapping[str, RewardFunction]) -> dict[str, DifferentiableReward]:
+    """The gradient's side of terms from `load_terms`.
+
+    Such a reward is called as ``function(images, texts)`` with images [B, 3, H, W] in [0, 1] and B prompts' texts, and
+    returns [B] with a gradient with respect to the images. A reward of one's own has it as an attribute
+    ``differentiable``.
 
     Raises:
-        ConfigError: its model cannot be loaded.
+        NotDifferentiable: a term has none; the message says why.
     """
-    names = [name for name in config.terms if name in ("clip_score", "pickscore")]
-    if not names:
-        return None
-    models = _Models(config)
-    return models.clip_score() if names[0] == "clip_score" else models.pickscore()
+    return {name: _differentiable(name, term) for name, term in terms.items()}
+
+
+def check_differentiable(config: Reward) -> None:
+    """Refuse terms without a gradient, as far as that can be told without loading a model.
+
+    Raises:
+        ConfigError: what `check_reward` refuses.
+        NotDifferentiable: a term has no gradient; the message says why.
+    """
+    check_reward(config)
+    for name in config.terms:
+        if name not in ("clip_score", "pickscore"):
+            _differentiable(name, None if name in _BY_NAME else _import(name))
+
+
+def _differentiable(name: str, function: RewardFunction | None) -> DifferentiableReward:
+    found = getattr(function, "differentiable", None)
+    if not callable(found):
+        reason = _WITHOUT_GRADIENT.get(name, "it has no attribute 'differentiable', a function of images and texts")
+        raise NotDifferentiable(f"reward.terms: {name} has no gradient with respect to the image: {reason}")
+    return found
 
 
 def _find(name: str, models: _Models) -> RewardFunction:
@@ -235,7 +280,7 @@ def _guarded(name: str, function: RewardFunction) -> RewardFunction:
             where = f"{last.filename}, line {last.lineno}"
             raise RewardError(f"reward {name}: {type(error).__name__}: {error} ({where})") from error
 
-    return call
+    return _as_differentiable(function, call)
 
 
 def _import(name: str) -> RewardFunction:

@@ -94,14 +94,15 @@ def report(config: Config, parts: Sequence[str], arms: Sequence[str], options: a
     """Measure what was asked for and write table, plots and numbers."""
     from star_trainer.prompts import check_prompts, load_prompts
     from star_trainer.randomness import numpy_stream
-    from star_trainer.rewards import load_reward
+    from star_trainer.rewards import load_terms, weighted_sum
     from star_trainer.sensitivity import gradients, maps, plots
     from star_trainer.state import build_state
     from star_trainer.units import UnitExtractor
 
     check_prompts(config)
     draw_training, draw_held_out = load_prompts(config.prompts)
-    reward, extractor = load_reward(config.reward), UnitExtractor(config.units)
+    terms, extractor = load_terms(config.reward), UnitExtractor(config.units)
+    reward = weighted_sum(config.reward, terms)
     folder = Path(options.folder or f"runs/sensitivity_{Path(options.config).stem}")
     # Now, not after an hour of measuring, if it cannot be made.
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ def report(config: Config, parts: Sequence[str], arms: Sequence[str], options: a
             rng = numpy_stream(config.run.seed, "edits")
             scores += maps.edits(cases, reward, options.share, rng)
             scores += maps.regional_correlation(cases, reward)
-            scores += _differentiable(config, cases, state)
+            scores += _differentiable(terms, cases, state)
             _draw_cases(cases, reward, options.share, folder / "cases.png")
     signals: list[gradients.Signal] = []
     if "gradients" in parts:
@@ -139,13 +140,18 @@ def report(config: Config, parts: Sequence[str], arms: Sequence[str], options: a
     print(f"tables, plots and numbers are in {folder}")
 
 
-def _differentiable(config: Config, cases: Any, state: Any) -> list[Any]:
-    """The correlation with the reward's gradient, where a term of the reward has one."""
-    from star_trainer.rewards import find_differentiable
+def _differentiable(terms: Any, cases: Any, state: Any) -> list[Any]:
+    """The correlation with the gradient of the first term of the reward that has one."""
+    from star_trainer.rewards import NotDifferentiable, differentiable_terms
     from star_trainer.sensitivity import maps
 
-    found = find_differentiable(config.reward)
-    return [] if found is None else maps.gradient_correlation(cases, state.policy, found)
+    for name, term in terms.items():
+        try:
+            found = differentiable_terms({name: term})
+        except NotDifferentiable:
+            continue
+        return maps.gradient_correlation(cases, state.policy, found[name])
+    return []
 
 
 def _draw_cases(cases: Any, reward: Any, share: float, path: Path, count: int = 6) -> None:

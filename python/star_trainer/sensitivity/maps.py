@@ -18,8 +18,7 @@ from torch import Tensor
 from star_trainer.oracle import true_mass
 from star_trainer.policy import Policy
 from star_trainer.randomness import numpy_stream, stream
-from star_trainer.rewards import RewardFunction
-from star_trainer.rewards.clip import ClipReward
+from star_trainer.rewards import DifferentiableReward, RewardFunction
 from star_trainer.rollout import denoise, text_units
 from star_trainer.scenes import ScenePrompt
 from star_trainer.state import TrainingState
@@ -207,14 +206,11 @@ def regional_correlation(cases: Cases, reward: RewardFunction, most: int = 4) ->
     return _correlations("correlation with reward lost", cases, lost, blocks)
 
 
-def gradient_correlation(cases: Cases, policy: Policy, reward: ClipReward, most: int = 8) -> list[Score]:
+def gradient_correlation(cases: Cases, policy: Policy, reward: DifferentiableReward, most: int = 8) -> list[Score]:
     """Spearman's correlation of a region's weight and the length there of the reward's gradient by the final latent."""
     latents = cases.latents.clone().requires_grad_()
-    vae = policy.pipeline.vae
     for part, prompts in zip(latents.split(16), _chunks(cases.prompts, 16), strict=True):
-        scaled = part.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = (vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
-        reward.differentiable(pixels, [prompt.text for prompt in prompts]).sum().backward()
+        reward(policy.pixels(part), [prompt.text for prompt in prompts]).sum().backward()
     assert latents.grad is not None, "the reward depends on the latents"
     lengths, blocks = latents.grad.float().norm(dim=1), _blocks(cases, most)
     regions = torch.nn.functional.adaptive_avg_pool2d(lengths[:, None], blocks)[:, 0]
