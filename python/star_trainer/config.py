@@ -105,7 +105,7 @@ class RolloutConfig(_Section):
     prompts: Positive = Field(8, description="prompts per iteration, over all processes")
     samples: Positive = Field(8, description="samples per prompt: the size of a group")
     batch_size: Positive = Field(64, description="samples per forward pass")
-    steps: Positive = Field(10, description="denoising steps; with r0 those of the generator that is trained")
+    steps: Positive = Field(10, description="denoising steps; with r0 those of its generator, 4 if not said")
     sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     eta: float = Field(0.7, gt=0.0, description="noise level of the sampler")
     sde_steps: Positive | None = Field(
@@ -167,6 +167,10 @@ class Allocation(_Section):
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, min_length=1, description="transformer blocks that are recorded, or null for all"
     )
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of `star_kernels.allocation_map`: every setting but the layers, which recording takes."""
+        return self.model_dump(exclude={"layers"})
 
 
 class Train(_Section):
@@ -279,10 +283,22 @@ class Config(_Section):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_steps(cls, value: Any) -> Any:
+        """With r0 a generator of four steps, which is evaluated with the steps that it is trained with."""
+        if not isinstance(value, dict) or value.get("method") not in REWARD_GRADIENT_METHODS:
+            return value
+        sections = {name: value.get(name, {}) for name in ("rollout", "evaluation")}
+        if not all(isinstance(section, dict) for section in sections.values()):
+            return value
+        rollout = {"steps": 4, **sections["rollout"]}
+        return value | {"rollout": rollout, "evaluation": {"steps": rollout["steps"], **sections["evaluation"]}}
+
     @property
     def granularity(self) -> Literal["image", "position"]:
-        """Where ratios are taken and clipped."""
-        return "image" if self.method == "uniform" else "position"
+        """Where ratios are taken and clipped; without meaning where there are none."""
+        return "image" if self.method == "uniform" or self.trains_by_reward_gradient else "position"
 
     @property
     def uses_maps(self) -> bool:
@@ -306,15 +322,16 @@ class Config(_Section):
         trained = self.rollout.prompts * self.rollout.samples
         if self.train.updates > trained:
             raise ValueError(f"train.updates: expected at most the {trained} samples of an iteration")
-        if self.rollout.sampler == "cps" and self.rollout.eta > 1.0:
+        compares = not self.trains_by_reward_gradient
+        if compares and self.rollout.sampler == "cps" and self.rollout.eta > 1.0:
             raise ValueError("rollout.eta: expected at most 1 for the sampler cps")
-        if self.rollout.sampler == "cps" and self.rollout.steps < 2:
+        if compares and self.rollout.sampler == "cps" and self.rollout.steps < 2:
             raise ValueError("rollout.steps: expected at least 2 for the sampler cps, whose last step has no noise")
         if (self.rollout.sde_steps or 0) > self.rollout.steps:
             raise ValueError(f"rollout.sde_steps: expected at most the {self.rollout.steps} of rollout.steps")
         if self.train.kl_scale == "std_dev" and self.rollout.sampler == "cps":
             raise ValueError("train.kl_scale: expected 'variance' for the sampler cps, which has no noise rate")
-        if not self.trains_by_reward_gradient and self.rollout.samples < 2:
+        if compares and self.rollout.samples < 2:
             raise ValueError(
                 f"rollout.samples: expected at least 2 for the method {self.method}, which compares the samples of a "
                 f"prompt, got {self.rollout.samples}"
@@ -339,7 +356,11 @@ class Config(_Section):
         return self
 
     def _check_reward_gradient(self) -> None:
-        steps = self.rollout.steps
+        steps, unused = self.rollout.steps, RolloutConfig()
+        for key in ("sampler", "eta", "sde_steps", "shared_noise"):
+            value = getattr(self.rollout, key)
+            if value != getattr(unused, key):
+                raise ValueError(f"rollout.{key}: the method {self.method} does not use it (see r0.eta), got {value}")
         if (self.r0.gradient_steps or 0) > steps:
             raise ValueError(
                 f"r0.gradient_steps: expected at most the {steps} of rollout.steps, got {self.r0.gradient_steps}"

@@ -45,11 +45,12 @@ class RunLog:
         self.history: list[dict[str, float]] = []
         self.base: Evaluation | None = None
         self.latest: Evaluation | None = None
-        # Why the run ends before its last iteration.
-        self.stopped: str | None = None
+        self.latest_iteration = -1
         self._main = state.accelerator.is_main_process
         if self._main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # What an earlier start ended with is not what this one will.
+            (self.folder / "summary.json").unlink(missing_ok=True)
             write_atomically(self.folder / "config.json", config.model_dump_json(indent=2).encode())
             self._take_up_history(resumed)
         # Events after the checkpoint that a resumed run goes on from come again.
@@ -120,7 +121,7 @@ class RunLog:
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Log an evaluation and draw the pictures; the policy must still have the weights that were evaluated."""
-        self.latest = evaluation
+        self.latest, self.latest_iteration = evaluation, self.state.iteration
         self._record_evaluation(evaluation)
         count = len(evaluation)
         self.say(f"held-out after {self.state.iteration} iterations ({count} prompts): {self._scores(evaluation)}")
@@ -238,7 +239,7 @@ class RunLog:
             "method": state.config.method,
             "seed": state.config.run.seed,
             "iterations": state.iteration,
-            "stopped": self.stopped,
+            "stopped": state.stopped,
             "held_out_prompts": len(self.latest),
             "seconds": round(state.seconds(), 1),
             "base": {name: float(v[: len(self.latest)].mean()) for name, v in self.base.scores.items()},

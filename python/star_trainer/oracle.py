@@ -46,9 +46,5 @@ def true_maps(
     return sk.allocation_map(
         true_mass(images, prompts, grid),
         grid,
-        combine=allocation.combine,
-        sharpness=allocation.sharpness,
-        smooth=allocation.smooth,
-        strength=allocation.strength,
-        clamp=allocation.clamp,
+        **allocation.options(),
     )

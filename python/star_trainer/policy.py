@@ -245,7 +245,7 @@ def check_against_model(config: Config, transformer: Any, vae_scale: int) -> Non
     if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
         raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
     side = shape.sample_size if resolution is None else resolution // vae_scale
-    if config.method != "uniform" and config.train.clip_range * side >= 1.0:
+    if config.granularity == "position" and config.train.clip_range * side >= 1.0:
         raise ConfigError(
             f"train.clip_range: expected below 1/sqrt(H*W) = {1.0 / side:.4g} where ratios are per position, "
             f"got {config.train.clip_range}"

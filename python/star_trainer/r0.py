@@ -29,7 +29,7 @@ from star_trainer.processes import gather, together, without_synchronisation
 from star_trainer.randomness import numpy_stream, stream
 from star_trainer.rewards import DifferentiableReward
 from star_trainer.rewards.errors import RewardError
-from star_trainer.rollout import text_units
+from star_trainer.rollout import NonFiniteError, text_units
 from star_trainer.scenes import ScenePrompt
 from star_trainer.state import TrainingState
 from star_trainer.update import Part, share_out, skip_update
@@ -68,6 +68,8 @@ def load_supervision(config: Config, rewards: Mapping[str, DifferentiableReward]
     decoder = None
     if config.r0.small_decoder is not None:
         decoder = _load_decoder(config.r0.small_decoder, policy)
+        if config.r0.checkpointing:
+            decoder.enable_gradient_checkpointing()
     return Supervision(rewards, config.reward.terms, decoder)
 
 
@@ -110,13 +112,14 @@ def improve(
 
     Raises:
         RewardError: a reward that gives anything but finite numbers with a gradient.
-        NonFiniteError: too many updates in a row with NaN or infinity.
+        NonFiniteError: images with NaN or infinity, or too many updates in a row with them.
     """
     config, accelerator = state.config, state.accelerator
     samples = config.rollout.samples
+    start = time.perf_counter()
     order = numpy_stream(config.run.seed, "update", iteration).permutation(config.rollout.prompts * samples)
     rewards = np.zeros(len(prompts) * samples)
-    seconds = dict.fromkeys(("rollout", "reward", "update"), 0.0)
+    seconds = dict.fromkeys(("rollout", "reward"), 0.0)
     weight = regularizer_weight(config, iteration)
     totals: list[dict[str, float]] = []
     updates = 0
@@ -138,7 +141,7 @@ def improve(
         state.optimizer.zero_grad()
         shared = share_out(part, state)
         with without_synchronisation(accelerator, state.policy.transformer, active=True):
-            passes = together(accelerator, partial(run_all, shared), RewardError)
+            passes = together(accelerator, partial(run_all, shared), RewardError, NonFiniteError)
         summary = _means(state, list(supervision.rewards), passes, shared.size) | _regularized(state, weight)
         updates += 1
         broken = [f"{name} is {value}" for name, value in summary.items() if not math.isfinite(value)]
@@ -155,7 +158,15 @@ def improve(
     metrics = counts | {"regularizer_weight": weight}
     if totals:
         metrics |= {name: float(np.mean([entry[name] for entry in totals])) for name in totals[0]}
+    _wait_for(state.policy.device)
+    seconds["update"] = time.perf_counter() - start - sum(seconds.values())
     return Improvement(rewards, {**seconds, "reward_wait": seconds["reward"]}, metrics)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Let a GPU finish what it was given, so that its time is counted where it belongs."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _regularized(state: TrainingState, weight: float) -> dict[str, float]:
@@ -280,6 +291,7 @@ def backward(
 
     Raises:
         RewardError: a reward that gives anything but finite numbers with a gradient.
+        NonFiniteError: images with NaN or infinity.
     """
     config, policy = state.config, state.policy
     generators = [stream(config.run.seed, "r0", iteration, place) for place in places]
@@ -288,6 +300,7 @@ def backward(
     kept = not config.r0.checkpointing
     start = time.perf_counter()
     trajectory = _sample(config, generator, latents, prompts, first if kept else generator.steps)
+    _wait_for(policy.device)
     sampled = time.perf_counter()
 
     last = generator.steps - 1
@@ -304,6 +317,7 @@ def backward(
             values = found
             if config.method == "r0_plus" and config.r0.guidance_weight > 0.0:
                 gradients[step] += _guidance(config, policy, trajectory.clean[step], gradient, generator, generators)
+    _wait_for(policy.device)
     rewarded = time.perf_counter()
 
     if kept:
@@ -311,13 +325,8 @@ def backward(
         torch.autograd.backward(outputs, [(-scale * gradients[step]).to(outputs[0].dtype) for step in gradients])
     else:
         _run_again(generator, trajectory, gradients, first, -scale)
-    end = time.perf_counter()
     total = sum(supervision.weights[name] * found for name, found in values.items())
-    return _Pass(
-        values,
-        np.asarray(total),
-        {"rollout": sampled - start, "reward": rewarded - sampled, "update": end - rewarded},
-    )
+    return _Pass(values, np.asarray(total), {"rollout": sampled - start, "reward": rewarded - sampled})
 
 
 def _prepare(
@@ -371,12 +380,8 @@ def _sample(
                     sk.allocation_map(
                         recorder.mass,
                         policy.grid,
-                        combine=allocation.combine,
-                        sharpness=allocation.sharpness,
-                        smooth=allocation.smooth,
-                        strength=allocation.strength,
-                        clamp=allocation.clamp,
                         backend=config.backend,
+                        **allocation.options(),
                     )
                 )
             recorder.discard_step()
@@ -423,6 +428,12 @@ def _reward_gradient(
         leaf = latents[rows].detach().requires_grad_()
         with torch.enable_grad():
             images = policy.pixels(leaf, supervision.decoder)
+        if not torch.isfinite(images).all():
+            bad = [start + i for i, image in enumerate(images) if not torch.isfinite(image).all()]
+            raise NonFiniteError(
+                f"the images of samples {bad[:8]} of a batch have NaN or infinity: lower train.learning_rate or use a "
+                "wider model.dtype"
+            )
         pixels = images.detach().requires_grad_()
         texts = [prompt.text for prompt in prompts[rows]]
         total = torch.zeros_like(pixels)
@@ -446,17 +457,17 @@ def _by_image(
     Raises:
         RewardError: the reward fails, or gives anything but B finite numbers with a gradient.
     """
+    gradient = None
     try:
         with torch.enable_grad():
             values = reward(pixels, texts)
+        if isinstance(values, Tensor) and values.requires_grad:
+            (gradient,) = torch.autograd.grad(values.sum(), pixels, allow_unused=True)
     except Exception as error:
         raise RewardError(f"reward {name}: {type(error).__name__}: {error}") from error
     if not isinstance(values, Tensor) or values.shape != (len(texts),):
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise RewardError(f"reward {name}: expected a tensor [{len(texts)}] from differentiable, got {got}")
-    if not values.requires_grad:
-        raise RewardError(f"reward {name}: what differentiable returns does not depend on the images")
-    (gradient,) = torch.autograd.grad(values.sum(), pixels, allow_unused=True)
     if gradient is None:
         raise RewardError(f"reward {name}: what differentiable returns does not depend on the images")
     if not (torch.isfinite(values).all() and torch.isfinite(gradient).all()):

@@ -161,12 +161,8 @@ def denoise(
                     sk.allocation_map(
                         recorder.mass,
                         policy.grid,
-                        combine=allocation.combine,
-                        sharpness=allocation.sharpness,
-                        smooth=allocation.smooth,
-                        strength=allocation.strength,
-                        clamp=allocation.clamp,
                         backend=backend,
+                        **allocation.options(),
                     )
                 )
                 recorder.discard_step()

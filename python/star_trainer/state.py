@@ -38,6 +38,8 @@ class TrainingState:
     average: EMAModel
     iteration: int = 0
     skipped_in_a_row: int = 0
+    # Why the run ended before its last iteration.
+    stopped: str | None = None
     seconds_before: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
@@ -83,6 +85,7 @@ class TrainingState:
                 "rng": rng_values,
                 "average_steps": self.average.optimization_step,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "stopped": self.stopped,
                 "seconds": self.seconds(),
             }
             checkpoint.commit(partial, values, keep=self.config.checkpoints.keep)
@@ -112,6 +115,10 @@ class TrainingState:
         self.iteration = found.iteration
         self.seconds_before = found.values["seconds"]
         self.skipped_in_a_row = found.values["skipped_in_a_row"]
+        limits = {key: found.values["config"].get("r0", {}).get(key) for key in ("stop_distance", "stop_drop")}
+        # With other limits it may go on.
+        if all(getattr(self.config.r0, key) == limit for key, limit in limits.items()):
+            self.stopped = found.values.get("stopped")
         return True
 
     def take_average(self, root: Path) -> bool:
@@ -136,6 +143,7 @@ _FREE_KEYS = (
     "run.",
     "checkpoints.",
     "reward.remote.",
+    "r0.stop_",
     "units.cache",
     "units.endpoint",
     "units.key_variable",

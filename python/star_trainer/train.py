@@ -19,7 +19,7 @@ from star_trainer.checkpoint import set_aside
 from star_trainer.config import Config, ConfigError
 from star_trainer.evaluation import evaluate
 from star_trainer.logs import RunLog
-from star_trainer.processes import gather_array, together
+from star_trainer.processes import gather, gather_array, together
 from star_trainer.prompts import check_prompts, load_prompts
 from star_trainer.r0 import Supervision, improve, load_supervision, stop_reason
 from star_trainer.randomness import numpy_stream
@@ -92,7 +92,9 @@ def train(config: Config) -> dict[str, object]:
         else:
             iterate = partial(reward_gradient, state, supervision, first_prompt, log)
         log.evaluated_base()
-        if state.iteration >= config.train.iterations:
+        if state.stopped:
+            log.say(f"nothing left to train: it was stopped after {state.iteration} iterations, {state.stopped}")
+        elif state.iteration >= config.train.iterations:
             log.say(
                 f"nothing left to train: {state.iteration} iterations are done, train.iterations is "
                 f"{config.train.iterations} (run.resume=false starts anew)"
@@ -103,10 +105,12 @@ def train(config: Config) -> dict[str, object]:
                 log.evaluated(evaluate(state.policy, config, prompts, log.scorers, accelerator))
 
         encoded = state.iteration
-        for iteration in range(state.iteration, config.train.iterations):
+        for iteration in range(state.iteration, state.iteration if state.stopped else config.train.iterations):
             if iteration == encoded:
                 encoded = min(iteration + config.rollout.encode_ahead, config.train.iterations)
-                state.policy.encode_ahead([p.text for later in range(iteration, encoded) for p in own_prompts(later)])
+                texts = [p.text for later in range(iteration, encoded) for p in own_prompts(later)]
+                # Guidance asks for the prediction without a prompt.
+                state.policy.encode_ahead([*texts, ""] if config.method == "r0_plus" else texts)
             prompts = own_prompts(iteration)
             if extractor is not None:
                 prompts = together(accelerator, partial(extractor.fill, prompts), *OUTSIDE)
@@ -120,13 +124,16 @@ def train(config: Config) -> dict[str, object]:
             if last or state.iteration % config.evaluation.every == 0:
                 measure(held_out[: None if last else config.evaluation.interim_prompts])
             if supervision is not None and not last:
-                log.stopped = stop_reason(config, done.metrics, log)
-            if last or log.stopped or state.iteration % config.checkpoints.every == 0:
+                stopped = stop_reason(config, done.metrics, log)
+                # Decided together: numbers that differ by rounding must not leave some processes behind.
+                if gather(accelerator, torch.tensor([stopped is not None])).any():
+                    state.stopped = stopped or "another process says so"
+            if last or state.stopped or state.iteration % config.checkpoints.every == 0:
                 state.save(folder / "checkpoints")
-            if log.stopped:
-                log.say(f"stopped after {state.iteration} iterations: {log.stopped}")
+            if state.stopped:
+                log.say(f"stopped after {state.iteration} iterations: {state.stopped}")
                 break
-        if log.latest is None or len(log.latest) < len(held_out):
+        if log.latest is None or log.latest_iteration < state.iteration or len(log.latest) < len(held_out):
             # Stopped early, or everything was done before this start: what is left is to measure it.
             measure(held_out)
         return log.finish()

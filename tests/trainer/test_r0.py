@@ -18,6 +18,7 @@ from star_trainer.dry_run import plan
 from star_trainer.policy import Policy
 from star_trainer.rewards import NotDifferentiable, check_differentiable
 from star_trainer.rewards.errors import RewardError
+from star_trainer.rollout import NonFiniteError
 from star_trainer.scenes import ScenePrompt, sample_prompts
 from star_trainer.state import TrainingState, build_state
 from torch import Tensor
@@ -29,6 +30,16 @@ SMALL = ["rollout.prompts=3", "rollout.samples=1", "rollout.steps=3", "train.bat
 
 def redness(images: Tensor, texts: Sequence[str]) -> Tensor:
     return (images[:, 0] - images[:, 1]).mean((1, 2))
+
+
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, images: Tensor) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        raise RuntimeError("in its backward")
 
 
 def brightness(images: Tensor, texts: Sequence[str]) -> Tensor:
@@ -139,6 +150,16 @@ def test_regions_weight_the_gradient_of_the_image(shared_state: TrainingState, p
     share = weighted[..., : width // 2].norm() / weighted.norm()
     assert share > plain[..., : width // 2].norm() / plain.norm()
     torch.testing.assert_close(weighted + gradient(2.0 - left), 2.0 * plain)
+
+
+def test_images_that_are_not_finite_are_not_blamed_on_a_reward(
+    shared_state: TrainingState, prompts: list[ScenePrompt]
+) -> None:
+    state = with_settings(shared_state)
+    latents = torch.zeros(3, *state.policy.latent_shape)
+    latents[2] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"samples \[2\]"):
+        r0._reward_gradient(state.config, state.policy, SMOOTH, latents, prompts, None)
 
 
 def test_maps_of_the_steps_shape_the_gradient(shared_state: TrainingState, prompts: list[ScenePrompt]) -> None:
@@ -279,6 +300,11 @@ def test_a_run_that_goes_wrong_is_stopped_and_says_why(tmp_path: Path, capsys: p
     assert summary["iterations"] == 2 and "r0.stop_distance" in summary["stopped"]
     assert summary["held_out_prompts"] == 4
     assert "stopped after 2 iterations" in capsys.readouterr().out
+    assert main(["tiny_r0", *settings]) == 0
+    assert "nothing left to train" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped"] == summary["stopped"]
+    assert main(["tiny_r0", *settings, "r0.stop_distance=100", "train.iterations=3"]) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["iterations"] == 3
 
 
 def test_a_run_that_goes_on_ends_in_the_same_weights(tmp_path: Path) -> None:
@@ -318,6 +344,8 @@ def test_a_fallen_score_stops_a_run() -> None:
         (["r0.gradient_steps=0"], "r0.gradient_steps"),
         (["r0.gradient_steps=5"], "r0.gradient_steps"),
         (["rollout.guidance_scale=2"], "rollout.guidance_scale"),
+        (["rollout.eta=1.5"], "rollout.eta"),
+        (["rollout.sde_steps=2"], "rollout.sde_steps"),
         (["train.kl_weight=0.1"], "train.kl_weight"),
         (["model.sharded=true"], "model.sharded"),
         (["model.lora=null", "r0.regularizer=lora_norm"], "r0.regularizer"),
@@ -328,6 +356,20 @@ def test_a_fallen_score_stops_a_run() -> None:
 def test_settings_that_cannot_be_used_are_named(settings: list[str], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"{key}(\.[01])?: "):
         load_config("tiny_r0", settings)
+
+
+def test_a_generator_of_four_steps_is_evaluated_with_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: r0\n")
+
+    def steps(*overrides: str) -> tuple[int, int]:
+        config = load_config(str(path), overrides)
+        return config.rollout.steps, config.evaluation.steps
+
+    assert steps() == (4, 4)
+    assert steps("rollout.steps=2") == (2, 2)
+    assert steps("evaluation.steps=28") == (4, 28)
+    assert steps("method=star") == (10, 20)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +392,7 @@ def test_a_reward_without_a_gradient_is_refused_with_the_reason(name: str, reaso
         (lambda images, texts: torch.ones(len(images), requires_grad=True) * 1, "does not depend on the images"),
         (lambda images, texts: images.mean((1, 2, 3)) * torch.nan, "NaN"),
         (lambda images, texts: images.missing, "AttributeError"),
+        (lambda images, texts: FailsBackward.apply(images), "RuntimeError: in its backward"),
     ],
 )
 def test_a_reward_that_gives_something_else_is_named(function, message: str) -> None:

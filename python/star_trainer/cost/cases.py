@@ -327,12 +327,8 @@ def make_map(case: Case, inputs: LayerInputs, arm: Arm) -> tuple[Callable[[], Te
         sk.allocation_map,
         mass,
         grid,
-        combine=allocation.combine,
-        sharpness=allocation.sharpness,
-        smooth=allocation.smooth,
-        strength=allocation.strength,
-        clamp=allocation.clamp,
         backend=config.backend,
+        **allocation.options(),
     )
     return call, mass.nbytes + 4 * len(mass) * grid[0] * grid[1]
 
