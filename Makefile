@@ -29,7 +29,7 @@ demo: $(VENV)/.built ## Post-train a small Stable Diffusion 3 pipeline with STAR
 	$(BIN)/star-train tiny $(DEMO_ARGS)
 
 test: $(VENV)/.built-dev $(VENV)/.installed-triton-3.6 ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 --dist worksteal tests
 
 bench: $(VENV)/.built-dev ## Measure the operators, a rollout and an update against their unfused baselines
 	$(BIN)/python -m pytest -q bench --benchmark-quiet $(BENCH_ARGS)
