@@ -356,11 +356,12 @@ class Config(_Section):
         return self
 
     def _check_reward_gradient(self) -> None:
-        steps, unused = self.rollout.steps, RolloutConfig()
-        for key in ("sampler", "eta", "sde_steps", "shared_noise"):
-            value = getattr(self.rollout, key)
-            if value != getattr(unused, key):
-                raise ValueError(f"rollout.{key}: the method {self.method} does not use it (see r0.eta), got {value}")
+        steps = self.rollout.steps
+        if self.rollout.eta > 1.0:
+            raise ValueError(
+                f"rollout.eta: expected at most 1 for the method {self.method}, which takes r0.eta, "
+                f"got {self.rollout.eta}"
+            )
         if (self.r0.gradient_steps or 0) > steps:
             raise ValueError(
                 f"r0.gradient_steps: expected at most the {steps} of rollout.steps, got {self.r0.gradient_steps}"

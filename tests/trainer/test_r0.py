@@ -345,7 +345,6 @@ def test_a_fallen_score_stops_a_run() -> None:
         (["r0.gradient_steps=5"], "r0.gradient_steps"),
         (["rollout.guidance_scale=2"], "rollout.guidance_scale"),
         (["rollout.eta=1.5"], "rollout.eta"),
-        (["rollout.sde_steps=2"], "rollout.sde_steps"),
         (["train.kl_weight=0.1"], "train.kl_weight"),
         (["model.sharded=true"], "model.sharded"),
         (["model.lora=null", "r0.regularizer=lora_norm"], "r0.regularizer"),
