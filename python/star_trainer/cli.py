@@ -31,13 +31,18 @@ def _parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    add_config_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="load no weights; say what the run would need and do")
     parser.add_argument(
         "--processes", type=positive, default=1, metavar="N", help="processes that the dry run plans for (1)"
     )
     return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings of a command: where they come from, and what replaces some of them."""
+    parser.add_argument("config", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
 
 
 def positive(text: str) -> int:

@@ -297,8 +297,8 @@ class Config(_Section):
 
     @property
     def granularity(self) -> Literal["image", "position"]:
-        """Where ratios are taken and clipped; without meaning where there are none."""
-        return "image" if self.method == "uniform" or self.trains_by_reward_gradient else "position"
+        """Where ratios are taken and clipped."""
+        return "image" if self.method == "uniform" else "position"
 
     @property
     def uses_maps(self) -> bool:

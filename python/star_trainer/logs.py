@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,19 @@ from star_trainer.rewards import RewardFunction, scene_graded, scene_strict
 from star_trainer.rollout import denoise, text_units
 from star_trainer.scenes import ScenePrompt
 from star_trainer.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What an iteration gives: rewards [B] of all processes' samples, and this process's seconds and metrics by name.
+
+    `advantages` are of the same samples, or None where samples are not compared with each other.
+    """
+
+    rewards: np.ndarray
+    seconds: dict[str, float]
+    metrics: dict[str, float]
+    advantages: Advantages | None = None
 
 
 class RunLog:
@@ -185,14 +199,9 @@ class RunLog:
         assert trajectory.weights is not None, "units were given"
         return state.policy.decode(trajectory.latents[-1]), trajectory.weights.transpose(0, 1).cpu().numpy()
 
-    def iteration(
-        self, rewards: np.ndarray, seconds: dict[str, float], metrics: dict[str, float], advantages: Advantages | None
-    ) -> None:
-        """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in TensorBoard.
-
-        `rewards` are all processes', `seconds` and what is made of them this process's; there are no advantages where
-        samples are not compared with each other.
-        """
+    def iteration(self, done: Iteration) -> None:
+        """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in TensorBoard."""
+        rewards, seconds, metrics, advantages = done.rewards, done.seconds, done.metrics, done.advantages
         groups = rewards.reshape(-1, self.state.config.rollout.samples)
         busy = max(seconds["reward"], 1e-9)
         compared = {} if advantages is None else {"reward/groups_without_spread": advantages.dropped}

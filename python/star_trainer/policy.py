@@ -245,7 +245,8 @@ def check_against_model(config: Config, transformer: Any, vae_scale: int) -> Non
     if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
         raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
     side = shape.sample_size if resolution is None else resolution // vae_scale
-    if config.granularity == "position" and config.train.clip_range * side >= 1.0:
+    per_position = config.granularity == "position" and not config.trains_by_reward_gradient
+    if per_position and config.train.clip_range * side >= 1.0:
         raise ConfigError(
             f"train.clip_range: expected below 1/sqrt(H*W) = {1.0 / side:.4g} where ratios are per position, "
             f"got {config.train.clip_range}"

@@ -23,9 +23,9 @@ from torch import Tensor
 import star_kernels as sk
 from star_trainer.config import Config, ConfigError
 from star_trainer.files import folder_or_name
-from star_trainer.logs import RunLog
+from star_trainer.logs import Iteration, RunLog
 from star_trainer.policy import Embeddings, Policy
-from star_trainer.processes import gather, together, without_synchronisation
+from star_trainer.processes import gather, gather_array, together, without_synchronisation
 from star_trainer.randomness import numpy_stream, stream
 from star_trainer.rewards import DifferentiableReward
 from star_trainer.rewards.errors import RewardError
@@ -46,15 +46,6 @@ class Supervision:
     rewards: Mapping[str, DifferentiableReward]
     weights: Mapping[str, float]
     decoder: Any = None
-
-
-@dataclass
-class Improvement:
-    """One iteration on this process: the weighted rewards [B] of its samples, and what was measured."""
-
-    rewards: np.ndarray
-    seconds: dict[str, float]
-    metrics: dict[str, float]
 
 
 def load_supervision(config: Config, rewards: Mapping[str, DifferentiableReward], policy: Policy) -> Supervision:
@@ -93,11 +84,11 @@ def _load_decoder(name: str, policy: Policy) -> Any:
 def improve(
     state: TrainingState,
     supervision: Supervision,
-    prompts: Sequence[ScenePrompt],
-    iteration: int,
     first_prompt: int,
     log: RunLog,
-) -> Improvement:
+    prompts: Sequence[ScenePrompt],
+    iteration: int,
+) -> Iteration:
     """`train.updates` optimiser steps, each on its share of the iteration's samples, drawn by the weights of then.
 
     What is drawn for a sample and how samples are divided depends on its place among those of all processes alone.
@@ -105,10 +96,10 @@ def improve(
     Args:
         state: what is trained.
         supervision: from `load_supervision`.
-        prompts: this process's.
-        iteration: its number.
         first_prompt: the place of the first of `prompts` among those of all processes.
         log: told about updates that are skipped.
+        prompts: this process's.
+        iteration: its number.
 
     Raises:
         RewardError: a reward that gives anything but finite numbers with a gradient.
@@ -160,7 +151,8 @@ def improve(
         metrics |= {name: float(np.mean([entry[name] for entry in totals])) for name in totals[0]}
     _wait_for(state.policy.device)
     seconds["update"] = time.perf_counter() - start - sum(seconds.values())
-    return Improvement(rewards, {**seconds, "reward_wait": seconds["reward"]}, metrics)
+    seconds["reward_wait"] = seconds["reward"]
+    return Iteration(gather_array(accelerator, rewards), seconds, metrics)
 
 
 def _wait_for(device: torch.device) -> None:
@@ -317,7 +309,6 @@ def backward(
             values = found
             if config.method == "r0_plus" and config.r0.guidance_weight > 0.0:
                 gradients[step] += _guidance(config, policy, trajectory.clean[step], gradient, generator, generators)
-    _wait_for(policy.device)
     rewarded = time.perf_counter()
 
     if kept:

@@ -6,22 +6,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from star_kernels.backends import resolve_backend
-from star_trainer.advantages import Advantages, group_advantages
+from star_trainer.advantages import group_advantages
 from star_trainer.checkpoint import set_aside
 from star_trainer.config import Config, ConfigError
 from star_trainer.evaluation import evaluate
-from star_trainer.logs import RunLog
+from star_trainer.logs import Iteration, RunLog
 from star_trainer.processes import gather, gather_array, together
 from star_trainer.prompts import check_prompts, load_prompts
-from star_trainer.r0 import Supervision, improve, load_supervision, stop_reason
+from star_trainer.r0 import improve, load_supervision, stop_reason
 from star_trainer.randomness import numpy_stream
 from star_trainer.rewards import (
     RewardFunction,
@@ -90,7 +88,7 @@ def train(config: Config) -> dict[str, object]:
         if supervision is None:
             iterate = partial(policy_gradient, state, reward, worker, first_prompt, log)
         else:
-            iterate = partial(reward_gradient, state, supervision, first_prompt, log)
+            iterate = partial(improve, state, supervision, first_prompt, log)
         log.evaluated_base()
         if state.stopped:
             log.say(f"nothing left to train: it was stopped after {state.iteration} iterations, {state.stopped}")
@@ -118,7 +116,7 @@ def train(config: Config) -> dict[str, object]:
             if extractor is not None and config.units.source == "llm":
                 done.metrics["units_by_rules_instead"] = float(extractor.replaced)
             state.iteration = iteration + 1
-            log.iteration(done.rewards, done.seconds, done.metrics, done.advantages)
+            log.iteration(done)
 
             last = state.iteration == config.train.iterations
             if last or state.iteration % config.evaluation.every == 0:
@@ -137,16 +135,6 @@ def train(config: Config) -> dict[str, object]:
             # Stopped early, or everything was done before this start: what is left is to measure it.
             measure(held_out)
         return log.finish()
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """What an iteration gives: the rewards [B] of all processes' samples, and this process's seconds and metrics."""
-
-    rewards: np.ndarray
-    seconds: dict[str, float]
-    metrics: dict[str, float]
-    advantages: Advantages | None
 
 
 def policy_gradient(
@@ -170,19 +158,6 @@ def policy_gradient(
     metrics = update(state, rollout, advantages, iteration, log)
     rollout.seconds["update"] = time.perf_counter() - start
     return Iteration(rewards, rollout.seconds, metrics, advantages)
-
-
-def reward_gradient(
-    state: TrainingState,
-    supervision: Supervision,
-    first_prompt: int,
-    log: RunLog,
-    prompts: list[ScenePrompt],
-    iteration: int,
-) -> Iteration:
-    """Back-propagate rewards through the sampler; `first_prompt` is the place of this process's first one."""
-    done = improve(state, supervision, prompts, iteration, first_prompt, log)
-    return Iteration(gather_array(state.accelerator, done.rewards), done.seconds, done.metrics, None)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def transition_coefficients(
             also count as stochastic unless `eta` is the number 0, even where a last cps or ddim step has s = 0.
     """
     check_choice("kind", kind, KINDS)
-    largest_eta = 1.0 if kind in ("cps", "ddim") else math.inf
+    largest_eta = 1.0 if kind in ("cps", "ddim") else None
     given = {"sigma": sigma, "sigma_next": sigma_next}
     if sigma_max is not None:
         given["sigma_max"] = sigma_max
@@ -60,25 +60,25 @@ def transition_coefficients(
         if not isinstance(level, torch.Tensor):
             check_number(name, level, low=0.0, high=1.0)
     if not isinstance(eta, torch.Tensor):
-        check_number("eta", eta, low=0.0, high=None if largest_eta == math.inf else largest_eta)
+        check_number("eta", eta, low=0.0, high=largest_eta)
     rows = _float64_rows(given | {"eta": eta})
-    now, after, second, noise = rows["sigma"], rows["sigma_next"], rows.get("sigma_max"), rows["eta"]
+    now, after, second, etas = rows["sigma"], rows["sigma_next"], rows.get("sigma_max"), rows["eta"]
     readable = now.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable:
         _check_levels(kind, now, after, second)
-        _require("eta", (noise >= 0) & (noise <= largest_eta) & noise.isfinite(), f"[0, {largest_eta}]", noise)
+        _check_etas(etas, largest_eta)
 
     noise_rate = None
     if kind == "ddim":
-        drift, b, std = _ddim(now, after, noise)
+        drift, b, std = _ddim(now, after, etas)
     elif kind == "cps":
-        drift, b, std = _cps(now, after, noise)
+        drift, b, std = _cps(now, after, etas)
     else:
         if kind == "flow_sde":
             capped = now if second is None else torch.where(now == 1, second, now)
-            noise_rate = noise * torch.sqrt(now / (1 - capped))
+            noise_rate = etas * torch.sqrt(now / (1 - capped))
         elif kind == "dance_sde":
-            noise_rate = noise
+            noise_rate = etas
         rate = torch.zeros_like(now) if noise_rate is None else noise_rate
         drift, b, std = _euler_maruyama(now, after, rate)
 
@@ -132,7 +132,7 @@ def _ddim(alpha_bar: Tensor, alpha_bar_next: Tensor, eta: Tensor) -> tuple[Tenso
 
 
 def _float64_rows(given: dict[str, Tensor | float]) -> dict[str, Tensor]:
-    """Levels and noise as float64 tensors of one length on one device; numbers and 0-d tensors follow the others."""
+    """Levels and eta as float64 tensors of one length on one device; numbers and 0-d tensors follow the others."""
     rows = {name: value for name, value in given.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
     length: int | str = "B"
     device = None
@@ -161,6 +161,13 @@ def _float64_rows(given: dict[str, Tensor | float]) -> dict[str, Tensor]:
 def _require(name: str, holds: Tensor, expected: str, came: Tensor) -> None:
     if not bool(holds.all()):
         raise ValueError(f"{name}: expected {expected}, got {came[~holds][0].item()}")
+
+
+def _check_etas(etas: Tensor, largest: float | None) -> None:
+    if largest is None:
+        _require("eta", (etas >= 0) & etas.isfinite(), "finite numbers of at least 0", etas)
+    else:
+        _require("eta", (etas >= 0) & (etas <= largest), f"numbers in [0, {largest}]", etas)
 
 
 def _check_levels(kind: str, now: Tensor, after: Tensor, second: Tensor | None) -> None:

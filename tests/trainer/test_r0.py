@@ -286,7 +286,7 @@ def test_an_update_raises_the_reward_of_its_own_samples(
             raise AssertionError(arguments)
 
     before = [p.detach().clone() for p in state.policy.trainable().values()]
-    rewards = [r0.improve(state, SMOOTH, prompts, 0, 0, Quiet()).rewards.mean() for _ in range(3)]  # type: ignore[arg-type]
+    rewards = [r0.improve(state, SMOOTH, 0, Quiet(), prompts, 0).rewards.mean() for _ in range(3)]  # type: ignore[arg-type]
     for parameter, value in zip(state.policy.trainable().values(), before, strict=True):
         parameter.data.copy_(value)
     assert rewards[0] < rewards[1] < rewards[2]

@@ -12,7 +12,8 @@ from typing import get_args
 from star_trainer.ablation.plot import plot_ablation
 from star_trainer.ablation.results import as_json, compare, markdown, read_curve
 from star_trainer.ablation.runs import Arm, places, plan_runs, run_all
-from star_trainer.config import REWARD_GRADIENT_METHODS, ConfigError, Method, load_config, preset_names
+from star_trainer.cli import add_config_arguments
+from star_trainer.config import REWARD_GRADIENT_METHODS, ConfigError, Method, load_config
 from star_trainer.files import write_atomically
 
 _METHODS = get_args(Method)
@@ -33,8 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    add_config_arguments(parser)
     parser.add_argument("--methods", default=",".join(_ALLOCATIONS), help="comma-separated (default: %(default)s)")
     parser.add_argument(
         "--arm",

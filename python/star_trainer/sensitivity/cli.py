@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from star_trainer.cli import quieten
-from star_trainer.config import Config, ConfigError, load_config, preset_names
+from star_trainer.cli import add_config_arguments, quieten
+from star_trainer.config import Config, ConfigError, load_config
 from star_trainer.files import write_atomically
 
 PARTS = ("objects", "edits", "gradients")
@@ -32,8 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help=f"a preset ({', '.join(preset_names())}) or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    add_config_arguments(parser)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts for objects and edits (default: 64)")
     parser.add_argument(
