@@ -19,7 +19,7 @@ struct LatentView {
   bool channels_last = false;
 };
 
-// Positions of one task, and of the tile that is in cache while it is worked on.
+// Positions whose sums are taken together, the least that a thread is given, and of a tile, what they are judged by.
 constexpr int64_t kBlock = 1024, kTile = 128;
 
 struct LatentShape {
@@ -42,6 +42,10 @@ struct TransitionInputs {
   float guidance_scale;
   const TransitionScalars* scalars;  // [B]
   bool beyond_cache;                 // too large to be found in a cache: fetch ahead, and write past it
+
+  bool any_channels_last() const {
+    return velocity.channels_last || unconditional_velocity.channels_last || sample.channels_last || next_sample.channels_last;
+  }
 };
 
 struct TransitionProblem {
@@ -93,7 +97,7 @@ constexpr float kWeightedAdvantageToInfinity = 0x1p64f;
 // Work on blocks [begin, end), numbered (sample, block); any cut among threads gives the same bits. `scratch` is 64-byte
 // aligned, belongs to the caller's thread and holds `scratch_floats`.
 struct GaussianKernels {
-  int64_t (*scratch_floats)(const LatentShape&);
+  int64_t (*scratch_floats)(const LatentShape&, bool beyond_cache);
   void (*transition)(const TransitionProblem&, int64_t begin, int64_t end, float* scratch);
   void (*policy_loss)(const PolicyLossProblem&, PolicyLossPass pass, int64_t begin, int64_t end, float* scratch);
 };

@@ -8,6 +8,7 @@
 
 #include "gaussian_kernels.h"
 
+#include <algorithm>
 #include <cstring>
 
 #define STAR_INLINE inline __attribute__((always_inline))
@@ -187,65 +188,89 @@ struct Range {
   int64_t sample, first, count;
 };
 
-inline Range block_at(const LatentShape& shape, int64_t index) {
-  const int64_t first = index % shape.blocks() * kBlock, left = shape.positions() - first;
-  return {index / shape.blocks(), first, left < kBlock ? left : kBlock};
-}
-
-inline Range tile_at(const Range& block, int64_t offset) {
-  const int64_t left = block.count - offset;
-  return {block.sample, block.first + offset, left < kTile ? left : kTile};
-}
-
 // Where a channel's positions begin in memory; for channels_last, where all channels of the position do.
 inline int64_t index_of(const LatentView& view, const LatentShape& shape, const Range& range, int64_t channel) {
   if (view.channels_last) return (range.sample * shape.positions() + range.first) * shape.channels;
   return (range.sample * shape.channels + channel) * shape.positions() + range.first;
 }
 
-// Whether the numbers of a tile lie in memory as the loops want them.
-inline bool in_place(const LatentView& view, const Range& tile) {
-  return view.format == Format::float32 && !view.channels_last && tile.count == kTile;
+// `count` positions rounded up to whole tiles.
+inline int64_t whole_tiles(int64_t count) { return (count + kTile - 1) / kTile * kTile; }
+
+// Floats of a piece that stay in the second-level cache until its gradient is made of them, and the most blocks of a piece.
+constexpr int64_t kHeldFloats = 1 << 16, kMostBlocks = 4;
+
+// The most positions of flat channels that are worked on at a time, `floats` numbers each being held: what comes from memory in long
+// rows, which the hardware's prefetchers follow, and what is in a cache two tiles at a time, from the first level.
+inline int64_t longest_piece(int64_t floats, bool beyond_cache) {
+  return beyond_cache ? std::clamp<int64_t>(kHeldFloats / (floats * kBlock), 1, kMostBlocks) * kBlock : 2 * kTile;
 }
 
-// Channels of kTile floats each.
-struct Tile {
-  float* data = nullptr;
+// Calls work(piece) on the positions of blocks [begin, end), in order: whole tiles of one sample, `longest` positions at most (kTile
+// where channels are not flat), or what is left of a tile at a sample's end.
+template <typename Work>
+void for_each_piece(const LatentShape& shape, int64_t begin, int64_t end, int64_t longest, const Work& work) {
+  for (int64_t sample = begin / shape.blocks(); sample * shape.blocks() < end; ++sample) {
+    const int64_t before = sample * shape.blocks();
+    const int64_t stop = std::min((end - before) * kBlock, shape.positions());
+    for (int64_t first = std::max<int64_t>(begin - before, 0) * kBlock; first < stop;) {
+      const int64_t left = std::min(stop - first, longest), count = left < kTile ? left : left / kTile * kTile;
+      work(Range{sample, first, count});
+      first += count;
+    }
+  }
+}
+
+// Channels of a piece: numbers of a format, `stride` of them from channel to channel. Without data where there are none.
+struct Rows {
+  char* data = nullptr;
+  Format format = Format::float32;
   int64_t stride = kTile;
 
-  float* at(int64_t channel, int64_t position) const { return data + channel * stride + position; }
+  explicit operator bool() const { return data != nullptr; }
+  char* at(int64_t channel, int64_t position) const {
+    return data == nullptr ? nullptr : data + (channel * stride + position) * bytes_of(format);
+  }
 };
 
-// The tile where it lies in memory.
-inline Tile direct_tile(const LatentView& view, const LatentShape& shape, const Range& tile) {
-  return {static_cast<float*>(view.data) + index_of(view, shape, tile, 0), shape.positions()};
+// Whether the numbers of a piece lie in memory as the loops want them.
+inline bool in_place(const LatentView& view, const Range& piece) {
+  return !view.channels_last && piece.count % kTile == 0;
 }
 
-// A tile of a latent: straight from memory where that holds it, else converted into `buffer`, with zeros beyond its end. Both
-// buffers hold [channels][kTile] floats; `spare` is free again afterwards.
+inline Rows direct_rows(const LatentView& view, const LatentShape& shape, const Range& piece) {
+  const int64_t begin = index_of(view, shape, piece, 0);
+  return {static_cast<char*>(view.data) + begin * bytes_of(view.format), view.format, shape.positions()};
+}
+
+inline Rows buffer_rows(float* buffer) { return {reinterpret_cast<char*>(buffer)}; }
+
+// A piece of a latent, or none: straight from memory where that holds it, else, for one tile, as floats in `buffer`, with zeros beyond
+// its end. Both buffers hold [channels][kTile] floats; `spare` is free again afterwards.
 template <typename Lanes>
-Tile read_tile(const LatentView& view, const LatentShape& shape, const Range& tile, float* buffer, float* spare) {
-  if (in_place(view, tile)) return direct_tile(view, shape, tile);
-  const int64_t begin = index_of(view, shape, tile, 0);
-  if (tile.count < kTile) std::memset(buffer, 0, shape.channels * kTile * sizeof(float));
+Rows read_rows(const LatentView& view, const LatentShape& shape, const Range& piece, float* buffer, float* spare) {
+  if (view.data == nullptr) return {};
+  if (in_place(view, piece)) return direct_rows(view, shape, piece);
+  const int64_t begin = index_of(view, shape, piece, 0);
+  if (piece.count < kTile) std::memset(buffer, 0, shape.channels * kTile * sizeof(float));
   if (view.channels_last) {
     const float* floats = static_cast<const float*>(view.data) + begin;
     if (view.format != Format::float32) {
-      read_floats<Lanes>(spare, view.data, view.format, begin, tile.count * shape.channels);
+      read_floats<Lanes>(spare, view.data, view.format, begin, piece.count * shape.channels);
       floats = spare;
     }
-    split_channels<Lanes>(floats, shape.channels, tile.count, buffer);
+    split_channels<Lanes>(floats, shape.channels, piece.count, buffer);
   } else {
     for (int64_t c = 0; c < shape.channels; ++c) {
-      read_floats<Lanes>(buffer + c * kTile, view.data, view.format, begin + c * shape.positions(), tile.count);
+      read_floats<Lanes>(buffer + c * kTile, view.data, view.format, begin + c * shape.positions(), piece.count);
     }
   }
-  return {buffer};
+  return buffer_rows(buffer);
 }
 
-// Where to write a tile of a latent: in memory where that can hold it, else in `buffer`, from where `write_tile` takes it.
-inline Tile tile_to_write(const LatentView& view, const LatentShape& shape, const Range& tile, float* buffer) {
-  return in_place(view, tile) ? direct_tile(view, shape, tile) : Tile{buffer};
+// Where to write a piece of a latent: in memory where that can hold it, else in `buffer`, from where `write_tile` takes it.
+inline Rows rows_to_write(const LatentView& view, const LatentShape& shape, const Range& piece, float* buffer) {
+  return in_place(view, piece) ? direct_rows(view, shape, piece) : buffer_rows(buffer);
 }
 
 // `spare` holds [channels][kTile] floats, like `buffer`.
@@ -264,88 +289,73 @@ void write_tile(const LatentView& view, const LatentShape& shape, const Range& t
   }
 }
 
-// Vectors of positions that are worked on together, their sums over channels in registers, and the positions they cover.
-constexpr int kTogether = 8;
+// Whether rows can be written past the caches.
 template <typename Lanes>
-constexpr int64_t kSpan = kTogether * Lanes::kWidth;
+bool streamable(const Rows& rows) {
+  return rows.format == Format::float32 && rows.stride % Lanes::kWidth == 0 &&
+         reinterpret_cast<uintptr_t>(rows.data) % sizeof(typename Lanes::Vec) == 0;
+}
 
-// The block that comes next, of latents that are read in place. It is asked for while this one is worked on, in the order in
-// which it lies in memory: then the hardware's prefetchers run ahead within each page. They would not with a few lines of every
-// channel at a time, and the requests that a core itself can have in flight do not fill the bandwidth of memory.
-class BlockAhead {
-  static constexpr int kMost = 4;
+// The numbers of a cache line, and the positions that are asked for ahead of those that are read: the prefetchers lose track
+// between the pages of a row and from row to row.
+constexpr int64_t kLine = 16, kAhead = 512;
 
- public:
-  void add(const LatentView& view, const LatentShape& shape, const Range& block) {
-    if (view.data == nullptr || view.channels_last || block.count < kBlock) return;
-    const int64_t bytes = bytes_of(view.format);
-    const char* data = static_cast<const char*>(view.data) + index_of(view, shape, block, 0) * bytes;
-    latents_[count_++] = {data, shape.positions() * bytes, kTile * bytes, bytes};
-  }
-
-  bool empty() const { return count_ == 0; }
-
-  // Chunk kBlock / kTile * c + i is tile i of channel c; a block has as many chunks as its tiles have channels in all.
-  STAR_INLINE void fetch(int64_t chunk) const {
-    constexpr int64_t kLine = 64, kChunks = kBlock / kTile;
-    for (int i = 0; i < count_; ++i) {
-      const Latent& latent = latents_[i];
-      const char* from = latent.data + chunk / kChunks * latent.channel_bytes + chunk % kChunks * latent.chunk_bytes;
-      for (int64_t byte = 0; byte < latent.chunk_bytes; byte += kLine) __builtin_prefetch(from + byte, 0, 2);
-    }
-  }
-
-  // Chunk `chunk` of every latent, from number `index` on, to be fetched with the vectors of a loop.
-  template <int64_t kWidth>
-  class Chunks {
-   public:
-    STAR_INLINE Chunks(const BlockAhead& ahead, int64_t chunk, int64_t index) : count_(ahead.count_) {
-      constexpr int64_t kChunks = kBlock / kTile;
-      for (int i = 0; i < count_; ++i) {
-        const Latent& latent = ahead.latents_[i];
-        from_[i] = latent.data + chunk / kChunks * latent.channel_bytes + chunk % kChunks * latent.chunk_bytes +
-                   index * latent.number_bytes;
-        step_[i] = kWidth * latent.number_bytes;
-      }
-    }
-
-    // What lies beside vector `vector` of the loop.
-    STAR_INLINE void fetch(int64_t vector) const {
-      for (int i = 0; i < kMost; ++i) {
-        if (i < count_) __builtin_prefetch(from_[i] + vector * step_[i], 0, 2);
-      }
-    }
-
-   private:
-    const char* from_[kMost] = {};
-    int64_t step_[kMost] = {};
-    int count_;
-  };
-
- private:
-  struct Latent {
-    const char* data;
-    int64_t channel_bytes, chunk_bytes, number_bytes;
-  };
-
-  Latent latents_[kMost];
-  int count_ = 0;
+// Positions of one channel of a piece, and the place of the stretch that is read after it: its own, where it is the last.
+struct Stretch {
+  int64_t channel, position, count, next_channel, next_position;
 };
 
-// v_u + g (v - v_u) in `other`, or v where there is no v_u.
-template <typename Lanes>
-Tile guided_tile(const TransitionInputs& inputs, const Range& tile, float* buffer, float* other, float* spare) {
-  using V = Vectors<Lanes>;
-  const Tile velocity = read_tile<Lanes>(inputs.velocity, inputs.shape, tile, buffer, spare);
-  if (inputs.unconditional_velocity.data == nullptr) return velocity;
-  const Tile unconditional = read_tile<Lanes>(inputs.unconditional_velocity, inputs.shape, tile, other, spare);
-  for (int64_t c = 0; c < inputs.shape.channels; ++c) {
-    for (int64_t p = 0; p < kTile; p += V::kWidth) {
-      const typename V::Vec conditional = V::load(velocity.at(c, p)), base = V::load(unconditional.at(c, p));
-      V::store(other + c * kTile + p, Lanes::fma(V::set(inputs.guidance_scale), conditional - base, base));
+// Calls work(stretch) for stretches of at most kAhead positions, channel by channel.
+template <typename Work>
+void for_each_stretch(int64_t channels, int64_t positions, const Work& work) {
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t p = 0; p < positions; p += kAhead) {
+      Stretch stretch{c, p, std::min(kAhead, positions - p), c, p};
+      if (p + kAhead < positions) {
+        stretch.next_position = p + kAhead;
+      } else if (c + 1 < channels) {
+        stretch.next_channel = c + 1;
+        stretch.next_position = 0;
+      }
+      work(stretch);
     }
   }
-  return {other};
+}
+
+// A stretch as floats, and what to ask memory for meanwhile, number by number.
+struct Floats {
+  const float *now, *ahead;
+};
+
+// A stretch of a latent: where it is, or converted into `buffer` [kAhead].
+template <typename Lanes>
+Floats floats_of(const Rows& rows, const Stretch& stretch, float* buffer) {
+  using V = Vectors<Lanes>;
+  const char *from = rows.at(stretch.channel, stretch.position), *ahead = rows.at(stretch.next_channel, stretch.next_position);
+  if (rows.format == Format::float32) return {reinterpret_cast<const float*>(from), reinterpret_cast<const float*>(ahead)};
+  const int64_t bytes = bytes_of(rows.format);
+  for (int64_t p = 0; p < stretch.count; p += V::kWidth) {
+    __builtin_prefetch(ahead + p * bytes, 0, 2);
+    V::store(buffer + p, V::read(from, rows.format, p));
+  }
+  return {buffer, buffer};
+}
+
+// Of v_u + g (v - v_u), or of v where there is no v_u. Both buffers hold [kAhead].
+template <typename Lanes>
+Floats guided_floats(const Rows& velocity, const Rows& unconditional, float guidance_scale, const Stretch& stretch,
+                     float* buffer, float* other) {
+  using V = Vectors<Lanes>;
+  const Floats v = floats_of<Lanes>(velocity, stretch, buffer);
+  if (!unconditional) return v;
+  const Floats u = floats_of<Lanes>(unconditional, stretch, other);
+  for (int64_t p = 0; p < stretch.count; p += V::kWidth) {
+    __builtin_prefetch(v.ahead + p, 0, 2);
+    __builtin_prefetch(u.ahead + p, 0, 2);
+    const typename V::Vec base = V::load(u.now + p);
+    V::store(buffer + p, Lanes::fma(V::set(guidance_scale), V::load(v.now + p) - base, base));
+  }
+  return {buffer, buffer};
 }
 
 // The arithmetic of docs/method.md, section 2, for one vector. The two latents are subtracted first: they are close where s

@@ -8,9 +8,8 @@ namespace star_kernels {
 namespace {
 
 template <typename Lanes>
-int64_t scratch_floats(const LatentShape& shape) {
-  const int64_t loss = PolicyLoss<Lanes>::scratch_floats(shape), step = Transition<Lanes>::scratch_floats(shape);
-  return loss > step ? loss : step;
+int64_t scratch_floats(const LatentShape& shape, bool beyond_cache) {
+  return std::max(PolicyLoss<Lanes>::scratch_floats(shape, beyond_cache), Transition<Lanes>::scratch_floats(shape, beyond_cache));
 }
 
 template <typename Lanes>

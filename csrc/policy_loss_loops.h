@@ -1,11 +1,11 @@
-// One block of the spatially resolved objective, tile by tile: deviations once into cache, the terms of every position, and the
-// gradient from what is in cache, where it goes past the caches while the next tile is read. See csrc/policy_loss.cpp for the
-// floor and the design.
+// The spatially resolved objective, piece by piece: deviations once into cache, the terms of every position, and the gradient from
+// what is in cache, written while the next piece is read. See csrc/policy_loss.cpp for the floor and the design.
 #pragma once
 
 #include "gaussian_loops.h"
 
 #include <limits>
+#include <utility>
 
 namespace star_kernels {
 namespace {
@@ -17,39 +17,14 @@ struct PolicyLoss {
   using Int = typename V::Int;
   static constexpr int64_t kWidth = V::kWidth;
 
-  // The scratch of a thread. Buffers are [channels][kTile], rows [kTile].
-  struct Work {
-    float *deviation, *previous_deviation, *drift;
-    float *velocity, *unconditional, *sample, *next_sample, *reference, *gradient, *spare;
-    float *log_ratio, *kl, *weight, *old_log_prob, *pull, *counted;
-    float* token_row;  // [width]
-    int64_t token_row_index = -1;
-    Tile waiting;  // the gradient of the tile before, still to be made of previous_deviation and pull
-    bool negative_weight = false;
+  // What is known of every position of a piece: [positions].
+  struct Terms {
+    float *log_ratio, *kl, *weight, *pull, *counted;
 
-    Work(float* memory, const LatentShape& shape) {
-      for (float** buffer : {&deviation, &previous_deviation, &drift, &velocity, &unconditional, &sample, &next_sample,
-                             &reference, &gradient, &spare}) {
-        *buffer = memory;
-        memory += shape.channels * kTile;
-      }
-      for (float** row : {&log_ratio, &kl, &weight, &old_log_prob, &pull, &counted}) {
-        *row = memory;
-        memory += kTile;
-      }
-      token_row = memory;
-    }
-
-    // Leaves the tile's gradient to be written with the next tile.
-    void leave(const Tile& tile) {
-      waiting = tile;
-      float* free = previous_deviation;
-      previous_deviation = deviation;
-      deviation = free;
+    Terms from(int64_t position) const {
+      return {log_ratio + position, kl + position, weight + position, pull + position, counted + position};
     }
   };
-
-  static int64_t scratch_floats(const LatentShape& shape) { return (10 * shape.channels + 6) * kTile + shape.width; }
 
   // Sums over the positions of a block, lane by lane.
   struct LaneSums {
@@ -82,6 +57,47 @@ struct PolicyLoss {
     }
   };
 
+  // A gradient of floats that is still to be made of deviation and pull, `count` positions of every channel.
+  struct Waiting {
+    Rows to;
+    int64_t count = 0;
+  };
+
+  // The scratch of a thread.
+  struct Work {
+    float *deviation, *drift;  // [channels][positions of the piece]
+    float *velocity, *unconditional, *sample, *next_sample, *reference, *gradient, *spare;  // [channels][kTile]
+    float *velocity_floats, *unconditional_floats, *sample_floats, *next_sample_floats, *reference_floats;  // [kAhead]
+    Terms terms;
+    float* old_log_prob;  // [kTile]
+    float* token_row;     // [width]
+    int64_t token_row_index = -1;
+    Waiting waiting;
+    LaneSums sums;
+    bool negative_weight = false;
+
+    Work(float* memory, const LatentShape& shape, int64_t longest, bool has_reference) {
+      const auto take = [&memory](int64_t floats) { return std::exchange(memory, memory + floats); };
+      deviation = take(shape.channels * longest);
+      drift = has_reference ? take(shape.channels * longest) : nullptr;
+      for (float** buffer : {&velocity, &unconditional, &sample, &next_sample, &reference, &gradient, &spare}) {
+        *buffer = take(shape.channels * kTile);
+      }
+      for (float** stretch : {&velocity_floats, &unconditional_floats, &sample_floats, &next_sample_floats, &reference_floats}) {
+        *stretch = take(kAhead);
+      }
+      for (float** row : {&terms.log_ratio, &terms.kl, &terms.weight, &terms.pull, &terms.counted}) *row = take(longest);
+      old_log_prob = take(kTile);
+      token_row = memory;
+    }
+  };
+
+  static int64_t scratch_floats(const LatentShape& shape, bool beyond_cache) {
+    const int64_t channels = shape.channels, longest = longest_piece(channels, beyond_cache);
+    const int64_t held = channels * std::max(longest, 2 * longest_piece(2 * channels, beyond_cache));
+    return held + 5 * longest + (7 * channels + 1) * kTile + 5 * kAhead + shape.width;
+  }
+
   const PolicyLossProblem& problem;
   const PolicyLossPass pass;
   const LatentShape& shape = problem.inputs.shape;
@@ -89,114 +105,118 @@ struct PolicyLoss {
   const bool writes = pass != PolicyLossPass::image_sums && problem.gradient.data != nullptr;
 
   void run(int64_t begin, int64_t end, float* memory) const {
-    Work work(memory, shape);
-    for (int64_t index = begin; index < end; ++index) {
-      const Range block = block_at(shape, index);
-      const BlockAhead ahead = index + 1 < end ? block_ahead(block_at(shape, index + 1)) : BlockAhead();
-      LaneSums sums;
-      for (int64_t offset = 0; offset < block.count; offset += kTile) {
-        const Range tile = tile_at(block, offset);
-        measure(tile, work, ahead, offset / kTile * shape.channels);
-        read_weights(tile, work);
-        const bool all = compare(tile, work);
-        if (pass == PolicyLossPass::position) {
-          all ? weigh<true>(tile, work, sums) : weigh<false>(tile, work, sums);
-        } else if (pass == PolicyLossPass::image_sums) {
-          all ? add_up<true>(work, sums) : add_up<false>(work, sums);
-        } else {
-          const float pull = problem.scalars[tile.sample].image_pull * problem.scalars[tile.sample].deviation_factor;
-          for (int64_t p = 0; p < kTile; p += kWidth) V::store(work.pull + p, V::set(pull));
-        }
-        if (!writes) continue;
-        all ? write_gradient<true>(tile, work) : write_gradient<false>(tile, work);
+    const TransitionInputs& inputs = problem.inputs;
+    const bool flat = !(inputs.any_channels_last() || problem.reference_velocity.channels_last || problem.gradient.channels_last);
+    const int64_t floats = shape.channels * (has_reference ? 2 : 1);
+    const int64_t longest = flat ? longest_piece(floats, inputs.beyond_cache) : kTile;
+    Work work(memory, shape, longest, has_reference);
+    for_each_piece(shape, begin, end, longest, [&](const Range& piece) {
+      measure(piece, work);
+      bool all = true;
+      for (int64_t offset = 0; offset < piece.count; offset += kTile) {
+        all &= judge({piece.sample, piece.first + offset, std::min(piece.count - offset, kTile)}, work.terms.from(offset), work);
       }
-      if (pass == PolicyLossPass::image_gradient) continue;
-      problem.sums[index] = sums.total();
-      problem.sums[index].negative_weight = work.negative_weight;
-    }
-    if (work.waiting.data != nullptr) make_gradient<true, true>(work.waiting, work.previous_deviation, 0.0f, work);
-    if (problem.inputs.beyond_cache) Lanes::fence();
+      if (!writes) return;
+      all ? leave_gradient(piece, work) : write_gradient<false>(piece, work);
+    });
+    finish(work);
+    if (inputs.beyond_cache) Lanes::fence();
   }
 
-  BlockAhead block_ahead(const Range& block) const {
-    BlockAhead ahead;
-    const TransitionInputs& inputs = problem.inputs;
-    if (!inputs.beyond_cache) return ahead;
-    for (const LatentView* view : {&inputs.velocity, &inputs.sample, &inputs.next_sample, &problem.reference_velocity}) {
-      ahead.add(*view, shape, block);
-    }
-    return ahead;
-  }
-
-  // x' - mu and mu - mu_ref of every channel; the sums of their squares stand where log-ratio and KL will be. Meanwhile the next
-  // block's chunks from `chunk` on are fetched, and the gradient that waits is written.
-  void measure(const Range& tile, Work& work, const BlockAhead& ahead, int64_t chunk) const {
-    const TransitionInputs& inputs = problem.inputs;
-    const Tile velocity = guided_tile<Lanes>(inputs, tile, work.velocity, work.unconditional, work.spare),
-               sample = read_tile<Lanes>(inputs.sample, shape, tile, work.sample, work.spare),
-               next_sample = read_tile<Lanes>(inputs.next_sample, shape, tile, work.next_sample, work.spare);
-    if (work.waiting.data != nullptr) {
-      deviate<true, true>(velocity, sample, next_sample, tile.sample, work, ahead, chunk);
-      work.waiting = {};
-    } else if (!ahead.empty()) {
-      deviate<true, false>(velocity, sample, next_sample, tile.sample, work, ahead, chunk);
+  // The terms of a tile, and its share of the sums. Whether every position counts.
+  bool judge(const Range& tile, const Terms& terms, Work& work) const {
+    read_weights(tile, terms, work);
+    const bool all = compare(tile, terms, work);
+    if (pass == PolicyLossPass::position) {
+      all ? weigh<true>(tile, terms, work.sums) : weigh<false>(tile, terms, work.sums);
+    } else if (pass == PolicyLossPass::image_sums) {
+      all ? add_up<true>(terms, work.sums) : add_up<false>(terms, work.sums);
     } else {
-      deviate<false, false>(velocity, sample, next_sample, tile.sample, work, ahead, chunk);
+      const float pull = problem.scalars[tile.sample].image_pull * problem.scalars[tile.sample].deviation_factor;
+      for (int64_t p = 0; p < kTile; p += kWidth) V::store(terms.pull + p, V::set(pull));
     }
-    if (!has_reference) return;
-    const Gaussian<Lanes> gaussian(inputs.scalars[tile.sample]);
-    const int64_t channels = shape.channels;
-    const Tile reference = read_tile<Lanes>(problem.reference_velocity, shape, tile, work.reference, work.spare);
-    for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
-      Vec squares[kTogether] = {};
-      for (int64_t c = 0; c < channels; ++c) {
-        const float *v = velocity.at(c, first), *anchor = reference.at(c, first);
-        float* drifts = work.drift + c * kTile + first;
-#pragma GCC unroll 8
-        for (int i = 0; i < kTogether; ++i) {
-          const Vec drift = gaussian.velocity_scale * (V::load(v + i * kWidth) - V::load(anchor + i * kWidth));
-          V::store(drifts + i * kWidth, drift);
-          squares[i] = Lanes::fma(drift, drift, squares[i]);
-        }
+    const int64_t stop = tile.first + tile.count;
+    if (pass != PolicyLossPass::image_gradient && (stop % kBlock == 0 || stop == shape.positions())) {
+      PolicyLossSums& sums = problem.sums[tile.sample * shape.blocks() + tile.first / kBlock];
+      sums = work.sums.total();
+      sums.negative_weight = work.negative_weight;
+      work.sums = LaneSums();
+    }
+    return all;
+  }
+
+  // x' - mu and mu - mu_ref of every channel; the sums of their squares stand where log-ratio and KL will be. Meanwhile the
+  // gradient that waits is written.
+  void measure(const Range& piece, Work& work) const {
+    if (work.waiting.count != piece.count) finish(work);
+    const TransitionInputs& inputs = problem.inputs;
+    const auto rows = [&](const LatentView& view, float* buffer) {
+      return read_rows<Lanes>(view, shape, piece, buffer, work.spare);
+    };
+    const Rows velocity = rows(inputs.velocity, work.velocity),
+               unconditional = rows(inputs.unconditional_velocity, work.unconditional),
+               sample = rows(inputs.sample, work.sample), next_sample = rows(inputs.next_sample, work.next_sample),
+               reference = rows(problem.reference_velocity, work.reference);
+    const Gaussian<Lanes> gaussian(inputs.scalars[piece.sample]);
+    const int64_t length = whole_tiles(piece.count);
+    std::memset(work.terms.log_ratio, 0, length * sizeof(float));
+    if (reference) std::memset(work.terms.kl, 0, length * sizeof(float));
+    for_each_stretch(shape.channels, length, [&](const Stretch& stretch) {
+      const Floats v = guided_floats<Lanes>(velocity, unconditional, inputs.guidance_scale, stretch, work.velocity_floats,
+                                            work.unconditional_floats),
+                   x = floats_of<Lanes>(sample, stretch, work.sample_floats),
+                   next = floats_of<Lanes>(next_sample, stretch, work.next_sample_floats);
+      const int64_t held = stretch.channel * length + stretch.position;
+      const Terms terms = work.terms.from(stretch.position);
+      float* to = reinterpret_cast<float*>(work.waiting.to.at(stretch.channel, stretch.position));
+      if (inputs.beyond_cache) {
+        to != nullptr ? deviate<true, true>(gaussian, v, x, next, stretch.count, terms, work.deviation + held, to)
+                      : deviate<true, false>(gaussian, v, x, next, stretch.count, terms, work.deviation + held, to);
+      } else {
+        to != nullptr ? deviate<false, true>(gaussian, v, x, next, stretch.count, terms, work.deviation + held, to)
+                      : deviate<false, false>(gaussian, v, x, next, stretch.count, terms, work.deviation + held, to);
       }
-      for (int i = 0; i < kTogether; ++i) V::store(work.kl + first + i * kWidth, squares[i]);
+      if (!reference) return;
+      const Floats anchor = floats_of<Lanes>(reference, stretch, work.reference_floats);
+      drift(gaussian, v, anchor, stretch.count, terms, work.drift + held);
+    });
+    work.waiting = {};
+  }
+
+  // Lines are asked for one by one, between the vectors that are worked on: a core's requests would wait for each other if they
+  // came together. So would reads and writes: memory has both at a time.
+  template <bool kBeyondCache, bool kWrites>
+  static void deviate(const Gaussian<Lanes>& gaussian, Floats v, Floats x, Floats next, int64_t count, Terms terms,
+                      float* deviations, float* to) {
+    for (int64_t line = 0; line < count; line += kLine) {
+      for (const float* ahead : {v.ahead, x.ahead, next.ahead}) __builtin_prefetch(ahead + line, 0, 2);
+#pragma GCC unroll 4
+      for (int64_t p = line; p < line + kLine; p += kWidth) {
+        if (kWrites) {
+          const Vec gradient = V::load(terms.pull + p) * V::load(deviations + p);
+          kBeyondCache ? Lanes::stream(to + p, gradient) : V::store(to + p, gradient);
+        }
+        const Vec from = V::load(x.now + p);
+        const Vec deviation = gaussian.deviation(V::load(next.now + p), from, gaussian.shift(V::load(v.now + p), from));
+        V::store(deviations + p, deviation);
+        V::store(terms.log_ratio + p, Lanes::fma(deviation, deviation, V::load(terms.log_ratio + p)));
+      }
     }
   }
 
-  // x' - mu and its squares. The lines of the next block are asked for one by one, between the vectors of this one: a core's
-  // requests would wait for each other if they came together. So would reads and writes: memory has both at a time.
-  template <bool kAhead, bool kWrites>
-  void deviate(const Tile& velocity, const Tile& sample, const Tile& next_sample, int64_t index, const Work& work,
-               const BlockAhead& ahead, int64_t chunk) const {
-    const Gaussian<Lanes> gaussian(problem.inputs.scalars[index]);
-    const int64_t channels = shape.channels;
-    for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
-      Vec squares[kTogether] = {};
-      for (int64_t c = 0; c < channels; ++c) {
-        const BlockAhead::Chunks<kWidth> chunks(ahead, chunk + c, first);
-        const float *v = velocity.at(c, first), *x = sample.at(c, first), *next = next_sample.at(c, first);
-        float* deviations = work.deviation + c * kTile + first;
-        const float *previous = work.previous_deviation + c * kTile + first, *pulls = work.pull + first;
-        float* to = kWrites ? work.waiting.at(c, first) : nullptr;
-#pragma GCC unroll 8
-        for (int i = 0; i < kTogether; ++i) {
-          const int64_t p = i * kWidth;
-          const Vec from = V::load(x + p), shift = gaussian.shift(V::load(v + p), from);
-          const Vec deviation = gaussian.deviation(V::load(next + p), from, shift);
-          V::store(deviations + p, deviation);
-          if (kAhead) chunks.fetch(i);
-          if (kWrites) Lanes::stream(to + p, V::load(pulls + p) * V::load(previous + p));
-          squares[i] = Lanes::fma(deviation, deviation, squares[i]);
-        }
-      }
-      for (int i = 0; i < kTogether; ++i) V::store(work.log_ratio + first + i * kWidth, squares[i]);
+  static void drift(const Gaussian<Lanes>& gaussian, Floats v, Floats anchor, int64_t count, Terms terms, float* drifts) {
+    for (int64_t p = 0; p < count; p += kWidth) {
+      __builtin_prefetch(anchor.ahead + p, 0, 2);
+      const Vec drift = gaussian.velocity_scale * (V::load(v.now + p) - V::load(anchor.now + p));
+      V::store(drifts + p, drift);
+      V::store(terms.kl + p, Lanes::fma(drift, drift, V::load(terms.kl + p)));
     }
   }
 
   // The weight of each position's token.
-  void read_weights(const Range& tile, Work& work) const {
+  void read_weights(const Range& tile, const Terms& terms, Work& work) const {
     if (problem.weights == nullptr || tile.count < kTile) {
-      for (int64_t p = 0; p < kTile; p += kWidth) V::store(work.weight + p, V::set(1.0f));
+      for (int64_t p = 0; p < kTile; p += kWidth) V::store(terms.weight + p, V::set(1.0f));
     }
     if (problem.weights == nullptr) return;
     const int64_t patch = shape.height / problem.weight_rows;
@@ -204,7 +224,7 @@ struct PolicyLoss {
     for (int64_t p = 0; p < tile.count; ++y, x = 0) {
       const int64_t left = tile.count - p, count = left < shape.width - x ? left : shape.width - x;
       spread_tokens(tile.sample * problem.weight_rows + y / patch, work);
-      std::memcpy(work.weight + p, work.token_row + x, count * sizeof(float));
+      std::memcpy(terms.weight + p, work.token_row + x, count * sizeof(float));
       p += count;
     }
   }
@@ -230,9 +250,9 @@ struct PolicyLoss {
     }
   }
 
-  // From sums of squares to log-ratios and KL. Whether every position counts; where not, `counted` says which do, and log-ratio,
-  // KL and weight of the others become zero.
-  bool compare(const Range& tile, const Work& work) const {
+  // From sums of squares to log-ratios and KL. Whether every position counts; `counted` says which do, and log-ratio, KL and
+  // weight of the others become zero.
+  bool compare(const Range& tile, const Terms& terms, const Work& work) const {
     const PolicyLossScalars& scalars = problem.scalars[tile.sample];
     const TransitionScalars transition = problem.inputs.scalars[tile.sample];
     const int64_t begin = tile.sample * shape.positions() + tile.first;
@@ -246,35 +266,38 @@ struct PolicyLoss {
               kl_scale = V::set(scalars.kl_scale), zero{};
     Vec probe{};  // a number times zero is zero if it is finite, and NaN if not
     for (int64_t p = 0; p < kTile; p += kWidth) {
-      const Vec log_prob = Gaussian<Lanes>::log_prob(V::load(work.log_ratio + p), transition);
+      const Vec log_prob = Gaussian<Lanes>::log_prob(V::load(terms.log_ratio + p), transition);
       const Vec log_ratio = log_prob - V::load(old + p);
-      V::store(work.log_ratio + p, log_ratio);
-      probe += log_ratio * zero + advantage * V::load(work.weight + p) * beyond * zero;
+      V::store(terms.log_ratio + p, log_ratio);
+      probe += log_ratio * zero + advantage * V::load(terms.weight + p) * beyond * zero;
       if (!has_reference) continue;
-      const Vec distance = V::load(work.kl + p) * kl_scale;
-      V::store(work.kl + p, distance);
+      const Vec distance = V::load(terms.kl + p) * kl_scale;
+      V::store(terms.kl + p, distance);
       probe += distance * zero;
     }
     bool all = tile.count == kTile && problem.mask == nullptr;
     for (int64_t lane = 0; lane < kWidth; ++lane) all &= probe[lane] == 0.0f;
-    if (all) return true;
+    if (all) {
+      for (int64_t p = 0; p < kTile; p += kWidth) V::store(terms.counted + p, V::floats(Int{} - 1));
+      return true;
+    }
 
     int32_t inside[kTile] = {};
     for (int64_t p = 0; p < tile.count; ++p) inside[p] = problem.mask == nullptr ? -1 : -(problem.mask[begin + p] != 0);
-    std::memcpy(work.counted, inside, sizeof inside);
+    std::memcpy(terms.counted, inside, sizeof inside);
     for (int64_t p = 0; p < kTile; p += kWidth) {
-      Int counted = V::bits(V::load(work.counted + p)) & V::is_finite(V::load(work.log_ratio + p)) &
-                    V::is_finite(advantage * V::load(work.weight + p) * beyond);
-      if (has_reference) counted &= V::is_finite(V::load(work.kl + p));
-      V::store(work.counted + p, V::floats(counted));
-      for (float* row : {work.log_ratio, work.kl, work.weight}) V::store(row + p, V::keep(counted, V::load(row + p)));
+      Int counted = V::bits(V::load(terms.counted + p)) & V::is_finite(V::load(terms.log_ratio + p)) &
+                    V::is_finite(advantage * V::load(terms.weight + p) * beyond);
+      if (has_reference) counted &= V::is_finite(V::load(terms.kl + p));
+      V::store(terms.counted + p, V::floats(counted));
+      for (float* row : {terms.log_ratio, terms.kl, terms.weight}) V::store(row + p, V::keep(counted, V::load(row + p)));
     }
     return false;
   }
 
   // The terms of every position into the sums, and into `pull` what the gradient needs.
   template <bool kAll>
-  void weigh(const Range& tile, const Work& work, LaneSums& sums) const {
+  void weigh(const Range& tile, const Terms& terms, LaneSums& sums) const {
     const PolicyLossScalars& scalars = problem.scalars[tile.sample];
     const Vec minus_advantage = -V::set(scalars.advantage), low = V::set(problem.ratio_low),
               high = V::set(problem.ratio_high), limit = V::set(kLogRatioLimit),
@@ -282,8 +305,8 @@ struct PolicyLoss {
     Vec policy{}, ratios{}, squares{}, smallest = sums.smallest, largest = sums.largest;
     Int clips{};
     for (int64_t p = 0; p < kTile; p += kWidth) {
-      const Int counted = kAll ? Int{} - 1 : V::bits(V::load(work.counted + p));
-      const Vec log_ratio = V::load(work.log_ratio + p), weight = V::load(work.weight + p);
+      const Int counted = kAll ? Int{} - 1 : V::bits(V::load(terms.counted + p));
+      const Vec log_ratio = V::load(terms.log_ratio + p), weight = V::load(terms.weight + p);
       const Vec clamped = V::max(V::min(log_ratio, limit), -limit), ratio = V::exp(clamped);
       const Vec bounded = V::max(V::min(ratio, high), low);
       const Vec unclipped = minus_advantage * ratio, clipped = minus_advantage * bounded;
@@ -295,7 +318,7 @@ struct PolicyLoss {
       smallest = V::min(smallest, kAll ? ratio : (counted ? ratio : smallest));
       largest = V::max(largest, kAll ? ratio : (counted ? ratio : largest));
       clips -= counted & (bounded != ratio);
-      V::store(work.pull + p, V::keep(active & counted, pull));
+      V::store(terms.pull + p, V::keep(active & counted, pull));
     }
     sums.policy += policy;
     sums.ratio += ratios;
@@ -303,69 +326,74 @@ struct PolicyLoss {
     sums.smallest = smallest;
     sums.largest = largest;
     sums.clipped += clips;
-    count_up<kAll>(work, sums);
+    count_up<kAll>(terms, sums);
   }
 
   // What an image's ratio is made of.
   template <bool kAll>
-  void add_up(const Work& work, LaneSums& sums) const {
+  void add_up(const Terms& terms, LaneSums& sums) const {
     Vec log_ratios{}, weights{};
     for (int64_t p = 0; p < kTile; p += kWidth) {
-      log_ratios += V::load(work.log_ratio + p);
-      weights += V::load(work.weight + p);
+      log_ratios += V::load(terms.log_ratio + p);
+      weights += V::load(terms.weight + p);
     }
     sums.log_ratio += log_ratios;
     sums.weight += weights;
-    count_up<kAll>(work, sums);
+    count_up<kAll>(terms, sums);
   }
 
   template <bool kAll>
-  void count_up(const Work& work, LaneSums& sums) const {
+  void count_up(const Terms& terms, LaneSums& sums) const {
     Vec kl{};
-    for (int64_t p = 0; has_reference && p < kTile; p += kWidth) kl += V::load(work.kl + p);
+    for (int64_t p = 0; has_reference && p < kTile; p += kWidth) kl += V::load(terms.kl + p);
     sums.kl += kl;
     if (kAll) sums.counted += static_cast<int32_t>(kTile / kWidth);
-    for (int64_t p = 0; !kAll && p < kTile; p += kWidth) sums.counted -= V::bits(V::load(work.counted + p));
+    for (int64_t p = 0; !kAll && p < kTile; p += kWidth) sums.counted -= V::bits(V::load(terms.counted + p));
+  }
+
+  // Leaves the gradient of a piece to be written with the next one, where it is all floats and without KL.
+  void leave_gradient(const Range& piece, Work& work) const {
+    const Rows to = rows_to_write(problem.gradient, shape, piece, work.gradient);
+    const bool waits = in_place(problem.gradient, piece) && to.format == Format::float32 &&
+                       problem.scalars[piece.sample].drift_factor == 0.0f &&
+                       (streamable<Lanes>(to) || !problem.inputs.beyond_cache);
+    if (!waits) return write_gradient<true>(piece, work);
+    work.waiting = {to, piece.count};
+  }
+
+  void finish(Work& work) const {
+    if (work.waiting.to) make_gradient<true>(work.waiting.to, work.waiting.count, 0.0f, work);
+    work.waiting = {};
   }
 
   template <bool kAll>
-  void write_gradient(const Range& tile, Work& work) const {
-    const Tile gradient = tile_to_write(problem.gradient, shape, tile, work.gradient);
-    const float drift_factor = problem.scalars[tile.sample].drift_factor;
-    const bool streams = problem.inputs.beyond_cache && in_place(problem.gradient, tile) && gradient.stride % kWidth == 0 &&
-                         reinterpret_cast<uintptr_t>(gradient.data) % sizeof(Vec) == 0;
-    if (streams && kAll && drift_factor == 0.0f) return work.leave(gradient);
-    if (streams) {
-      make_gradient<kAll, true>(gradient, work.deviation, drift_factor, work);
+  void write_gradient(const Range& piece, const Work& work) const {
+    const Rows to = rows_to_write(problem.gradient, shape, piece, work.gradient);
+    make_gradient<kAll>(to, whole_tiles(piece.count), problem.scalars[piece.sample].drift_factor, work);
+    write_tile<Lanes>(problem.gradient, shape, piece, work.gradient, work.spare);
+  }
+
+  template <bool kAll>
+  void make_gradient(const Rows& gradient, int64_t count, float drift_factor, const Work& work) const {
+    if (problem.inputs.beyond_cache && streamable<Lanes>(gradient)) {
+      make_gradient<kAll, true>(gradient, count, drift_factor, work);
     } else {
-      make_gradient<kAll, false>(gradient, work.deviation, drift_factor, work);
+      make_gradient<kAll, false>(gradient, count, drift_factor, work);
     }
-    write_tile<Lanes>(problem.gradient, shape, tile, work.gradient, work.spare);
   }
 
   // Zeros where a position does not count, whatever pull, factors and deviations are: a product with zero would leave NaN.
   template <bool kAll, bool kStreams>
-  void make_gradient(const Tile& gradient, const float* deviation, float drift_factor, const Work& work) const {
+  void make_gradient(const Rows& gradient, int64_t count, float drift_factor, const Work& work) const {
     const bool drifts_too = drift_factor != 0.0f;
-    const int64_t channels = shape.channels;
-    for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
-      Vec pulls[kTogether];
-      for (int i = 0; i < kTogether; ++i) pulls[i] = V::load(work.pull + first + i * kWidth);
-      for (int64_t c = 0; c < channels; ++c) {
-        const float *deviations = deviation + c * kTile + first, *drifts = work.drift + c * kTile + first;
-        float* to = gradient.at(c, first);
-#pragma GCC unroll 8
-        for (int i = 0; i < kTogether; ++i) {
-          const int64_t p = i * kWidth;
-          Vec value = pulls[i] * V::load(deviations + p);
-          if (drifts_too) value = Lanes::fma(V::set(drift_factor), V::load(drifts + p), value);
-          if (!kAll) value = V::keep(V::bits(V::load(work.counted + first + p)), value);
-          if (kStreams) {
-            Lanes::stream(to + p, value);
-          } else {
-            V::store(to + p, value);
-          }
-        }
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      const float *deviations = work.deviation + c * count, *drifts = work.drift + c * count;
+      char* to = gradient.at(c, 0);
+      for (int64_t p = 0; p < count; p += kWidth) {
+        Vec value = V::load(work.terms.pull + p) * V::load(deviations + p);
+        if (drifts_too) value = Lanes::fma(V::set(drift_factor), V::load(drifts + p), value);
+        if (!kAll) value = V::keep(V::bits(V::load(work.terms.counted + p)), value);
+        kStreams ? Lanes::stream(reinterpret_cast<float*>(to) + p, value) : V::write(to, gradient.format, p, value);
       }
     }
   }

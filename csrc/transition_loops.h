@@ -1,7 +1,9 @@
-// One block of a transition, tile by tile: the next sample, drawn or given, and its log-prob. See csrc/transition.cpp.
+// A transition, piece by piece: the next sample, drawn or given, and its log-prob. See csrc/transition.cpp.
 #pragma once
 
 #include "gaussian_loops.h"
+
+#include <utility>
 
 namespace star_kernels {
 namespace {
@@ -15,74 +17,84 @@ struct Transition {
   const TransitionProblem& problem;
   const LatentShape& shape = problem.inputs.shape;
 
-  static int64_t scratch_floats(const LatentShape& shape) { return (6 * shape.channels + 1) * kTile; }
+  static int64_t scratch_floats(const LatentShape& shape, bool beyond_cache) {
+    return 6 * shape.channels * kTile + 4 * kAhead + longest_piece(shape.channels, beyond_cache);
+  }
 
   void run(int64_t begin, int64_t end, float* memory) const {
-    for (int64_t index = begin; index < end; ++index) {
-      const Range block = block_at(shape, index);
-      const BlockAhead ahead = index + 1 < end ? block_ahead(block_at(shape, index + 1)) : BlockAhead();
-      for (int64_t offset = 0; offset < block.count; offset += kTile) {
-        run(tile_at(block, offset), memory, ahead, offset / kTile * shape.channels);
-      }
-    }
+    const TransitionInputs& inputs = problem.inputs;
+    const bool flat = !(inputs.any_channels_last() || problem.noise.channels_last);
+    for_each_piece(shape, begin, end, flat ? longest_piece(shape.channels, inputs.beyond_cache) : kTile,
+                   [&](const Range& piece) { work(piece, memory); });
+    if (inputs.beyond_cache) Lanes::fence();
   }
 
-  BlockAhead block_ahead(const Range& block) const {
-    BlockAhead ahead;
+  void work(const Range& piece, float* memory) const {
     const TransitionInputs& inputs = problem.inputs;
-    if (!inputs.beyond_cache) return ahead;
-    const LatentView& given = problem.draws ? problem.noise : inputs.next_sample;
-    for (const LatentView* view : {&inputs.velocity, &inputs.sample, &given}) ahead.add(*view, shape, block);
-    return ahead;
-  }
-
-  // Meanwhile the next block's chunks from `chunk` on are fetched.
-  void run(const Range& tile, float* memory, const BlockAhead& ahead, int64_t chunk) const {
-    const TransitionInputs& inputs = problem.inputs;
-    const TransitionScalars& scalars = inputs.scalars[tile.sample];
-    float* buffers[6];
-    for (float*& buffer : buffers) {
-      buffer = memory;
-      memory += shape.channels * kTile;
-    }
-    float* spare = buffers[5];
-    const Tile velocity = guided_tile<Lanes>(inputs, tile, buffers[0], buffers[1], spare),
-               sample = read_tile<Lanes>(inputs.sample, shape, tile, buffers[2], spare);
-    const LatentView& given_view = problem.draws ? problem.noise : inputs.next_sample;
-    Tile given, drawn;
-    if (given_view.data != nullptr) given = read_tile<Lanes>(given_view, shape, tile, buffers[3], spare);
-    if (problem.draws) drawn = tile_to_write(inputs.next_sample, shape, tile, buffers[4]);
+    const auto take = [&memory](int64_t floats) { return std::exchange(memory, memory + floats); };
+    float *tiles[6], *stretches[4];
+    for (float*& tile : tiles) tile = take(shape.channels * kTile);
+    for (float*& stretch : stretches) stretch = take(kAhead);
+    float *spare = tiles[5], *squares = memory;
+    const auto rows = [&](const LatentView& view, float* tile) { return read_rows<Lanes>(view, shape, piece, tile, spare); };
+    const Rows velocity = rows(inputs.velocity, tiles[0]), unconditional = rows(inputs.unconditional_velocity, tiles[1]),
+               sample = rows(inputs.sample, tiles[2]),
+               given = rows(problem.draws ? problem.noise : inputs.next_sample, tiles[3]),
+               drawn = problem.draws ? rows_to_write(inputs.next_sample, shape, piece, tiles[4]) : Rows();
+    const bool streams = inputs.beyond_cache && streamable<Lanes>(drawn);
+    if (!given) std::memset(stretches[3], 0, kAhead * sizeof(float));
+    const TransitionScalars& scalars = inputs.scalars[piece.sample];
     const Gaussian<Lanes> gaussian(scalars);
-    const Vec std = V::set(scalars.std);
-    const bool has_given = given.data != nullptr, draws = problem.draws;
-    const Format format = inputs.next_sample.format;
-    for (int64_t first = 0; first < kTile; first += kSpan<Lanes>) {
-      Vec squares[kTogether] = {};
-      for (int64_t c = 0; c < shape.channels; ++c) {
-        if (first == 0) ahead.fetch(chunk + c);
-        const float *v = velocity.at(c, first), *x = sample.at(c, first);
-        const float* givens = has_given ? given.at(c, first) : nullptr;
-        float* to = draws ? drawn.at(c, first) : nullptr;
-#pragma GCC unroll 8
-        for (int i = 0; i < kTogether; ++i) {
-          const Vec from = V::load(x + i * kWidth), shift = gaussian.shift(V::load(v + i * kWidth), from);
-          Vec next{};
-          if (has_given) next = V::load(givens + i * kWidth);
-          if (draws) {
-            next = V::rounded(Lanes::fma(std, next, from + shift), format);
-            V::store(to + i * kWidth, next);
-          }
-          const Vec deviation = gaussian.deviation(next, from, shift);
-          squares[i] = Lanes::fma(deviation, deviation, squares[i]);
-        }
+    const int64_t length = whole_tiles(piece.count);
+    std::memset(squares, 0, length * sizeof(float));
+    for_each_stretch(shape.channels, length, [&](const Stretch& stretch) {
+      const Floats v = guided_floats<Lanes>(velocity, unconditional, inputs.guidance_scale, stretch, stretches[0], stretches[1]),
+                   x = floats_of<Lanes>(sample, stretch, stretches[2]),
+                   next = given ? floats_of<Lanes>(given, stretch, stretches[3]) : Floats{stretches[3], stretches[3]};
+      float* sums = squares + stretch.position;
+      if (!drawn) {
+        deviate<false, false>(gaussian, scalars.std, v, x, next, stretch.count, sums, nullptr, {}, {});
+        return;
       }
-      for (int i = 0; i < kTogether; ++i) {
-        V::store(memory + first + i * kWidth, Gaussian<Lanes>::log_prob(squares[i], scalars));
+      char* to = drawn.at(stretch.channel, stretch.position);
+      if (streams) {
+        deviate<true, true>(gaussian, scalars.std, v, x, next, stretch.count, sums, to, drawn.format, drawn.format);
+      } else {
+        deviate<true, false>(gaussian, scalars.std, v, x, next, stretch.count, sums, to, drawn.format, inputs.next_sample.format);
+      }
+    });
+    if (problem.draws) write_tile<Lanes>(inputs.next_sample, shape, piece, tiles[4], spare);
+    if (problem.log_prob == nullptr) return;
+    for (int64_t p = 0; p < length; p += kWidth) {
+      V::store(squares + p, Gaussian<Lanes>::log_prob(V::load(squares + p), scalars));
+    }
+    std::memcpy(problem.log_prob + piece.sample * shape.positions() + piece.first, squares, piece.count * sizeof(float));
+  }
+
+  // Adds the squares of the deviations of the next sample: the one given, or the one drawn with the noise given, as numbers of the
+  // format `rounded`, and written in that of `to`.
+  template <bool kDraws, bool kStreams>
+  static void deviate(const Gaussian<Lanes>& gaussian, float std, Floats v, Floats x, Floats given, int64_t count, float* squares,
+                      char* to, Format written, Format rounded) {
+    for (int64_t line = 0; line < count; line += kLine) {
+      for (const float* ahead : {v.ahead, x.ahead, given.ahead}) __builtin_prefetch(ahead + line, 0, 2);
+#pragma GCC unroll 4
+      for (int64_t p = line; p < line + kLine; p += kWidth) {
+        const Vec from = V::load(x.now + p), shift = gaussian.shift(V::load(v.now + p), from);
+        Vec next = V::load(given.now + p);
+        if (kDraws) {
+          next = Lanes::fma(V::set(std), next, from + shift);
+          if (kStreams) {
+            Lanes::stream(reinterpret_cast<float*>(to) + p, next);
+          } else {
+            next = V::rounded(next, rounded);
+            V::write(to, written, p, next);
+          }
+        }
+        const Vec deviation = gaussian.deviation(next, from, shift);
+        V::store(squares + p, Lanes::fma(deviation, deviation, V::load(squares + p)));
       }
     }
-    if (problem.draws) write_tile<Lanes>(inputs.next_sample, shape, tile, buffers[4], spare);
-    if (problem.log_prob == nullptr) return;
-    std::memcpy(problem.log_prob + tile.sample * shape.positions() + tile.first, memory, tile.count * sizeof(float));
   }
 };
 

@@ -117,6 +117,29 @@ def test_a_sample_depends_neither_on_its_batch_nor_on_the_threads(name: str, dty
 
 
 @pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize(("size", "dtype"), [((64, 64), torch.float32), ((74, 62), torch.bfloat16)])
+@pytest.mark.parametrize("guided", [False, True])
+def test_what_goes_past_the_caches_has_the_same_bits(
+    name: str, size: tuple[int, int], dtype: torch.dtype, guided: bool
+) -> None:
+    v, x, noise, u = latents((64, 16, *size))
+    v, u = v.to(dtype), u.to(dtype)
+    c = rows(64)
+
+    def step(samples: slice) -> sk.TransitionStep:
+        options = {"unconditional_velocity": u[samples], "guidance_scale": 2.5} if guided else {}
+        return sk.transition_step(v[samples], x[samples], c[samples], noise=noise[samples], **options, **CPU)
+
+    with level(name):
+        together = step(slice(0, 64))
+        for index in (0, 31, 32, 63):
+            alone = step(slice(index, index + 1))
+            assert alone.log_prob is not None and together.log_prob is not None
+            assert torch.equal(alone.next_sample, together.next_sample[index : index + 1])
+            assert torch.equal(alone.log_prob, together.log_prob[index : index + 1])
+
+
+@pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_that_of_pytorch_for_every_kind_of_number(name: str, dtype: torch.dtype) -> None:
     """Halfway cases, subnormal, huge, infinite and NaN, through a step that gives its sample back."""
