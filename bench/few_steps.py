@@ -34,20 +34,27 @@ def main() -> None:
     quieten()
     # Seeds that are measured already are not measured again.
     rows = read_json(options.out)["rows"] if options.out.is_file() else []
-    models = [("first model", None, 4), ("first model", None, 28), ("STAR", options.star, 4), ("R0", options.r0, 4)]
+    models = [
+        ("first model", None, 4, "pipeline"),
+        ("first model", None, 4, "even"),
+        ("first model", None, 28, "pipeline"),
+        ("STAR", options.star, 4, "even"),
+        ("R0", options.r0, 4, "even"),
+    ]
     with tqdm(total=len(options.seeds) * len(models), unit="evaluation") as bar:
         for seed in options.seeds:
-            for name, runs, steps in models:
-                if not any((row["seed"], row["model"], row["steps"]) == (seed, name, steps) for row in rows):
-                    rows.append({"seed": seed, "model": name, "steps": steps, **measure(runs, seed, steps)})
+            for name, runs, steps, levels in models:
+                place = {"seed": seed, "model": name, "steps": steps, "levels": levels}
+                if not any(place.items() <= row.items() for row in rows):
+                    rows.append(place | measure(runs, seed, steps, levels))
                     write_json(options.out, {"rows": rows})
                 bar.update()
     print(table(rows))
 
 
-def measure(runs: str | None, seed: int, steps: int) -> dict[str, float]:
+def measure(runs: str | None, seed: int, steps: int, levels: str) -> dict[str, float]:
     """Mean scores of 512 held-out images of a model, and the seconds per image, decoding and scoring included."""
-    config = load_config("tiny_r0", [f"run.seed={seed}", f"evaluation.steps={steps}"])
+    config = load_config("tiny_r0", [f"run.seed={seed}", f"evaluation.steps={steps}", f"model.levels={levels}"])
     state = build_state(config)
     if runs is not None and not state.take_average(Path(runs.format(seed=seed)) / "checkpoints"):
         raise SystemExit(f"{runs.format(seed=seed)}: expected a run with a checkpoint")
@@ -63,13 +70,13 @@ def measure(runs: str | None, seed: int, steps: int) -> dict[str, float]:
 def table(rows: list[dict[str, float]]) -> str:
     """Means over seeds with 95 % intervals (t)."""
     scores = ("clip_score", "graded", "strict", "seconds_per_image")
-    lines = ["| model | steps | seeds | " + " | ".join(scores) + " |", "|---" * (len(scores) + 3) + "|"]
-    for model, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
-        of = [row for row in rows if (row["model"], row["steps"]) == (model, steps)]
+    lines = ["| model | steps | levels | seeds | " + " | ".join(scores) + " |", "|---" * (len(scores) + 4) + "|"]
+    for place in dict.fromkeys((row["model"], row["steps"], row["levels"]) for row in rows):
+        of = [row for row in rows if (row["model"], row["steps"], row["levels"]) == place]
         means = [mean_over_seeds([row[score] for row in of]) for score in scores[:-1]]
         cells = [f"{mean.value:.3f} ± {mean.high - mean.value:.3f}" for mean in means]
         cells.append(f"{np.median([row['seconds_per_image'] for row in of]):.3f}")
-        lines.append(f"| {model} | {steps} | {len(of)} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(str, place))} | {len(of)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

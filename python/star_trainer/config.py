@@ -60,6 +60,11 @@ class Model(_Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights, and of autocast")
     max_sequence_length: Positive = Field(256, description="T5 positions; the tiny pipeline was trained with 16")
     resolution: Positive | None = Field(None, description="pixels of an image's side, or null for the pipeline's own")
+    levels: Literal["pipeline", "even"] = Field(
+        "pipeline",
+        description="noise levels of the steps: those that the pipeline's scheduler chooses, or, for few steps, 1 to "
+        "1/steps evenly before its shift (the pipeline's argument sigmas)",
+    )
     lora: Lora | None = Field(Lora(), description="adapters, or null to train all weights of the transformer")
     gradient_checkpointing: bool = False
     sharded: bool = Field(False, description="spread the transformer over the processes (FSDP) instead of copying it")

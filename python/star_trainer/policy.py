@@ -79,15 +79,17 @@ class Policy:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     def schedule(self, steps: int) -> tuple[Tensor, Tensor]:
-        """Noise levels [steps + 1] and timesteps [steps], as the pipeline's own scheduler sets them."""
+        """Noise levels [steps + 1] and timesteps [steps] of `model.levels`, as the pipeline's scheduler sets them."""
         scheduler = copy.deepcopy(self.pipeline.scheduler)
-        options = {}
+        options: dict[str, Any] = {"num_inference_steps": steps}
+        if self.config.levels == "even":
+            options = {"sigmas": np.linspace(1.0, 1.0 / steps, steps)}
         if scheduler.config.get("use_dynamic_shifting"):
             from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
             names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
             options["mu"] = calculate_shift(self.grid[0] * self.grid[1], *(scheduler.config[name] for name in names))
-        scheduler.set_timesteps(steps, device=self.device, **options)
+        scheduler.set_timesteps(device=self.device, **options)
         return scheduler.sigmas.to(self.device), scheduler.timesteps.to(self.device)
 
     def encode(self, texts: Sequence[str]) -> Embeddings:

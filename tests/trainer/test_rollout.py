@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,22 @@ def test_denoising_without_noise_equals_the_pipeline(
         output_type="np",
     ).images
     assert np.abs(images / 255.0 - from_pipeline).max() < 1e-4 * 10 + 0.5 / 255.0
+
+
+def test_even_levels_are_the_pipelines_with_even_sigmas(policy: Policy, prompts) -> None:
+    texts = [prompt.text for prompt in prompts]
+    even = replace(policy, config=policy.config.model_copy(update={"levels": "even"}))
+    assert even.schedule(4)[0].tolist() == pytest.approx([1.0, 9 / 11, 0.6, 1 / 3, 0.0])  # shift 1.5
+    trajectory = denoise(even, even.encode(texts), steps=4, kind="ode", generator=stream(0, "test"))
+    expected = policy.pipeline(
+        texts,
+        latents=trajectory.latents[0].clone(),
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        guidance_scale=1.0,
+        max_sequence_length=16,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(trajectory.latents[-1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
