@@ -20,6 +20,7 @@ from star_kernels.attention.triton_kernels import CONFIGURATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_TRITON = Path(sys.prefix) / "triton-3.6"  # where `make test` puts it
+pytestmark = pytest.mark.long
 Kernel = dict[str, Any]
 
 # Which calls are compiled under the oldest Triton, as compiling all takes minutes: attention at the head dimension of

@@ -71,6 +71,7 @@ def test_an_error_is_reported(fault: str, count: int, tmp_path: Path) -> None:
     assert run_sanitized("-c", CALL_FAULT, library, "1").stdout.endswith("ran all\n")
 
 
+@pytest.mark.long
 def test_no_operator_reads_or_writes_out_of_bounds_or_is_undefined(tmp_path: Path) -> None:
     processes = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     environment = {

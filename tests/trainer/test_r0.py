@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from star_trainer import r0
 from star_trainer.cli import main
@@ -59,6 +59,17 @@ def shared_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingS
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
     yield state
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """Room for a state of another precision than the shared one's, which a process has one of."""
+    kept = dict(AcceleratorState._shared_state), dict(PartialState._shared_state)
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+    PartialState._shared_state.update(kept[1])
+    AcceleratorState._shared_state.update(kept[0])
 
 
 @pytest.fixture
@@ -276,17 +287,35 @@ def _count(calls: dict[str, int]) -> None:
     calls["with" if torch.is_grad_enabled() else "without"] += 1
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [["model.dtype=bfloat16"], ["model.lora=null", "train.learning_rate=3e-5"], ["model.gradient_checkpointing=true"]],
+    ids=["bfloat16", "all weights", "gradient checkpointing"],
+)
+def test_other_precisions_and_parameters_have_their_gradient_and_learn(
+    settings: list[str], tmp_path: Path, prompts: list[ScenePrompt], another_precision: None
+) -> None:
+    settings = [*SMALL, *settings, f"run.folder={tmp_path}", "r0.eta=[0, 0.5]"]
+    state = build_state(load_config("tiny_r0", settings))
+    again = gradient_of(state, prompts)
+    state.config = load_config("tiny_r0", [*settings, "r0.checkpointing=false"])
+    kept = gradient_of(state, prompts)
+    assert relative(again, kept) < (5e-2 if state.config.model.dtype == "bfloat16" else 1e-4)
+    rewards = [r0.improve(state, SMOOTH, 0, NoLog(), prompts, 0).rewards.mean() for _ in range(4)]  # type: ignore[arg-type]
+    assert rewards[-1] > rewards[0] and r0.regularization(state.policy, "distance")[0] > 0
+
+
+class NoLog:
+    def say(self, *arguments: object, **options: object) -> None:
+        raise AssertionError(arguments)
+
+
 def test_an_update_raises_the_reward_of_its_own_samples(
     shared_state: TrainingState, prompts: list[ScenePrompt]
 ) -> None:
     state = with_settings(shared_state, "r0.eta=[0, 0.5]")
-
-    class Quiet:
-        def say(self, *arguments: object, **options: object) -> None:
-            raise AssertionError(arguments)
-
     before = [p.detach().clone() for p in state.policy.trainable().values()]
-    rewards = [r0.improve(state, SMOOTH, 0, Quiet(), prompts, 0).rewards.mean() for _ in range(3)]  # type: ignore[arg-type]
+    rewards = [r0.improve(state, SMOOTH, 0, NoLog(), prompts, 0).rewards.mean() for _ in range(3)]  # type: ignore[arg-type]
     for parameter, value in zip(state.policy.trainable().values(), before, strict=True):
         parameter.data.copy_(value)
     assert rewards[0] < rewards[1] < rewards[2]
