@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from torch import Tensor
+
+from star_trainer.config import ConfigError
 
 Result = TypeVar("Result")
 
@@ -47,6 +51,31 @@ def together(accelerator: Accelerator, action: Callable[[], Result], *failures: 
     if failed.any():
         raise failures[0](f"process {int(failed.int().argmax())} of {len(failed)} cannot go on, as it says itself")
     return result
+
+
+@contextmanager
+def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other runs out of a run's folder, where they would overwrite each other's checkpoints and log.
+
+    Raises:
+        ConfigError: another run is in it.
+    """
+    lock = FileLock(folder / ".lock")
+
+    def enter() -> None:
+        if not accelerator.is_main_process:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(f"run.folder: another process is training in {folder}") from error
+
+    together(accelerator, enter, ConfigError)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def own_device() -> torch.device:

@@ -17,7 +17,7 @@ from star_trainer.checkpoint import set_aside
 from star_trainer.config import Config, ConfigError
 from star_trainer.evaluation import evaluate
 from star_trainer.logs import Iteration, RunLog
-from star_trainer.processes import gather, gather_array, together
+from star_trainer.processes import alone_in, gather, gather_array, together
 from star_trainer.prompts import check_prompts, load_prompts
 from star_trainer.r0 import improve, load_supervision, stop_reason
 from star_trainer.randomness import numpy_stream
@@ -45,7 +45,8 @@ def train(config: Config) -> dict[str, object]:
     """Run `config` to its end, or go on with it where it was stopped, and return its summary.
 
     Raises:
-        ConfigError: what can be seen of a bad configuration, before any weights load.
+        ConfigError: what can be seen of a bad configuration, before any weights load; another process trains in the
+            run's folder.
         ChatError, CacheError: the text units cannot be extracted.
         CheckpointError: a run folder whose checkpoints cannot be used.
         RewardError: a reward that cannot be had; what was trained so far is saved.
@@ -70,71 +71,75 @@ def train(config: Config) -> dict[str, object]:
         filled = together(accelerator, lambda: extractor.fill(held_out[:shown]), *OUTSIDE)
         held_out = [*filled, *held_out[shown:]]
     folder = Path(config.run.folder)
-    if not config.run.resume and accelerator.is_main_process:
-        set_aside(folder / "checkpoints")
-    accelerator.wait_for_everyone()
-    resumed = state.restore(folder / "checkpoints")
-    # Whole groups, next to each other: sample i of the iteration is in process i // (samples per process).
-    count = config.rollout.prompts // accelerator.num_processes
-    first_prompt = count * accelerator.process_index
+    with alone_in(folder, accelerator):
+        if not config.run.resume and accelerator.is_main_process:
+            set_aside(folder / "checkpoints")
+        accelerator.wait_for_everyone()
+        resumed = state.restore(folder / "checkpoints")
+        # Whole groups, next to each other: sample i of the iteration is in process i // (samples per process).
+        count = config.rollout.prompts // accelerator.num_processes
+        first_prompt = count * accelerator.process_index
 
-    def own_prompts(iteration: int) -> list[ScenePrompt]:
-        drawn = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
-        return drawn[first_prompt : first_prompt + count]
+        def own_prompts(iteration: int) -> list[ScenePrompt]:
+            drawn = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
+            return drawn[first_prompt : first_prompt + count]
 
-    running, saving = RunLog(state, held_out, reward, resumed=resumed), saved_on_failure(state, folder / "checkpoints")
-    # The log ends what connects the processes, which saving needs.
-    with running as log, saving, ThreadPoolExecutor(1) as worker:
-        if supervision is None:
-            iterate = partial(policy_gradient, state, reward, worker, first_prompt, log)
-        else:
-            iterate = partial(improve, state, supervision, first_prompt, log)
-        log.evaluated_base()
-        if state.stopped:
-            log.say(f"nothing left to train: it was stopped after {state.iteration} iterations, {state.stopped}")
-        elif state.iteration >= config.train.iterations:
-            log.say(
-                f"nothing left to train: {state.iteration} iterations are done, train.iterations is "
-                f"{config.train.iterations} (run.resume=false starts anew)"
-            )
-
-        def measure(prompts: list[ScenePrompt]) -> None:
-            with state.averaged_weights():
-                log.evaluated(evaluate(state.policy, config, prompts, log.scorers, accelerator))
-
-        encoded = state.iteration
-        for iteration in range(state.iteration, state.iteration if state.stopped else config.train.iterations):
-            if iteration == encoded:
-                encoded = min(iteration + config.rollout.encode_ahead, config.train.iterations)
-                texts = [p.text for later in range(iteration, encoded) for p in own_prompts(later)]
-                # Guidance asks for the prediction without a prompt.
-                state.policy.encode_ahead([*texts, ""] if config.method == "r0_plus" else texts)
-            prompts = own_prompts(iteration)
-            if extractor is not None:
-                prompts = together(accelerator, partial(extractor.fill, prompts), *OUTSIDE)
-            done = iterate(prompts, iteration)
-            if extractor is not None and config.units.source == "llm":
-                done.metrics["units_by_rules_instead"] = float(extractor.replaced)
-            state.iteration = iteration + 1
-            log.iteration(done)
-
-            last = state.iteration == config.train.iterations
-            if last or state.iteration % config.evaluation.every == 0:
-                measure(held_out[: None if last else config.evaluation.interim_prompts])
-            if supervision is not None and not last:
-                stopped = stop_reason(config, done.metrics, log)
-                # Decided together: numbers that differ by rounding must not leave some processes behind.
-                if gather(accelerator, torch.tensor([stopped is not None])).any():
-                    state.stopped = stopped or "another process says so"
-            if last or state.stopped or state.iteration % config.checkpoints.every == 0:
-                state.save(folder / "checkpoints")
+        running, saving = (
+            RunLog(state, held_out, reward, resumed=resumed),
+            saved_on_failure(state, folder / "checkpoints"),
+        )
+        # The log ends what connects the processes, which saving needs.
+        with running as log, saving, ThreadPoolExecutor(1) as worker:
+            if supervision is None:
+                iterate = partial(policy_gradient, state, reward, worker, first_prompt, log)
+            else:
+                iterate = partial(improve, state, supervision, first_prompt, log)
+            log.evaluated_base()
             if state.stopped:
-                log.say(f"stopped after {state.iteration} iterations: {state.stopped}")
-                break
-        if log.latest is None or log.latest_iteration < state.iteration or len(log.latest) < len(held_out):
-            # Stopped early, or everything was done before this start: what is left is to measure it.
-            measure(held_out)
-        return log.finish()
+                log.say(f"nothing left to train: it was stopped after {state.iteration} iterations, {state.stopped}")
+            elif state.iteration >= config.train.iterations:
+                log.say(
+                    f"nothing left to train: {state.iteration} iterations are done, train.iterations is "
+                    f"{config.train.iterations} (run.resume=false starts anew)"
+                )
+
+            def measure(prompts: list[ScenePrompt]) -> None:
+                with state.averaged_weights():
+                    log.evaluated(evaluate(state.policy, config, prompts, log.scorers, accelerator))
+
+            encoded = state.iteration
+            for iteration in range(state.iteration, state.iteration if state.stopped else config.train.iterations):
+                if iteration == encoded:
+                    encoded = min(iteration + config.rollout.encode_ahead, config.train.iterations)
+                    texts = [p.text for later in range(iteration, encoded) for p in own_prompts(later)]
+                    # Guidance asks for the prediction without a prompt.
+                    state.policy.encode_ahead([*texts, ""] if config.method == "r0_plus" else texts)
+                prompts = own_prompts(iteration)
+                if extractor is not None:
+                    prompts = together(accelerator, partial(extractor.fill, prompts), *OUTSIDE)
+                done = iterate(prompts, iteration)
+                if extractor is not None and config.units.source == "llm":
+                    done.metrics["units_by_rules_instead"] = float(extractor.replaced)
+                state.iteration = iteration + 1
+                log.iteration(done)
+
+                last = state.iteration == config.train.iterations
+                if last or state.iteration % config.evaluation.every == 0:
+                    measure(held_out[: None if last else config.evaluation.interim_prompts])
+                if supervision is not None and not last:
+                    stopped = stop_reason(config, done.metrics, log)
+                    # Decided together: numbers that differ by rounding must not leave some processes behind.
+                    if gather(accelerator, torch.tensor([stopped is not None])).any():
+                        state.stopped = stopped or "another process says so"
+                if last or state.stopped or state.iteration % config.checkpoints.every == 0:
+                    state.save(folder / "checkpoints")
+                if state.stopped:
+                    log.say(f"stopped after {state.iteration} iterations: {state.stopped}")
+                    break
+            if log.latest is None or log.latest_iteration < state.iteration or len(log.latest) < len(held_out):
+                # Stopped early, or everything was done before this start: what is left is to measure it.
+                measure(held_out)
+            return log.finish()
 
 
 def policy_gradient(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -92,7 +94,10 @@ def test_a_failed_run_is_reported_and_the_others_are_compared(
     assert {(row["arm"], row["final"]["n"]) for row in result["rows"]} == {("uniform", 2), ("odd", 1)}
 
 
-def test_stopping_leaves_no_process_behind(stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_leaves_no_process_behind(
+    number: int, stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     endless = [sys.executable, "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(Run, "command", lambda run: endless)
     started = []
@@ -103,7 +108,7 @@ def test_stopping_leaves_no_process_behind(stand_in: None, tmp_path: Path, monke
         return started[-1]
 
     def interrupt(seconds: float) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(runs_module, "_start", start)
     monkeypatch.setattr(runs_module.time, "sleep", interrupt)

@@ -15,6 +15,7 @@ import star_trainer.train as loop
 import star_trainer.update as update_module
 import torch
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from safetensors.torch import load_file
 from star_trainer.checkpoint import CheckpointError
 from star_trainer.cli import main
@@ -355,3 +356,10 @@ def test_paired_differences() -> None:
     assert (same.mean, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="after"):
         paired_difference(before, before[:5])
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with FileLock(tmp_path / ".lock"):
+        assert main(["tiny", f"run.folder={tmp_path}", *SMALL]) == 2
+    assert f"run.folder: another process is training in {tmp_path}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

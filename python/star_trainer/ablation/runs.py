@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -155,10 +156,16 @@ def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 @contextmanager
 def _ended(active: dict[Run, tuple[subprocess.Popen[bytes], dict[str, str]]]) -> Iterator[None]:
-    """Leave no process behind, however the context is left."""
+    """Leave no process behind, however the context is left: an exception, Ctrl-C or a request to end (SIGTERM)."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process, _ in active.values():
             process.terminate()
         for process, _ in active.values():
