@@ -26,21 +26,18 @@ from bench.harness import read_json, write_json
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--r0", required=True, help="runs of R0, with {seed} in their folder's name")
-    parser.add_argument("--star", required=True, help="runs of STAR, likewise")
+    parser.add_argument("--r0", help="runs of R0, with {seed} in their folder's name; without it they are left out")
+    parser.add_argument("--star", help="runs of STAR, likewise")
+    parser.add_argument("--levels", choices=["pipeline", "even"], default="even", help="of the four steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=Path("runs/few_steps.json"))
     options = parser.parse_args()
     quieten()
     # Seeds that are measured already are not measured again.
     rows = read_json(options.out)["rows"] if options.out.is_file() else []
-    models = [
-        ("first model", None, 4, "pipeline"),
-        ("first model", None, 4, "even"),
-        ("first model", None, 28, "pipeline"),
-        ("STAR", options.star, 4, "even"),
-        ("R0", options.r0, 4, "even"),
-    ]
+    models = [("first model", None, 4, options.levels), ("first model", None, 28, "pipeline")]
+    trained = [("STAR", options.star), ("R0", options.r0)]
+    models += [(name, runs, 4, options.levels) for name, runs in trained if runs is not None]
     with tqdm(total=len(options.seeds) * len(models), unit="evaluation") as bar:
         for seed in options.seeds:
             for name, runs, steps, levels in models:
