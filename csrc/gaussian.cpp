@@ -101,8 +101,8 @@ std::vector<TransitionScalars> transition_scalars(const at::Tensor& sample_drift
   return scalars;
 }
 
-void for_each_cut(const GaussianKernels& kernels, const LatentShape& shape, bool beyond_cache, int64_t count, int64_t blocks,
-                  const std::function<void(int64_t begin, int64_t end, float* scratch)>& work) {
+void for_each_cut(const GaussianKernels& kernels, const LatentShape& shape, bool beyond_cache, int64_t count,
+                  int64_t blocks, const std::function<void(int64_t begin, int64_t end, float* scratch)>& work) {
   const int64_t grain = std::max<int64_t>(1, kBlocksPerThread / blocks);
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     const at::Tensor scratch = at::empty({kernels.scratch_floats(shape, beyond_cache)}, at::kFloat);

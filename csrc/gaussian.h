@@ -42,7 +42,7 @@ std::vector<TransitionScalars> transition_scalars(const at::Tensor& sample_drift
                                                   const at::Tensor& std, const LatentShape& shape);
 
 // Calls work(begin, end, scratch) on cuts of [0, count), where each of `count` is made of `blocks` blocks of `shape`.
-void for_each_cut(const GaussianKernels& kernels, const LatentShape& shape, bool beyond_cache, int64_t count, int64_t blocks,
-                  const std::function<void(int64_t begin, int64_t end, float* scratch)>& work);
+void for_each_cut(const GaussianKernels& kernels, const LatentShape& shape, bool beyond_cache, int64_t count,
+                  int64_t blocks, const std::function<void(int64_t begin, int64_t end, float* scratch)>& work);
 
 }  // namespace star_kernels

@@ -19,7 +19,7 @@ struct LatentView {
   bool channels_last = false;
 };
 
-// Positions whose sums are taken together, the least that a thread is given, and of a tile, what they are judged by.
+// Positions whose sums are taken together, the least that a thread is given; and those whose terms are computed together.
 constexpr int64_t kBlock = 1024, kTile = 128;
 
 struct LatentShape {
@@ -41,7 +41,7 @@ struct TransitionInputs {
   LatentView velocity, unconditional_velocity, sample, next_sample;
   float guidance_scale;
   const TransitionScalars* scalars;  // [B]
-  bool beyond_cache;                 // too large to be found in a cache: fetch ahead, and write past it
+  bool beyond_cache;                 // too large to be found in a cache: read in long rows, and write past it
 
   bool any_channels_last() const {
     return velocity.channels_last || unconditional_velocity.channels_last || sample.channels_last || next_sample.channels_last;

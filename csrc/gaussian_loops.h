@@ -1,9 +1,9 @@
-// Latents as tiles of floats, and the arithmetic of the deviation x' - mu: what the transition and the policy loss share.
-// Written once over the vectors of an instruction set and included by one source per set, after the switch to that
+// Latents as pieces of rows of floats, and the arithmetic of the deviation x' - mu: what the transition and the policy loss
+// share. Written once over the vectors of an instruction set and included by one source per set, after the switch to that
 // set, hence the anonymous namespace.
 //
 // `Lanes` gives Vec (kWidth floats), Int (as many 32-bit integers), fma, evens, odds, low_pairs, high_pairs, from_half,
-// to_half and stream.
+// to_half, stream and fence.
 #pragma once
 
 #include "gaussian_kernels.h"
@@ -200,14 +200,14 @@ inline int64_t whole_tiles(int64_t count) { return (count + kTile - 1) / kTile *
 // Floats of a piece that stay in the second-level cache until its gradient is made of them, and the most blocks of a piece.
 constexpr int64_t kHeldFloats = 1 << 16, kMostBlocks = 4;
 
-// The most positions of flat channels that are worked on at a time, `floats` numbers each being held: what comes from memory in long
-// rows, which the hardware's prefetchers follow, and what is in a cache two tiles at a time, from the first level.
+// The most positions of flat channels that are worked on at a time, `floats` numbers each being held: what comes from memory in
+// long rows, which the hardware's prefetchers follow, and what is in a cache two tiles at a time, from the first level.
 inline int64_t longest_piece(int64_t floats, bool beyond_cache) {
   return beyond_cache ? std::clamp<int64_t>(kHeldFloats / (floats * kBlock), 1, kMostBlocks) * kBlock : 2 * kTile;
 }
 
-// Calls work(piece) on the positions of blocks [begin, end), in order: whole tiles of one sample, `longest` positions at most (kTile
-// where channels are not flat), or what is left of a tile at a sample's end.
+// Calls work(piece) on the positions of blocks [begin, end), in order: whole tiles of one sample, `longest` positions at most
+// (kTile where channels are not flat), or what is left of a tile at a sample's end.
 template <typename Work>
 void for_each_piece(const LatentShape& shape, int64_t begin, int64_t end, int64_t longest, const Work& work) {
   for (int64_t sample = begin / shape.blocks(); sample * shape.blocks() < end; ++sample) {
@@ -245,8 +245,8 @@ inline Rows direct_rows(const LatentView& view, const LatentShape& shape, const 
 
 inline Rows buffer_rows(float* buffer) { return {reinterpret_cast<char*>(buffer)}; }
 
-// A piece of a latent, or none: straight from memory where that holds it, else, for one tile, as floats in `buffer`, with zeros beyond
-// its end. Both buffers hold [channels][kTile] floats; `spare` is free again afterwards.
+// A piece of a latent, or none: straight from memory where that holds it, else, for one tile, as floats in `buffer`, with zeros
+// beyond its end. Both buffers hold [channels][kTile] floats; `spare` is free again afterwards.
 template <typename Lanes>
 Rows read_rows(const LatentView& view, const LatentShape& shape, const Range& piece, float* buffer, float* spare) {
   if (view.data == nullptr) return {};
@@ -289,11 +289,12 @@ void write_tile(const LatentView& view, const LatentShape& shape, const Range& t
   }
 }
 
-// Whether rows can be written past the caches.
+// Whether a piece of a latent can be written past the caches.
 template <typename Lanes>
-bool streamable(const Rows& rows) {
-  return rows.format == Format::float32 && rows.stride % Lanes::kWidth == 0 &&
-         reinterpret_cast<uintptr_t>(rows.data) % sizeof(typename Lanes::Vec) == 0;
+bool streamable(const LatentView& view, const LatentShape& shape, const Range& piece) {
+  if (view.format != Format::float32 || !in_place(view, piece)) return false;
+  const Rows rows = direct_rows(view, shape, piece);
+  return rows.stride % Lanes::kWidth == 0 && reinterpret_cast<uintptr_t>(rows.data) % sizeof(typename Lanes::Vec) == 0;
 }
 
 // The numbers of a cache line, and the positions that are asked for ahead of those that are read: the prefetchers lose track
@@ -333,10 +334,9 @@ Floats floats_of(const Rows& rows, const Stretch& stretch, float* buffer) {
   using V = Vectors<Lanes>;
   const char *from = rows.at(stretch.channel, stretch.position), *ahead = rows.at(stretch.next_channel, stretch.next_position);
   if (rows.format == Format::float32) return {reinterpret_cast<const float*>(from), reinterpret_cast<const float*>(ahead)};
-  const int64_t bytes = bytes_of(rows.format);
-  for (int64_t p = 0; p < stretch.count; p += V::kWidth) {
-    __builtin_prefetch(ahead + p * bytes, 0, 2);
-    V::store(buffer + p, V::read(from, rows.format, p));
+  for (int64_t line = 0; line < stretch.count; line += kLine) {
+    __builtin_prefetch(ahead + line * bytes_of(rows.format), 0, 2);
+    for (int64_t p = line; p < line + kLine; p += V::kWidth) V::store(buffer + p, V::read(from, rows.format, p));
   }
   return {buffer, buffer};
 }
@@ -349,11 +349,12 @@ Floats guided_floats(const Rows& velocity, const Rows& unconditional, float guid
   const Floats v = floats_of<Lanes>(velocity, stretch, buffer);
   if (!unconditional) return v;
   const Floats u = floats_of<Lanes>(unconditional, stretch, other);
-  for (int64_t p = 0; p < stretch.count; p += V::kWidth) {
-    __builtin_prefetch(v.ahead + p, 0, 2);
-    __builtin_prefetch(u.ahead + p, 0, 2);
-    const typename V::Vec base = V::load(u.now + p);
-    V::store(buffer + p, Lanes::fma(V::set(guidance_scale), V::load(v.now + p) - base, base));
+  for (int64_t line = 0; line < stretch.count; line += kLine) {
+    for (const float* ahead : {v.ahead, u.ahead}) __builtin_prefetch(ahead + line, 0, 2);
+    for (int64_t p = line; p < line + kLine; p += V::kWidth) {
+      const typename V::Vec base = V::load(u.now + p);
+      V::store(buffer + p, Lanes::fma(V::set(guidance_scale), V::load(v.now + p) - base, base));
+    }
   }
   return {buffer, buffer};
 }

@@ -9,7 +9,8 @@ namespace {
 
 template <typename Lanes>
 int64_t scratch_floats(const LatentShape& shape, bool beyond_cache) {
-  return std::max(PolicyLoss<Lanes>::scratch_floats(shape, beyond_cache), Transition<Lanes>::scratch_floats(shape, beyond_cache));
+  return std::max(PolicyLoss<Lanes>::scratch_floats(shape, beyond_cache),
+                  Transition<Lanes>::scratch_floats(shape, beyond_cache));
 }
 
 template <typename Lanes>

@@ -6,10 +6,10 @@
 //
 // A piece of a sample is read channel by channel. Its deviations x' - mu stay in cache, where the gradient finds them once the
 // ratios are known; it is written while the next piece is measured into their place, because memory reads and writes at a time.
-// What is in a cache is worked on a tile at a time, whose deviations stay in the first level. What comes from memory is worked
-// on in pieces of up to four blocks, whose deviations fill half of a common second level, because memory is read fastest in
-// long rows (docs/results.md). Waiting for the next piece needs floats, every position of the piece and no KL. Nothing of size
-// [B, C, H, W] exists beside arguments and gradient. Sums of a block of tiles are added up in the order of blocks and samples,
+// What is in a cache is worked on two tiles at a time, whose deviations stay in the first level. What comes from memory is
+// worked on in pieces of up to four blocks, whose deviations fill half of a common second level, because memory is read fastest
+// in long rows (docs/results.md). Waiting for the next piece needs floats, every position of the piece and no KL. Nothing of
+// size [B, C, H, W] exists beside arguments and gradient. Sums of a block of tiles are added up in the order of blocks and samples,
 // in double: bits depend neither on the threads nor, for a sample's gradient, on its batch. At image granularity the ratio
 // needs all positions of a sample first: one thread makes both passes over it, the second of them from the second-level cache.
 
@@ -169,6 +169,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
                             static_cast<float>(1.0 + clip_high),
                             sums.data()};
   const GaussianKernels kernels = gaussian_kernels();
+  const bool beyond_cache = problem.inputs.beyond_cache;
   const int64_t blocks = shape.blocks();
   std::vector<PolicyLossSums> by_sample(shape.batch);
   std::vector<int64_t> left_out(shape.batch);
@@ -185,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
     scalars[b].advantage = std::numeric_limits<float>::quiet_NaN();
   };
   if (per_image) {
-    for_each_cut(kernels, shape, problem.inputs.beyond_cache, shape.batch, blocks, [&](int64_t begin, int64_t end, float* scratch) {
+    for_each_cut(kernels, shape, beyond_cache, shape.batch, blocks, [&](int64_t begin, int64_t end, float* scratch) {
       for (int64_t b = begin; b < end; ++b) {
         kernels.policy_loss(problem, PolicyLossPass::image_sums, b * blocks, (b + 1) * blocks, scratch);
         add_blocks(b);
@@ -196,7 +197,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
       }
     });
   } else {
-    for_each_cut(kernels, shape, problem.inputs.beyond_cache, shape.batch * blocks, 1, [&](int64_t begin, int64_t end, float* scratch) {
+    for_each_cut(kernels, shape, beyond_cache, shape.batch * blocks, 1, [&](int64_t begin, int64_t end, float* scratch) {
       kernels.policy_loss(problem, PolicyLossPass::position, begin, end, scratch);
     });
     for (int64_t b = 0; b < shape.batch; ++b) {

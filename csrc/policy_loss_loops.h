@@ -1,11 +1,10 @@
-// The spatially resolved objective, piece by piece: deviations once into cache, the terms of every position, and the gradient from
-// what is in cache, written while the next piece is read. See csrc/policy_loss.cpp for the floor and the design.
+// The spatially resolved objective, piece by piece: deviations once into cache, the terms of every position, and the gradient
+// from what is in cache, written while the next piece is read. See csrc/policy_loss.cpp for the floor and the design.
 #pragma once
 
 #include "gaussian_loops.h"
 
 #include <limits>
-#include <utility>
 
 namespace star_kernels {
 namespace {
@@ -77,7 +76,7 @@ struct PolicyLoss {
     bool negative_weight = false;
 
     Work(float* memory, const LatentShape& shape, int64_t longest, bool has_reference) {
-      const auto take = [&memory](int64_t floats) { return std::exchange(memory, memory + floats); };
+      const auto take = [&memory](int64_t floats) { return (memory += floats) - floats; };
       deviation = take(shape.channels * longest);
       drift = has_reference ? take(shape.channels * longest) : nullptr;
       for (float** buffer : {&velocity, &unconditional, &sample, &next_sample, &reference, &gradient, &spare}) {
@@ -106,7 +105,8 @@ struct PolicyLoss {
 
   void run(int64_t begin, int64_t end, float* memory) const {
     const TransitionInputs& inputs = problem.inputs;
-    const bool flat = !(inputs.any_channels_last() || problem.reference_velocity.channels_last || problem.gradient.channels_last);
+    const bool flat = !(inputs.any_channels_last() || problem.reference_velocity.channels_last ||
+                        problem.gradient.channels_last);
     const int64_t floats = shape.channels * (has_reference ? 2 : 1);
     const int64_t longest = flat ? longest_piece(floats, inputs.beyond_cache) : kTile;
     Work work(memory, shape, longest, has_reference);
@@ -114,10 +114,15 @@ struct PolicyLoss {
       measure(piece, work);
       bool all = true;
       for (int64_t offset = 0; offset < piece.count; offset += kTile) {
-        all &= judge({piece.sample, piece.first + offset, std::min(piece.count - offset, kTile)}, work.terms.from(offset), work);
+        const Range tile{piece.sample, piece.first + offset, std::min(piece.count - offset, kTile)};
+        all &= judge(tile, work.terms.from(offset), work);
       }
       if (!writes) return;
-      all ? leave_gradient(piece, work) : write_gradient<false>(piece, work);
+      if (all && can_wait(piece)) {
+        work.waiting = {direct_rows(problem.gradient, shape, piece), piece.count};
+      } else {
+        all ? write_gradient<true>(piece, work) : write_gradient<false>(piece, work);
+      }
     });
     finish(work);
     if (inputs.beyond_cache) Lanes::fence();
@@ -169,32 +174,32 @@ struct PolicyLoss {
       const int64_t held = stretch.channel * length + stretch.position;
       const Terms terms = work.terms.from(stretch.position);
       float* to = reinterpret_cast<float*>(work.waiting.to.at(stretch.channel, stretch.position));
-      if (inputs.beyond_cache) {
-        to != nullptr ? deviate<true, true>(gaussian, v, x, next, stretch.count, terms, work.deviation + held, to)
-                      : deviate<true, false>(gaussian, v, x, next, stretch.count, terms, work.deviation + held, to);
-      } else {
-        to != nullptr ? deviate<false, true>(gaussian, v, x, next, stretch.count, terms, work.deviation + held, to)
-                      : deviate<false, false>(gaussian, v, x, next, stretch.count, terms, work.deviation + held, to);
-      }
+      const auto deviate = to == nullptr         ? &PolicyLoss::deviate<Late::nothing>
+                           : inputs.beyond_cache ? &PolicyLoss::deviate<Late::streamed>
+                                                 : &PolicyLoss::deviate<Late::stored>;
+      deviate(gaussian, v, x, next, stretch.count, terms, work.deviation + held, to);
       if (!reference) return;
       const Floats anchor = floats_of<Lanes>(reference, stretch, work.reference_floats);
-      drift(gaussian, v, anchor, stretch.count, terms, work.drift + held);
+      find_drift(gaussian, v, anchor, stretch.count, terms, work.drift + held);
     });
     work.waiting = {};
   }
 
+  // What becomes of the gradient of the piece before.
+  enum class Late { nothing, stored, streamed };
+
   // Lines are asked for one by one, between the vectors that are worked on: a core's requests would wait for each other if they
   // came together. So would reads and writes: memory has both at a time.
-  template <bool kBeyondCache, bool kWrites>
-  static void deviate(const Gaussian<Lanes>& gaussian, Floats v, Floats x, Floats next, int64_t count, Terms terms,
+  template <Late kLate>
+  static void deviate(Gaussian<Lanes> gaussian, Floats v, Floats x, Floats next, int64_t count, Terms terms,
                       float* deviations, float* to) {
     for (int64_t line = 0; line < count; line += kLine) {
       for (const float* ahead : {v.ahead, x.ahead, next.ahead}) __builtin_prefetch(ahead + line, 0, 2);
 #pragma GCC unroll 4
       for (int64_t p = line; p < line + kLine; p += kWidth) {
-        if (kWrites) {
+        if (kLate != Late::nothing) {
           const Vec gradient = V::load(terms.pull + p) * V::load(deviations + p);
-          kBeyondCache ? Lanes::stream(to + p, gradient) : V::store(to + p, gradient);
+          kLate == Late::streamed ? Lanes::stream(to + p, gradient) : V::store(to + p, gradient);
         }
         const Vec from = V::load(x.now + p);
         const Vec deviation = gaussian.deviation(V::load(next.now + p), from, gaussian.shift(V::load(v.now + p), from));
@@ -204,12 +209,14 @@ struct PolicyLoss {
     }
   }
 
-  static void drift(const Gaussian<Lanes>& gaussian, Floats v, Floats anchor, int64_t count, Terms terms, float* drifts) {
-    for (int64_t p = 0; p < count; p += kWidth) {
-      __builtin_prefetch(anchor.ahead + p, 0, 2);
-      const Vec drift = gaussian.velocity_scale * (V::load(v.now + p) - V::load(anchor.now + p));
-      V::store(drifts + p, drift);
-      V::store(terms.kl + p, Lanes::fma(drift, drift, V::load(terms.kl + p)));
+  static void find_drift(Gaussian<Lanes> gaussian, Floats v, Floats anchor, int64_t count, Terms terms, float* drifts) {
+    for (int64_t line = 0; line < count; line += kLine) {
+      __builtin_prefetch(anchor.ahead + line, 0, 2);
+      for (int64_t p = line; p < line + kLine; p += kWidth) {
+        const Vec drift = gaussian.velocity_scale * (V::load(v.now + p) - V::load(anchor.now + p));
+        V::store(drifts + p, drift);
+        V::store(terms.kl + p, Lanes::fma(drift, drift, V::load(terms.kl + p)));
+      }
     }
   }
 
@@ -351,35 +358,31 @@ struct PolicyLoss {
     for (int64_t p = 0; !kAll && p < kTile; p += kWidth) sums.counted -= V::bits(V::load(terms.counted + p));
   }
 
-  // Leaves the gradient of a piece to be written with the next one, where it is all floats and without KL.
-  void leave_gradient(const Range& piece, Work& work) const {
-    const Rows to = rows_to_write(problem.gradient, shape, piece, work.gradient);
-    const bool waits = in_place(problem.gradient, piece) && to.format == Format::float32 &&
-                       problem.scalars[piece.sample].drift_factor == 0.0f &&
-                       (streamable<Lanes>(to) || !problem.inputs.beyond_cache);
-    if (!waits) return write_gradient<true>(piece, work);
-    work.waiting = {to, piece.count};
+  // Whether the gradient of a piece whose positions all count can be written with the next piece: floats where they belong, past
+  // the caches if they are too large for them, and no KL.
+  bool can_wait(const Range& piece) const {
+    if (problem.scalars[piece.sample].drift_factor != 0.0f) return false;
+    if (problem.inputs.beyond_cache) return streamable<Lanes>(problem.gradient, shape, piece);
+    return in_place(problem.gradient, piece) && problem.gradient.format == Format::float32;
   }
 
   void finish(Work& work) const {
-    if (work.waiting.to) make_gradient<true>(work.waiting.to, work.waiting.count, 0.0f, work);
+    const Waiting& waiting = work.waiting;
+    if (waiting.to && problem.inputs.beyond_cache) make_gradient<true, true>(waiting.to, waiting.count, 0.0f, work);
+    if (waiting.to && !problem.inputs.beyond_cache) make_gradient<true, false>(waiting.to, waiting.count, 0.0f, work);
     work.waiting = {};
   }
 
   template <bool kAll>
   void write_gradient(const Range& piece, const Work& work) const {
     const Rows to = rows_to_write(problem.gradient, shape, piece, work.gradient);
-    make_gradient<kAll>(to, whole_tiles(piece.count), problem.scalars[piece.sample].drift_factor, work);
-    write_tile<Lanes>(problem.gradient, shape, piece, work.gradient, work.spare);
-  }
-
-  template <bool kAll>
-  void make_gradient(const Rows& gradient, int64_t count, float drift_factor, const Work& work) const {
-    if (problem.inputs.beyond_cache && streamable<Lanes>(gradient)) {
-      make_gradient<kAll, true>(gradient, count, drift_factor, work);
+    const float drift_factor = problem.scalars[piece.sample].drift_factor;
+    if (problem.inputs.beyond_cache && streamable<Lanes>(problem.gradient, shape, piece)) {
+      make_gradient<kAll, true>(to, piece.count, drift_factor, work);
     } else {
-      make_gradient<kAll, false>(gradient, count, drift_factor, work);
+      make_gradient<kAll, false>(to, whole_tiles(piece.count), drift_factor, work);
     }
+    write_tile<Lanes>(problem.gradient, shape, piece, work.gradient, work.spare);
   }
 
   // Zeros where a position does not count, whatever pull, factors and deviations are: a product with zero would leave NaN.
@@ -387,7 +390,7 @@ struct PolicyLoss {
   void make_gradient(const Rows& gradient, int64_t count, float drift_factor, const Work& work) const {
     const bool drifts_too = drift_factor != 0.0f;
     for (int64_t c = 0; c < shape.channels; ++c) {
-      const float *deviations = work.deviation + c * count, *drifts = work.drift + c * count;
+      const float *deviations = work.deviation + c * count, *drifts = drifts_too ? work.drift + c * count : nullptr;
       char* to = gradient.at(c, 0);
       for (int64_t p = 0; p < count; p += kWidth) {
         Vec value = V::load(work.terms.pull + p) * V::load(deviations + p);

@@ -2,8 +2,8 @@
 //
 // Floor of transition_step in fp32: velocity, sample and noise read once, the next sample written once, 16 bytes per latent
 // element against some ten operations: bound by memory. transition_log_prob: three reads, 12 bytes. The design is therefore
-// one pass over all of them, channel by channel, in long rows where they come from memory, with the sums of squares of a piece of
-// positions in cache; nothing of the latent's size exists beside the arguments and the result.
+// one pass over all of them, channel by channel, in long rows where they come from memory, with the sums of squares of a piece
+// of positions in cache; nothing of the latent's size exists beside the arguments and the result.
 //
 // The next sample is rounded to its dtype before its deviation is taken: the log-prob is that of what is stored.
 
@@ -19,9 +19,8 @@ namespace {
 void run(const TransitionProblem& problem) {
   const GaussianKernels kernels = gaussian_kernels();
   const LatentShape& shape = problem.inputs.shape;
-  for_each_cut(kernels, shape, problem.inputs.beyond_cache, shape.batch * shape.blocks(), 1, [&](int64_t begin, int64_t end, float* scratch) {
-    kernels.transition(problem, begin, end, scratch);
-  });
+  for_each_cut(kernels, shape, problem.inputs.beyond_cache, shape.batch * shape.blocks(), 1,
+               [&](int64_t begin, int64_t end, float* scratch) { kernels.transition(problem, begin, end, scratch); });
 }
 
 }  // namespace

@@ -3,8 +3,6 @@
 
 #include "gaussian_loops.h"
 
-#include <utility>
-
 namespace star_kernels {
 namespace {
 
@@ -18,20 +16,20 @@ struct Transition {
   const LatentShape& shape = problem.inputs.shape;
 
   static int64_t scratch_floats(const LatentShape& shape, bool beyond_cache) {
-    return 6 * shape.channels * kTile + 4 * kAhead + longest_piece(shape.channels, beyond_cache);
+    return 6 * shape.channels * kTile + 4 * kAhead + longest_piece(1, beyond_cache);
   }
 
   void run(int64_t begin, int64_t end, float* memory) const {
     const TransitionInputs& inputs = problem.inputs;
     const bool flat = !(inputs.any_channels_last() || problem.noise.channels_last);
-    for_each_piece(shape, begin, end, flat ? longest_piece(shape.channels, inputs.beyond_cache) : kTile,
-                   [&](const Range& piece) { work(piece, memory); });
+    for_each_piece(shape, begin, end, flat ? longest_piece(1, inputs.beyond_cache) : kTile,
+                   [&](const Range& piece) { run_piece(piece, memory); });
     if (inputs.beyond_cache) Lanes::fence();
   }
 
-  void work(const Range& piece, float* memory) const {
+  void run_piece(const Range& piece, float* memory) const {
     const TransitionInputs& inputs = problem.inputs;
-    const auto take = [&memory](int64_t floats) { return std::exchange(memory, memory + floats); };
+    const auto take = [&memory](int64_t floats) { return (memory += floats) - floats; };
     float *tiles[6], *stretches[4];
     for (float*& tile : tiles) tile = take(shape.channels * kTile);
     for (float*& stretch : stretches) stretch = take(kAhead);
@@ -41,7 +39,7 @@ struct Transition {
                sample = rows(inputs.sample, tiles[2]),
                given = rows(problem.draws ? problem.noise : inputs.next_sample, tiles[3]),
                drawn = problem.draws ? rows_to_write(inputs.next_sample, shape, piece, tiles[4]) : Rows();
-    const bool streams = inputs.beyond_cache && streamable<Lanes>(drawn);
+    const bool streams = problem.draws && inputs.beyond_cache && streamable<Lanes>(inputs.next_sample, shape, piece);
     if (!given) std::memset(stretches[3], 0, kAhead * sizeof(float));
     const TransitionScalars& scalars = inputs.scalars[piece.sample];
     const Gaussian<Lanes> gaussian(scalars);
@@ -53,14 +51,14 @@ struct Transition {
                    next = given ? floats_of<Lanes>(given, stretch, stretches[3]) : Floats{stretches[3], stretches[3]};
       float* sums = squares + stretch.position;
       if (!drawn) {
-        deviate<false, false>(gaussian, scalars.std, v, x, next, stretch.count, sums, nullptr, {}, {});
+        advance<false, false>(gaussian, scalars.std, v, x, next, stretch.count, sums, nullptr, {}, {});
         return;
       }
       char* to = drawn.at(stretch.channel, stretch.position);
       if (streams) {
-        deviate<true, true>(gaussian, scalars.std, v, x, next, stretch.count, sums, to, drawn.format, drawn.format);
+        advance<true, true>(gaussian, scalars.std, v, x, next, stretch.count, sums, to, drawn.format, drawn.format);
       } else {
-        deviate<true, false>(gaussian, scalars.std, v, x, next, stretch.count, sums, to, drawn.format, inputs.next_sample.format);
+        advance<true, false>(gaussian, scalars.std, v, x, next, stretch.count, sums, to, drawn.format, inputs.next_sample.format);
       }
     });
     if (problem.draws) write_tile<Lanes>(inputs.next_sample, shape, piece, tiles[4], spare);
@@ -74,7 +72,7 @@ struct Transition {
   // Adds the squares of the deviations of the next sample: the one given, or the one drawn with the noise given, as numbers of the
   // format `rounded`, and written in that of `to`.
   template <bool kDraws, bool kStreams>
-  static void deviate(const Gaussian<Lanes>& gaussian, float std, Floats v, Floats x, Floats given, int64_t count, float* squares,
+  static void advance(Gaussian<Lanes> gaussian, float std, Floats v, Floats x, Floats given, int64_t count, float* squares,
                       char* to, Format written, Format rounded) {
     for (int64_t line = 0; line < count; line += kLine) {
       for (const float* ahead : {v.ahead, x.ahead, given.ahead}) __builtin_prefetch(ahead + line, 0, 2);

@@ -178,9 +178,12 @@ def run_latents() -> None:
         for index, channels in enumerate((1, 3, 4, 8, 16, 32)):
             run_latent_operators(dtype, channels, *shapes[index % 4], layout, granularity, full=index % 2 == 0)
             run_latent_operators(dtype, channels, *shapes[(index + 2) % 4], layout, granularity, full=index % 2 == 1)
-    # Above the size from which the kernels write past the cache and fetch ahead.
+    # Above the size from which the kernels read long rows and write past the cache.
     for granularity, full in itertools.product(("position", "image"), (False, True)):
         run_latent_operators(torch.float32, 16, 192, 192, "contiguous", granularity, full)
+        run_latent_operators(torch.bfloat16, 16, 275, 273, "contiguous", granularity, full)
+    run_latent_operators(torch.float32, 16, 193, 192, "channels_last", "position", True)
+    run_latent_operators(torch.float32, 64, 93, 101, "contiguous", "position", True)
 
 
 def main(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What several processes of one run tell each other: numbers, and that one of them cannot go on."""
+"""What several processes of one run tell each other (numbers, and that one cannot go on), and that runs do not meet."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         except Timeout as error:
             raise ConfigError(f"run.folder: another process is training in {folder}") from error
 
-    together(accelerator, enter, ConfigError)
+    together(accelerator, enter, ConfigError, OSError)
     try:
         yield
     finally:

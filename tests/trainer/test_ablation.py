@@ -112,9 +112,11 @@ def test_stopping_leaves_no_process_behind(
 
     monkeypatch.setattr(runs_module, "_start", start)
     monkeypatch.setattr(runs_module.time, "sleep", interrupt)
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         run_all(plan_runs("tiny", SMALL, [Arm("star", ())], [0, 1], tmp_path), places(2))
     assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_the_command_trains_and_compares_for_real(tmp_path: Path) -> None:

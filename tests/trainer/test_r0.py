@@ -301,6 +301,10 @@ def test_other_precisions_and_parameters_have_their_gradient_and_learn(
     state.config = load_config("tiny_r0", [*settings, "r0.checkpointing=false"])
     kept = gradient_of(state, prompts)
     assert relative(again, kept) < (5e-2 if state.config.model.dtype == "bfloat16" else 1e-4)
+    if state.config.model.gradient_checkpointing:
+        state.policy.model.disable_gradient_checkpointing()
+        assert relative(gradient_of(state, prompts), kept) < 1e-5
+        state.policy.model.enable_gradient_checkpointing()
     rewards = [r0.improve(state, SMOOTH, 0, NoLog(), prompts, 0).rewards.mean() for _ in range(4)]  # type: ignore[arg-type]
     assert rewards[-1] > rewards[0] and r0.regularization(state.policy, "distance")[0] > 0
 

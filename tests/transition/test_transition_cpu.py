@@ -123,18 +123,23 @@ def test_what_goes_past_the_caches_has_the_same_bits(
     name: str, size: tuple[int, int], dtype: torch.dtype, guided: bool
 ) -> None:
     v, x, noise, u = latents((64, 16, *size))
-    v, u = v.to(dtype), u.to(dtype)
+    v, u, x = v.to(dtype), u.to(dtype), x.to(dtype)
     c = rows(64)
 
-    def step(samples: slice) -> sk.TransitionStep:
-        options = {"unconditional_velocity": u[samples], "guidance_scale": 2.5} if guided else {}
-        return sk.transition_step(v[samples], x[samples], c[samples], noise=noise[samples], **options, **CPU)
+    def options(samples: slice) -> dict[str, Any]:
+        return {"unconditional_velocity": u[samples], "guidance_scale": 2.5} if guided else {}
 
+    def step(samples: slice) -> sk.TransitionStep:
+        return sk.transition_step(v[samples], x[samples], c[samples], noise=noise[samples], **options(samples), **CPU)
+
+    everything = slice(0, 64)
     with level(name):
-        together = step(slice(0, 64))
+        together = step(everything)
+        again = sk.transition_log_prob(v, x, together.next_sample, c, **options(everything), **CPU)
+        assert together.log_prob is not None and torch.equal(again, together.log_prob)
         for index in (0, 31, 32, 63):
             alone = step(slice(index, index + 1))
-            assert alone.log_prob is not None and together.log_prob is not None
+            assert alone.log_prob is not None
             assert torch.equal(alone.next_sample, together.next_sample[index : index + 1])
             assert torch.equal(alone.log_prob, together.log_prob[index : index + 1])
 

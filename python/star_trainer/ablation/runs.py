@@ -165,11 +165,12 @@ def _ended(active: dict[Run, tuple[subprocess.Popen[bytes], dict[str, str]]]) ->
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for process, _ in active.values():
             process.terminate()
         for process, _ in active.values():
             process.wait()
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def _last_line(path: Path) -> str:
