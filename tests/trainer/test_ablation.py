@@ -94,9 +94,9 @@ def test_a_failed_run_is_reported_and_the_others_are_compared(
     assert {(row["arm"], row["final"]["n"]) for row in result["rows"]} == {("uniform", 2), ("odd", 1)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("by_signal", [False, True])
 def test_stopping_leaves_no_process_behind(
-    number: int, stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_signal: bool, stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endless = [sys.executable, "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(Run, "command", lambda run: endless)
@@ -108,7 +108,9 @@ def test_stopping_leaves_no_process_behind(
         return started[-1]
 
     def interrupt(seconds: float) -> None:
-        os.kill(os.getpid(), number)
+        if not by_signal:
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(runs_module, "_start", start)
     monkeypatch.setattr(runs_module.time, "sleep", interrupt)

@@ -305,8 +305,8 @@ def test_other_precisions_and_parameters_have_their_gradient_and_learn(
         state.policy.model.disable_gradient_checkpointing()
         assert relative(gradient_of(state, prompts), kept) < 1e-5
         state.policy.model.enable_gradient_checkpointing()
-    rewards = [r0.improve(state, SMOOTH, 0, NoLog(), prompts, 0).rewards.mean() for _ in range(4)]  # type: ignore[arg-type]
-    assert rewards[-1] > rewards[0] and r0.regularization(state.policy, "distance")[0] > 0
+    rewards = [r0.improve(state, SMOOTH, 0, NoLog(), prompts, 0).rewards.mean() for _ in range(2)]  # type: ignore[arg-type]
+    assert rewards[1] > rewards[0] and r0.regularization(state.policy, "distance")[0] > 0
 
 
 class NoLog:
