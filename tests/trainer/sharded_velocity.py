@@ -29,7 +29,8 @@ def main() -> None:
     gradients = [parameter.grad for parameter in policy.trainable().values() if parameter.grad is not None]
     assert gradients and all(is_spread(gradient) and gradient.dtype == torch.float32 for gradient in gradients)
     differences = [float((each - expected).detach().abs().max()) for each in (found, rounded)]
-    print("difference", differences[0], "by rounding", differences[1])
+    # In one piece: the processes write at the same time.
+    sys.stdout.write(f"difference {differences[0]} by rounding {differences[1]}\n")
     torch.distributed.destroy_process_group()
 
 
