@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton's interpreter runs the kernels; it has to be asked for before they are imported."""
+"""What has to be settled before anything is imported: Triton's interpreter where there is no GPU, and no downloads."""
 
 import os
 import shutil
@@ -11,6 +11,7 @@ from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that no folder has is then refused at once, not after five attempts
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
