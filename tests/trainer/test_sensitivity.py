@@ -201,6 +201,29 @@ def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -
     assert "| star | all |" in (folder / "sensitivity.md").read_text()
 
 
+@pytest.mark.parametrize(("interrupted", "code"), [(4, 0), (3, 130)])
+def test_what_was_measured_before_an_interrupt_counts(
+    interrupted: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    calls = []
+
+    def collect_or_stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == interrupted:
+            raise KeyboardInterrupt
+        return collect(*arguments)
+
+    monkeypatch.setattr("star_trainer.sensitivity.gradients.collect", collect_or_stop)
+    parts = ["--parts", "gradients", "--arms", "star,uniform", "--batches", "20"]
+    assert main(["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", *parts, "--folder", str(tmp_path)]) == code
+    result = tmp_path / "sensitivity.json"
+    if code:
+        assert not result.exists()
+    else:
+        assert {signal["batches"] for signal in json.loads(result.read_text())["gradients"]} == {3}
+
+
 def test_a_differentiable_reward_is_compared_by_its_gradient(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     reward = ["reward.terms={clip_score: 1.0}", "reward.models.clip=tiny"]

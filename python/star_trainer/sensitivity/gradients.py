@@ -36,6 +36,8 @@ from star_trainer.update import attention_of_the_rollout, log_prob, predict
 
 # Iterations of the rollouts' random numbers that no training reaches, so that no batch was trained on.
 _FIRST_ITERATION = 1_000_000
+# With fewer batches there is no jackknife interval.
+_FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def summarise(arm: str, step: str, gram: np.ndarray, uniform: np.ndarray | None 
     Raises:
         ValueError: fewer than three batches, of which an interval cannot be made.
     """
-    if len(gram) < 3:
-        raise ValueError(f"gram: expected at least 3 batches, got {len(gram)}")
+    if len(gram) < _FEWEST:
+        raise ValueError(f"gram: expected at least {_FEWEST} batches, got {len(gram)}")
     squared_mean, trace, _ = signal_and_noise(gram)
     difference = None
     if uniform is not None and arm != "uniform":
@@ -121,30 +123,44 @@ def measure(
 ) -> list[Signal]:
     """Signal and noise per arm, for each denoising step and for their sum, from `batches` fresh rollouts.
 
+    A KeyboardInterrupt after three batches or more ends the measurement: the result is that of the batches so far.
     The gradients of all batches are held in memory: batches · arms · (steps + 1) · parameters · 4 bytes.
     """
-    config = state.config
-    gradients: dict[tuple[str, str], list[Tensor]] = {}
+    measured: list[dict[tuple[str, str], Tensor]] = []
     with ThreadPoolExecutor(1) as worker:
-        for batch in tqdm(range(batches), unit="batch", desc="gradients", disable=None):
-            iteration = _FIRST_ITERATION + batch
-            prompts = fill(draw(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts))
-            rollout = collect(state.policy, config, prompts, reward, worker, iteration)
-            advantages = group_advantages(
-                rollout.rewards,
-                config.rollout.samples,
-                std=config.train.advantage_std,
-                clip=config.train.advantage_clip,
-            )
-            weights = arm_weights(state, rollout, arms, numpy_stream(config.run.seed, "shuffle", iteration))
-            for (arm, step), gradient in batch_gradients(state, rollout, advantages.values, weights).items():
-                gradients.setdefault((arm, str(step)), []).append(gradient)
-                total = gradients.setdefault((arm, "all"), [])
-                if len(total) <= batch:
-                    total.append(torch.zeros_like(gradient))
-                total[batch] += gradient
-    grams = {key: gram_matrix(found) for key, found in gradients.items()}
+        try:
+            for batch in tqdm(range(batches), unit="batch", desc="gradients", disable=None):
+                measured.append(_measure_batch(state, draw, reward, arms, fill, worker, _FIRST_ITERATION + batch))
+        except KeyboardInterrupt:
+            if len(measured) < _FEWEST:
+                raise
+            tqdm.write(f"stopped after {len(measured)} of {batches} batches")
+    grams = {key: gram_matrix([batch[key] for batch in measured]) for key in measured[0]}
     return [summarise(arm, step, gram, grams.get(("uniform", step))) for (arm, step), gram in grams.items()]
+
+
+def _measure_batch(
+    state: TrainingState,
+    draw: PromptSource,
+    reward: RewardFunction,
+    arms: Sequence[str],
+    fill: Callable[[Sequence[ScenePrompt]], list[ScenePrompt]],
+    worker: ThreadPoolExecutor,
+    iteration: int,
+) -> dict[tuple[str, str], Tensor]:
+    """The gradient [P] of every arm at every step, and their sum over the steps, from one rollout."""
+    config = state.config
+    prompts = fill(draw(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts))
+    rollout = collect(state.policy, config, prompts, reward, worker, iteration)
+    advantages = group_advantages(
+        rollout.rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
+    )
+    weights = arm_weights(state, rollout, arms, numpy_stream(config.run.seed, "shuffle", iteration))
+    found: dict[tuple[str, str], Tensor] = {}
+    for (arm, step), gradient in batch_gradients(state, rollout, advantages.values, weights).items():
+        found[arm, str(step)] = gradient
+        found[arm, "all"] = found[arm, "all"] + gradient if (arm, "all") in found else gradient
+    return found
 
 
 def arm_weights(
