@@ -14,9 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from star_trainer import cli
 from star_trainer.config import ConfigError, load_config
 from star_trainer.processes import lost_process
 from star_trainer.train import train
+
+from tests.trainer import sharded_velocity
+from tests.trainer.forked import run_forked
 
 HERE = Path(__file__).parent
 SMALL = [
@@ -63,8 +67,10 @@ def launch(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[s
 
 
 def run_two(folder: Path, *overrides: str) -> None:
-    done = launch("-m", "star_trainer", "tiny", f"run.folder={folder}", *SMALL, *overrides)
-    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = folder.with_name(f"{folder.name}_outputs")
+    outputs.mkdir()
+    codes = run_forked(cli.main, ["tiny", f"run.folder={folder}", *SMALL, *overrides], outputs, processes=2)
+    assert codes == [0, 0], [path.read_text()[-3000:] for path in outputs.iterdir()]
 
 
 def run_one(folder: Path, *overrides: str) -> None:
@@ -87,7 +93,11 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def two(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    return made_once("two_processes", run_two)
+    def run_with_torchrun(folder: Path) -> None:
+        done = launch("-m", "star_trainer", "tiny", f"run.folder={folder}", *SMALL)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return made_once("two_processes", run_with_torchrun)
 
 
 def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
@@ -139,9 +149,12 @@ def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_a
 
 
 def test_a_sharded_transformer_in_bfloat16_sees_the_exact_timestep(tmp_path: Path) -> None:
-    done = launch(str(HERE / "sharded_velocity.py"), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    for line in [line.split() for line in done.stdout.splitlines() if line.startswith("difference")]:
+    codes = run_forked(sharded_velocity.main, [str(tmp_path)], tmp_path, processes=2)
+    outputs = [path.read_text() for path in tmp_path.glob("output_*.txt")]
+    assert codes == [0, 0], outputs
+    lines = [line.split() for output in outputs for line in output.splitlines() if line.startswith("difference")]
+    assert len(lines) == 2
+    for line in lines:
         assert float(line[1]) == 0.0 < float(line[-1])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +22,9 @@ from star_trainer.config import ConfigError, load_config
 from star_trainer.evaluation import paired_difference
 from star_trainer.rollout import NonFiniteError
 from star_trainer.train import train
+
+from tests.trainer import kill_run
+from tests.trainer.forked import run_forked
 
 SMALL = [
     "run.progress=false",
@@ -106,16 +108,8 @@ def test_training_moves_the_weights(uninterrupted: Path) -> None:
 
 @pytest.mark.parametrize("point", ["rollout", "update", "checkpoint"])
 def test_a_killed_run_ends_in_the_same_weights_bit_for_bit(point: str, uninterrupted: Path, tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    path = ":".join([str(here), *(entry for entry in sys.path if entry)])
-    killed = subprocess.run(
-        [sys.executable, str(here / "kill_run.py"), point, str(tmp_path), *SMALL],
-        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    code = run_forked(kill_run.main, [point, str(tmp_path), *SMALL], tmp_path)
+    assert code == [-signal.SIGKILL], (tmp_path / "output_0.txt").read_text()[-2000:]
     assert not (tmp_path / "summary.json").exists()
     run(tmp_path)
     expected, resumed = final_weights(uninterrupted), final_weights(tmp_path)
