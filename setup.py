@@ -2,8 +2,8 @@
 
 Needs torch in the environment that builds (``pip install --no-build-isolation``), so that the extension is compiled
 against the PyTorch it will run with. ``STAR_KERNELS_BUILD_CPU=0`` leaves the extension out; torch is then not needed.
-``STAR_KERNELS_CXXFLAGS`` holds further flags for the compiler: ``-Werror`` in ``.ci/run``; those of the sanitizers,
-which the linker needs too (``LDFLAGS``), in ``tests/test_sanitizers.py``.
+``STAR_KERNELS_CXXFLAGS`` holds further flags for the compiler: ``-g`` for a debugger; ``-Werror`` in ``.ci/run``; those
+of the sanitizers, which the linker needs too (``LDFLAGS``), in ``tests/test_sanitizers.py``.
 """
 
 import os
@@ -29,7 +29,8 @@ def cpu_extension():
             "Install torch first and build with `pip install --no-build-isolation .`, or leave "
             "the extension out with STAR_KERNELS_BUILD_CPU=0."
         )
-    flags = ["-O3", "-Wall", "-Wextra"]
+    # Many a Python is configured with -g, which makes the build take twice as long and the library many times as large.
+    flags = ["-O3", "-g0", "-Wall", "-Wextra"]
     # The OpenMP runtime comes with libtorch. Linking our own would bring a second thread pool into the process
     # that torch.set_num_threads does not reach, so the symbols are left to be found in libtorch's.
     if "OpenMP" in torch.__config__.parallel_info() and sys.platform == "linux":
