@@ -6,11 +6,14 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
-TIMEOUT = 300.0  # seconds
+TIMEOUT = 300.0  # seconds for each process
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -24,38 +27,36 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def run_forked(main: Callable[[], object], arguments: list[str], folder: Path, processes: int = 1) -> list[int]:
+def run_forked(main: Callable[[], object], arguments: list[str], processes: int = 1) -> tuple[list[int], list[str]]:
     """Call `main` with these command-line arguments in so many processes, as `torchrun` would start them.
 
-    Their output goes to `folder`/output_RANK.txt.
-
     Returns:
-        Their exit codes by rank, below 0 for a signal.
+        By rank, the exit codes, below 0 for a signal, and all that was printed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        environment = {"OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            environment |= {
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                **{"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            }
-        output = folder / f"output_{rank}.txt"
-        started.append(_CONTEXT.Process(target=_run, args=(main, arguments, output, environment)))
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(TIMEOUT)
-    late = [process for process in started if process.exitcode is None]
-    for process in late:
-        process.kill()
-        process.join()
-    assert not late, f"{len(late)} of {processes} processes still ran after {TIMEOUT:.0f} s"
-    return [process.exitcode for process in started]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"{rank}.txt" for rank in range(processes)]
+        started = []
+        for rank, output in enumerate(outputs):
+            environment = {"OMP_NUM_THREADS": "1"}
+            if processes > 1:
+                environment |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
+                environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            process = _CONTEXT.Process(target=_run, args=(main, arguments, output, environment))
+            process.start()
+            started.append(process)
+        for process in started:
+            process.join(TIMEOUT)
+        late = [process for process in started if process.exitcode is None]
+        for process in late:
+            process.kill()
+            process.join()
+        printed = [output.read_text() for output in outputs]
+    assert not late, (f"{len(late)} of {processes} processes still ran after {TIMEOUT:.0f} s", printed)
+    return [process.exitcode for process in started], printed
 
 
 def _run(main: Callable[[], object], arguments: list[str], output: Path, environment: dict[str, str]) -> None:
@@ -65,7 +66,5 @@ def _run(main: Callable[[], object], arguments: list[str], output: Path, environ
     os.environ.update(environment)
     sys.argv[1:] = arguments
     sys.path.insert(0, str(HERE))
-    import torch
-
     torch.set_num_threads(1)
     raise SystemExit(main())

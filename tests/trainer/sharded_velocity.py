@@ -1,4 +1,4 @@
-"""Compare a sharded transformer in bfloat16 with one in one piece: ``torchrun sharded_velocity.py FOLDER``."""
+"""Compare a sharded transformer in bfloat16 with one in one piece: several processes call `main` with a folder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,5 @@ def main() -> None:
     gradients = [parameter.grad for parameter in policy.trainable().values() if parameter.grad is not None]
     assert gradients and all(is_spread(gradient) and gradient.dtype == torch.float32 for gradient in gradients)
     differences = [float((each - expected).detach().abs().max()) for each in (found, rounded)]
-    # In one piece: the processes write at the same time.
-    sys.stdout.write(f"difference {differences[0]} by rounding {differences[1]}\n")
+    print(f"difference {differences[0]} by rounding {differences[1]}")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
