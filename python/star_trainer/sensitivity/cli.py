@@ -38,7 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--share", type=float, default=0.2, help="part of the image that edits paint over (default: 0.2)"
     )
-    parser.add_argument("--batches", type=int, default=100, help="rollout batches for gradients (default: 100)")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=100,
+        help="rollout batches for gradients (default: 100); Ctrl-C after three ends them and keeps what was measured",
+    )
     parser.add_argument("--arms", default=",".join(_ARMS), help=f"of gradients, some of {', '.join(_ARMS)}")
     parser.add_argument(
         "--trained", action="store_true", help="measure the averaged weights in run.folder's newest checkpoint"
