@@ -88,6 +88,9 @@ def test_a_great_sharpness_leaves_the_peak() -> None:
     mass = torch.tensor([[[1.0], [2.0], [1e30], [3.0]]], device=DEVICE)
     weights = sk.allocation_map(mass, (2, 2), sharpness=1e4, backend="triton")
     assert weights.tolist() == [[[0.0, 0.0], [4.0, 0.0]]]
+    behind = torch.full((1, 61 * 67, 1), 1e-30, device=DEVICE)
+    behind[0, 0] = 1.0  # in the first of several tiles
+    assert sk.allocation_map(behind, (61, 67), sharpness=1e4, backend="triton")[0, 0, 0] == 61 * 67
     peaks = sk.allocation_map(torch.ones_like(mass), (2, 2), sharpness=1e4, backend="triton")
     assert (peaks == 1).all()
 

@@ -98,6 +98,14 @@ def test_agrees_with_the_reference_in_float64(
     assert_agrees(without(case, *left_out))
 
 
+@pytest.mark.parametrize("granularity", ["position", "image"])
+def test_a_single_ratio_is_its_own_mean(granularity: str) -> None:
+    case = case_of(batch=1, grid=(1, 1), patch=(1, 1)) | {"granularity": granularity, "mask": None}
+    assert_agrees(case)
+    metrics = run(case)[0].metrics
+    assert metrics["ratio_mean"] == metrics["ratio_min"] == metrics["ratio_max"] != 1
+
+
 @pytest.mark.parametrize("kl_scale", ["variance", "std_dev"])
 def test_mixed_dtypes_and_both_scales_of_the_kl(kl_scale: str) -> None:
     case = case_of(channels=4) | {"kl_scale": kl_scale, "kl_weight": 3.0}

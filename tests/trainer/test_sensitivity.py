@@ -22,6 +22,7 @@ from star_trainer.sensitivity.gradients import (
     signal_and_noise,
     signal_ratio,
     summarise,
+    with_sums,
 )
 from star_trainer.sensitivity.maps import (
     Cases,
@@ -124,6 +125,16 @@ def test_gradients_are_those_of_an_on_policy_update(state) -> None:
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(result.loss, parameters)])
         torch.testing.assert_close(found[arm, 0], expected, atol=1e-6 * float(expected.abs().max()) + 1e-9, rtol=1e-3)
     assert not torch.allclose(found["star", 0], found["uniform", 0])
+
+
+def test_steps_are_added_by_arm_and_left_as_they_are() -> None:
+    first, second, other = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0]), torch.tensor([5.0, 5.0])
+    found = with_sums({("star", 1): first, ("uniform", 1): other, ("star", 2): second})
+    expected = {("star", "1"): [1, 2], ("star", "2"): [10, 20], ("star", "all"): [11, 22]}
+    assert {key: value.tolist() for key, value in found.items()} == expected | {
+        ("uniform", "1"): [5, 5],
+        ("uniform", "all"): [5, 5],
+    }
 
 
 def picture(*objects: SceneObject) -> np.ndarray:

@@ -156,8 +156,13 @@ def _measure_batch(
         rollout.rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
     )
     weights = arm_weights(state, rollout, arms, numpy_stream(config.run.seed, "shuffle", iteration))
+    return with_sums(batch_gradients(state, rollout, advantages.values, weights))
+
+
+def with_sums(gradients: dict[tuple[str, int], Tensor]) -> dict[tuple[str, str], Tensor]:
+    """Gradients [P] by arm and step, and each arm's sum over its steps under the name ``all``."""
     found: dict[tuple[str, str], Tensor] = {}
-    for (arm, step), gradient in batch_gradients(state, rollout, advantages.values, weights).items():
+    for (arm, step), gradient in gradients.items():
         found[arm, str(step)] = gradient
         found[arm, "all"] = found[arm, "all"] + gradient if (arm, "all") in found else gradient
     return found
