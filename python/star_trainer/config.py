@@ -164,7 +164,11 @@ class Reward(_Section):
 class Allocation(_Section):
     """Where the advantage lands."""
 
-    strength: Share = Field(1.0, description="0 is uniform, 1 follows the map")
+    strength: Share | Annotated[list[Share], Field(min_length=1)] = Field(
+        1.0,
+        description="0 is uniform, 1 follows the map; a list has one for each denoising step, "
+        "and its last entry is also that of the steps after it",
+    )
     sharpness: float = Field(1.0, gt=0.0, description="exponent of the map")
     combine: Literal["mean", "max"] = Field("mean", description="across the units of a prompt")
     smooth: bool = Field(False, description="3x3 binomial filter")
@@ -173,9 +177,10 @@ class Allocation(_Section):
         None, min_length=1, description="transformer blocks that are recorded, or null for all"
     )
 
-    def options(self) -> dict[str, Any]:
-        """The arguments of `star_kernels.allocation_map`: every setting but the layers, which recording takes."""
-        return self.model_dump(exclude={"layers"})
+    def options(self, step: int) -> dict[str, Any]:
+        """The arguments of `star_kernels.allocation_map` at a step: every setting but the layers, for recording."""
+        strengths = self.strength if isinstance(self.strength, list) else [self.strength]
+        return self.model_dump(exclude={"layers"}) | {"strength": strengths[min(step, len(strengths) - 1)]}
 
 
 class Train(_Section):
@@ -345,6 +350,11 @@ class Config(_Section):
             raise ValueError("rollout.prompts: expected at least 2 for the method shuffled, which exchanges maps")
         if self.method == "oracle" and self.prompts.source != "scenes":
             raise ValueError("method: oracle is for prompts.source=scenes, where it is known what an image shows")
+        if isinstance(self.allocation.strength, list) and len(self.allocation.strength) > self.rollout.steps:
+            raise ValueError(
+                f"allocation.strength: expected at most {self.rollout.steps} entries, one for each of rollout.steps, "
+                f"got {len(self.allocation.strength)}"
+            )
         clamp = self.allocation.clamp
         if clamp is not None and not 0.0 <= clamp[0] <= 1.0 <= clamp[1]:
             raise ValueError(f"allocation.clamp: expected low <= 1 <= high, both at least 0, got {list(clamp)}")

@@ -40,11 +40,12 @@ def true_mass(images: np.ndarray, prompts: Sequence[ScenePrompt], grid: tuple[in
 
 
 def true_maps(
-    images: np.ndarray, prompts: Sequence[ScenePrompt], grid: tuple[int, int], allocation: Allocation
+    images: np.ndarray, prompts: Sequence[ScenePrompt], grid: tuple[int, int], allocation: Allocation, steps: int
 ) -> Tensor:
-    """`true_mass` as weights [B, h, w] of mean 1, by the settings that attention mass goes through."""
-    return sk.allocation_map(
-        true_mass(images, prompts, grid),
-        grid,
-        **allocation.options(),
-    )
+    """`true_mass` as weights [steps, B, h, w] of mean 1, by the settings that attention mass goes through."""
+    mass = true_mass(images, prompts, grid)
+    options = [allocation.options(step) for step in range(steps)]
+    # Steps differ by their strength alone.
+    by_strength = {each["strength"]: each for each in options}
+    maps = {strength: sk.allocation_map(mass, grid, **each) for strength, each in by_strength.items()}
+    return torch.stack([maps[each["strength"]] for each in options])

@@ -372,7 +372,7 @@ def _sample(
                         recorder.mass,
                         policy.grid,
                         backend=config.backend,
-                        **allocation.options(),
+                        **allocation.options(step),
                     )
                 )
             recorder.discard_step()

@@ -162,7 +162,7 @@ def denoise(
                         recorder.mass,
                         policy.grid,
                         backend=backend,
-                        **allocation.options(),
+                        **allocation.options(step),
                     )
                 )
                 recorder.discard_step()
@@ -225,8 +225,8 @@ def collect(
     end = time.perf_counter()
     trajectory = _join(trajectories)
     if config.method == "oracle":
-        maps = torch.cat([judged.maps for judged in judgements if judged.maps is not None])
-        trajectory = replace(trajectory, weights=maps.to(trajectory.latents.device).expand(section.steps, -1, -1, -1))
+        maps = torch.cat([judged.maps for judged in judgements if judged.maps is not None], dim=1)
+        trajectory = replace(trajectory, weights=maps.to(trajectory.latents.device))
     _, timesteps = policy.schedule(section.steps)
     return Rollout(
         trajectory=trajectory,
@@ -250,7 +250,7 @@ def _group_noise(policy: Policy, config: Config, iteration: int, prompts: Tensor
 
 @dataclass(frozen=True)
 class _Judged:
-    """A batch's rewards [B], the maps that its images give (for the oracle), and what that took."""
+    """A batch's rewards [B], the maps [T, B, h, w] that its images give (for the oracle), and what that took."""
 
     rewards: np.ndarray
     maps: Tensor | None
@@ -263,7 +263,9 @@ def _judge(
     start = time.perf_counter()
     images = policy.decode(latents)
     rewards = reward(images, prompts)
-    maps = true_maps(images, prompts, policy.grid, config.allocation) if config.method == "oracle" else None
+    maps = None
+    if config.method == "oracle":
+        maps = true_maps(images, prompts, policy.grid, config.allocation, config.rollout.steps)
     return _Judged(rewards, maps, time.perf_counter() - start)
 
 

@@ -41,9 +41,17 @@ def test_only_named_objects_have_mass_and_each_its_own_unit() -> None:
 
 def test_weights_have_mean_one_and_are_even_without_the_object() -> None:
     images = np.stack([picture(SQUARE), picture(SQUARE)])
-    maps = true_maps(images, [prompt("square"), prompt("circle")], (8, 8), Allocation())
+    maps = true_maps(images, [prompt("square"), prompt("circle")], (8, 8), Allocation(), 1)[0]
     assert maps[0].mean().item() == pytest.approx(1.0) and maps[0, 1, 1] == 16.0 and maps[0, 5, 5] == 0.0
     assert torch.equal(maps[1], torch.ones(8, 8))
+
+
+def test_steps_of_the_oracle_have_their_own_strength() -> None:
+    images = picture(SQUARE)[None]
+    mixed = true_maps(images, [prompt("square")], (8, 8), Allocation(strength=[0.0, 1.0, 0.5]), 4)[:, 0]
+    whole = true_maps(images, [prompt("square")], (8, 8), Allocation(), 1)[0, 0]
+    assert torch.equal(mixed[0], torch.ones(8, 8)) and torch.equal(mixed[1], whole)
+    assert torch.equal(mixed[2], 0.5 + 0.5 * whole) and torch.equal(mixed[3], mixed[2])
 
 
 def test_an_object_of_another_colour_is_still_what_the_prompt_names() -> None:

@@ -106,6 +106,21 @@ def test_a_training_rollout_records_log_probs_and_maps_of_every_step(
     assert trajectory.weights.std() > 0
 
 
+def test_each_step_has_its_strength_and_the_last_counts_for_those_after_it(policy: Policy, prompts) -> None:
+    embeddings, units = policy.encode([prompt.text for prompt in prompts]), text_units(policy, prompts)
+
+    def weights(strength: str) -> torch.Tensor:
+        allocation = load_config("tiny", [f"allocation.strength={strength}"]).allocation
+        options = {"steps": 4, "kind": "ode", "units": units, "allocation": allocation}
+        maps = denoise(policy, embeddings, generator=stream(0, "test"), **options).weights
+        assert maps is not None, "units were given"
+        return maps
+
+    whole, mixed = weights("1"), weights("[0, 1, 0.5]")
+    assert torch.equal(mixed[0], torch.ones_like(mixed[0])) and torch.equal(mixed[1], whole[1])
+    torch.testing.assert_close(mixed[2:], 0.5 + 0.5 * whole[2:])
+
+
 def test_images_of_another_resolution_are_the_pipelines(prompts) -> None:
     config = load_config("tiny", ["model.resolution=48"])
     policy = load_policy(config.model)

@@ -328,7 +328,7 @@ def make_map(case: Case, inputs: LayerInputs, arm: Arm) -> tuple[Callable[[], Te
         mass,
         grid,
         backend=config.backend,
-        **allocation.options(),
+        **allocation.options(0),
     )
     return call, mass.nbytes + 4 * len(mass) * grid[0] * grid[1]
 

@@ -176,8 +176,9 @@ def arm_weights(
     for arm in arms:
         if arm == "oracle":
             images = state.policy.decode(rollout.trajectory.latents[-1])
-            true = true_maps(images, rollout.prompts, state.policy.grid, state.config.allocation)
-            maps[arm] = true.to(state.policy.device).expand(len(rollout.timesteps), -1, -1, -1)
+            steps = len(rollout.timesteps)
+            true = true_maps(images, rollout.prompts, state.policy.grid, state.config.allocation, steps)
+            maps[arm] = true.to(state.policy.device)
         else:
             maps[arm] = control_weights(arm, rollout.trajectory.weights, rollout.group_size, rng)
     return maps
