@@ -14,7 +14,8 @@ from scipy import stats
 from star_trainer.ablation import runs as runs_module
 from star_trainer.ablation.cli import main
 from star_trainer.ablation.results import Curve, compare, markdown, mean_over_seeds
-from star_trainer.ablation.runs import Arm, Run, places, plan_runs, run_all
+from star_trainer.ablation.runs import Run, places, plan_runs, run_all
+from star_trainer.arms import Arm
 
 HERE = Path(__file__).parent
 SMALL = [

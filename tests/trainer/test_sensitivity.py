@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from star_trainer.sensitivity.gradients import (
     batch_gradients,
     gram_matrix,
     jackknife,
+    other_weights,
     signal_and_noise,
     signal_ratio,
     summarise,
@@ -85,12 +87,16 @@ def test_arms_are_compared_batch_by_batch() -> None:
     rng = np.random.default_rng(2)
     batches = torch.from_numpy(0.5 + rng.normal(size=(40, 20)))
     uniform, star = gram_matrix(list(batches)), gram_matrix(list(batches * 0.99 + 0.02))
-    found = summarise("star", "all", star, uniform)
+    found = summarise("star", "all", star, {"uniform": uniform, "star": star})
     assert found.ratio_less_uniform is not None
     width = found.ratio_less_uniform.high - found.ratio_less_uniform.low
     assert width < (found.ratio.high - found.ratio.low) / 5
     assert found.ratio_less_uniform.value == pytest.approx(signal_ratio(star) - signal_ratio(uniform))
-    assert summarise("uniform", "all", uniform, uniform).ratio_less_uniform is None
+    assert found.ratio_less_star is None
+    other = summarise("uniform", "all", uniform, {"uniform": uniform, "star": star})
+    assert other.ratio_less_uniform is None
+    assert other.ratio_less_star is not None
+    assert other.ratio_less_star.value == pytest.approx(-found.ratio_less_uniform.value)
 
 
 def test_two_batches_are_too_few() -> None:
@@ -106,8 +112,6 @@ def state(tmp_path_factory: pytest.TempPathFactory):
 
 def test_gradients_are_those_of_an_on_policy_update(state) -> None:
     """With all samples in one part, the gradient of each arm is what the trainer's own loss gives."""
-    from concurrent.futures import ThreadPoolExecutor
-
     prompts = sample_prompts(np.random.default_rng(0), 2, held_out=False)
 
     def reward(images, batch):
@@ -125,6 +129,35 @@ def test_gradients_are_those_of_an_on_policy_update(state) -> None:
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(result.loss, parameters)])
         torch.testing.assert_close(found[arm, 0], expected, atol=1e-6 * float(expected.abs().max()) + 1e-9, rtol=1e-3)
     assert not torch.allclose(found["star", 0], found["uniform", 0])
+
+
+@pytest.mark.parametrize("guidance", ["1.0", "2.0"])
+def test_maps_with_other_settings_are_those_that_a_rollout_with_them_has(guidance: str, tmp_path: Path) -> None:
+    """Samples do not depend on the settings of the maps, so that rollouts with each of them are the same."""
+    rows = {
+        "own": [],
+        "settings": ["allocation.combine=max", "allocation.strength=[0.25, 0.5]", "allocation.smooth=true"],
+        "one": ["allocation.layers=[3]"],
+        "two": ["allocation.layers=[1,2]", "allocation.sharpness=1"],
+    }
+    prompts = sample_prompts(np.random.default_rng(0), 2, held_out=False)
+    common = [*SMALL, "rollout.steps=3", "rollout.sde_steps=2", "rollout.batch_size=3", f"run.folder={tmp_path}"]
+    found, rolled = {}, {}
+    for name, overrides in rows.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = load_config("tiny", [*common, f"rollout.guidance_scale={guidance}", *overrides])
+        state = build_state(config)
+        with ThreadPoolExecutor(1) as worker:
+            rollout = collect(state.policy, config, prompts, lambda images, batch: np.zeros(len(batch)), worker, 0)
+        rolled[name] = rollout.trajectory.weights
+        if name == "own":
+            allocations = {key: load_config("tiny", [*common, *given]).allocation for key, given in rows.items()}
+            found = other_weights(state, rollout, allocations)
+    for name, weights in found.items():
+        assert weights.shape == (2, 4, 8, 8), "up to the last step with noise"
+        torch.testing.assert_close(weights, rolled[name][:2], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found["own"], found["one"], atol=1e-2)
+    assert not torch.allclose(found["own"], found["settings"], atol=1e-2)
 
 
 def test_steps_are_added_by_arm_and_left_as_they_are() -> None:
@@ -226,13 +259,28 @@ def test_what_was_measured_before_an_interrupt_counts(
         return collect(*arguments)
 
     monkeypatch.setattr("star_trainer.sensitivity.gradients.collect", collect_or_stop)
-    parts = ["--parts", "gradients", "--arms", "star,uniform", "--batches", "20"]
+    parts = [
+        "--parts",
+        "gradients",
+        "--arms",
+        "star,uniform",
+        "--batches",
+        "20",
+        "--arm",
+        "half: allocation.strength=0.5",
+    ]
     assert main(["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", *parts, "--folder", str(tmp_path)]) == code
     result = tmp_path / "sensitivity.json"
     if code:
         assert not result.exists()
     else:
-        assert {signal["batches"] for signal in json.loads(result.read_text())["gradients"]} == {3}
+        content = json.loads(result.read_text())
+        assert {signal["batches"] for signal in content["gradients"]} == {3}
+        found = {signal["arm"]: signal for signal in content["gradients"] if signal["step"] == "all"}
+        # Half of each: its gradient lies between the two.
+        means = {name: np.sqrt(signal["covariance_trace"] + signal["squared_mean"]) for name, signal in found.items()}
+        assert means["half"] <= (means["star"] + means["uniform"]) / 2 * (1 + 1e-6)
+        assert found["half"]["ratio_less_star"] is not None and content["arms"]["half"]["strength"] == 0.5
 
 
 def test_a_differentiable_reward_is_compared_by_its_gradient(tmp_path: Path) -> None:
@@ -251,6 +299,12 @@ def test_a_differentiable_reward_is_compared_by_its_gradient(tmp_path: Path) -> 
     [
         (["--parts", "everything"], "--parts"),
         (["--arms", "best"], "--arms"),
+        (["--arm", "half"], "--arm"),
+        (["--arm", "star: allocation.strength=0.5"], "--arm"),
+        (["--arm", "short: rollout.steps=5"], "--arm: short"),
+        (["--arm", "half: allocation.strength=2"], "allocation.strength"),
+        (["--arm", "deep: allocation.layers=[9]", "--parts", "gradients"], "allocation.layers"),
+        (["--arm", "half: allocation.strength=0.5", "--parts", "edits"], "--arm"),
         (["--prompts", "1"], "--prompts"),
         (["--batches", "2"], "--batches"),
         (["--share", "1"], "--share"),

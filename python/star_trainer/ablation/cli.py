@@ -11,7 +11,8 @@ from typing import get_args
 
 from star_trainer.ablation.plot import plot_ablation
 from star_trainer.ablation.results import as_json, compare, markdown, read_curve
-from star_trainer.ablation.runs import Arm, places, plan_runs, run_all
+from star_trainer.ablation.runs import places, plan_runs, run_all
+from star_trainer.arms import Arm
 from star_trainer.cli import add_config_arguments
 from star_trainer.config import REWARD_GRADIENT_METHODS, ConfigError, Method, load_config
 from star_trainer.files import write_atomically
@@ -98,11 +99,7 @@ def _arms(methods: str, others: Sequence[str]) -> list[Arm]:
         if name not in _METHODS:
             raise ConfigError(f"--methods: expected some of {', '.join(_METHODS)}, got {name!r}")
         arms.append(Arm(name, (f"method={name}",)))
-    for text in others:
-        name, colon, settings = text.partition(":")
-        if not colon or not re.fullmatch(r"[\w.+-]+", name.strip()):
-            raise ConfigError(f"--arm: expected 'NAME: key=value ...' with a name of letters and digits, got {text!r}")
-        arms.append(Arm(name.strip(), tuple(settings.split())))
+    arms += map(Arm.parse, others)
     names = [arm.name for arm in arms]
     if not arms or len(set(names)) < len(names):
         raise ConfigError(f"--methods: expected arms with names of their own, got {', '.join(names) or 'none'}")

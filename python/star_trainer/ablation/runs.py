@@ -16,18 +16,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from star_trainer.arms import Arm
 from star_trainer.config import Config, ConfigError, load_config
 
 # Every how many seconds the runs are looked after.
 _POLL = 0.5
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What is compared: a name and the settings in which it differs from the others."""
-
-    name: str
-    overrides: tuple[str, ...]
 
 
 @dataclass(frozen=True)

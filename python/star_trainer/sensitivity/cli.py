@@ -7,12 +7,13 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from star_trainer.arms import Arm
 from star_trainer.cli import add_config_arguments, quieten
-from star_trainer.config import Config, ConfigError, load_config
+from star_trainer.config import Allocation, Config, ConfigError, load_config
 from star_trainer.files import write_atomically
 
 PARTS = ("objects", "edits", "gradients")
@@ -28,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
             "examples:\n"
             "  star-sensitivity tiny\n"
             "  star-sensitivity tiny --parts gradients --batches 200 train.batch_size=96\n"
+            '  star-sensitivity tiny --parts gradients --arm "half: allocation.strength=0.5"\n'
             "  star-sensitivity tiny run.folder=runs/tiny_star_0 --trained     after that run instead of before\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--arms", default=",".join(_ARMS), help=f"of gradients, some of {', '.join(_ARMS)}")
     parser.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="'NAME: allocation.key=value ...'",
+        help="of gradients: other settings of the allocation, on the same rollouts; may be repeated",
+    )
+    parser.add_argument(
         "--trained", action="store_true", help="measure the averaged weights in run.folder's newest checkpoint"
     )
     parser.add_argument("--folder", help="where results go (default: runs/sensitivity_CONFIG)")
@@ -57,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         config, parts, arms = _check(options)
+        others = _others(options, config)
         quieten()
         from star_trainer.checkpoint import CheckpointError
         from star_trainer.rewards.errors import RewardError
@@ -67,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"star-sensitivity: {error}", file=sys.stderr)
         return 2
     try:
-        report(config, parts, arms, options)
+        report(config, parts, arms, others, options)
     except (CacheError, ChatError, CheckpointError, ConfigError, NonFiniteError, OSError, RewardError) as error:
         print(f"star-sensitivity: {error}", file=sys.stderr)
         return 2
@@ -91,11 +101,33 @@ def _check(options: argparse.Namespace) -> tuple[Config, list[str], list[str]]:
         raise ConfigError(f"--share: expected between 0 and 1, got {options.share}")
     if config.prompts.source != "scenes" and ("objects" in parts or "oracle" in arms):
         raise ConfigError("--parts: objects, and the arm oracle, need prompts.source=scenes, where the truth is known")
+    if options.arm and "gradients" not in parts:
+        raise ConfigError("--arm: expected none without gradients among --parts")
     return config, parts, arms
 
 
-def report(config: Config, parts: Sequence[str], arms: Sequence[str], options: argparse.Namespace) -> None:
+def _others(options: argparse.Namespace, config: Config) -> dict[str, Allocation]:
+    """The allocation settings of each --arm."""
+    others: dict[str, Allocation] = {}
+    for arm in map(Arm.parse, options.arm):
+        other = load_config(options.config, [*options.overrides, *arm.overrides, "method=star"])
+        if arm.name in (*_ARMS, *others):
+            raise ConfigError(f"--arm: expected a name of its own, got {arm.name}")
+        if other.model_copy(update={"allocation": config.allocation}) != config:
+            raise ConfigError(f"--arm: {arm.name}: expected settings of allocation, which share the same rollouts")
+        others[arm.name] = other.allocation
+    return others
+
+
+def report(
+    config: Config,
+    parts: Sequence[str],
+    arms: Sequence[str],
+    others: Mapping[str, Allocation],
+    options: argparse.Namespace,
+) -> None:
     """Measure what was asked for and write table, plots and numbers."""
+    from star_trainer.policy import check_against_model
     from star_trainer.prompts import check_prompts, load_prompts
     from star_trainer.randomness import numpy_stream
     from star_trainer.rewards import load_terms, weighted_sum
@@ -113,6 +145,9 @@ def report(config: Config, parts: Sequence[str], arms: Sequence[str], options: a
     state = build_state(config)
     if options.trained and not state.take_average(Path(config.run.folder) / "checkpoints"):
         raise ConfigError(f"run.folder: expected a run with a checkpoint for --trained, got {config.run.folder}")
+    for allocation in others.values():
+        varied = config.model_copy(update={"allocation": allocation})
+        check_against_model(varied, state.policy.model, state.policy.pipeline.vae_scale_factor)
     scores: list[maps.Score] = []
     if "objects" in parts or "edits" in parts:
         held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), options.prompts)
@@ -127,13 +162,14 @@ def report(config: Config, parts: Sequence[str], arms: Sequence[str], options: a
             _draw_cases(cases, reward, options.share, folder / "cases.png")
     signals: list[gradients.Signal] = []
     if "gradients" in parts:
-        signals = gradients.measure(state, draw_training, reward, arms, options.batches, extractor.fill)
+        signals = gradients.measure(state, draw_training, reward, arms, options.batches, extractor.fill, others)
     table = tables(scores, signals)
     content = {
         "config": config.model_dump(mode="json"),
         "iteration": state.iteration,
         "prompts": options.prompts,
         "share": options.share,
+        "arms": {name: allocation.model_dump(mode="json") for name, allocation in others.items()},
         "scores": maps.as_rows(scores),
         "gradients": [dataclasses.asdict(signal) for signal in signals],
     }
@@ -195,14 +231,15 @@ def tables(scores: Sequence[Any], signals: Sequence[Any]) -> str:
         lines += [""]
     if signals:
         lines += [
-            "| gradient | step | signal / noise | less uniform's | cosine | norm² of mean | trace of covariance | n |"
+            "| gradient | step | signal / noise | less uniform's | less star's | cosine | norm² of mean "
+            "| trace of covariance | n |"
         ]
-        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += ["|---" * 9 + "|"]
         for signal in sorted(signals, key=lambda found: (found.step != "all", found.step)):
             step = signal.step if signal.step == "all" else str(int(signal.step) + 1)
             lines += [
                 f"| {signal.arm} | {step} | {_interval(signal.ratio)} | {_interval(signal.ratio_less_uniform)} | "
-                f"{_interval(signal.cosine)} | "
+                f"{_interval(signal.ratio_less_star)} | {_interval(signal.cosine)} | "
                 f"{signal.squared_mean:.3g} | {signal.covariance_trace:.3g} | {signal.batches} |"
             ]
         lines += [""]

@@ -5,6 +5,9 @@ Gram matrix, ‖E g‖² is estimated without bias by the mean of g_i·g_j over 
 mean of ‖g_i‖² less that. The ratio of the two says how much of a batch's gradient is signal: 1 / ratio is the number of
 batches after which the error of their mean is as long as the mean itself.
 
+Other settings of STAR's allocation are compared on the same rollouts: their maps are recorded by running the model
+again on the rollout's latents.
+
 On policy all ratios are 1, where the image-level objective has the gradient of the position-level one with even
 weights: one arm, `uniform`, stands for both.
 """
@@ -12,7 +15,7 @@ weights: one arm, `uniform`, stands for both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,12 +27,13 @@ from tqdm import tqdm
 
 import star_kernels as sk
 from star_trainer.advantages import control_weights, group_advantages
+from star_trainer.config import Allocation
 from star_trainer.oracle import true_maps
 from star_trainer.processes import whole
 from star_trainer.prompts import PromptSource
 from star_trainer.randomness import numpy_stream
 from star_trainer.rewards import RewardFunction
-from star_trainer.rollout import Rollout, collect
+from star_trainer.rollout import Rollout, collect, text_units
 from star_trainer.scenes import ScenePrompt
 from star_trainer.state import TrainingState
 from star_trainer.update import attention_of_the_rollout, log_prob, predict
@@ -51,7 +55,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Signal:
-    """What n gradients say: ‖E g‖² (may come out below 0), tr Cov g, their ratio, two batches' mean cosine."""
+    """What n gradients say: ‖E g‖² (may come out below 0), tr Cov g, their ratio, two batches' mean cosine.
+
+    The ratio is compared with that of the arms uniform and star on the same batches, where these were measured.
+    """
 
     arm: str
     step: str
@@ -61,6 +68,7 @@ class Signal:
     ratio: Estimate
     cosine: Estimate
     ratio_less_uniform: Estimate | None
+    ratio_less_star: Estimate | None
 
 
 def signal_and_noise(gram: np.ndarray) -> tuple[float, float, float]:
@@ -97,8 +105,8 @@ def gram_matrix(gradients: Sequence[Tensor]) -> np.ndarray:
     return (matrix @ matrix.T).numpy()
 
 
-def summarise(arm: str, step: str, gram: np.ndarray, uniform: np.ndarray | None = None) -> Signal:
-    """The statistics of one arm from its Gram matrix, and its difference to even weights on the same batches.
+def summarise(arm: str, step: str, gram: np.ndarray, references: Mapping[str, np.ndarray] | None = None) -> Signal:
+    """The statistics of one arm from its Gram matrix, and its differences to `references` on the same batches.
 
     Raises:
         ValueError: fewer than three batches, of which an interval cannot be made.
@@ -106,11 +114,23 @@ def summarise(arm: str, step: str, gram: np.ndarray, uniform: np.ndarray | None 
     if len(gram) < _FEWEST:
         raise ValueError(f"gram: expected at least {_FEWEST} batches, got {len(gram)}")
     squared_mean, trace, _ = signal_and_noise(gram)
-    difference = None
-    if uniform is not None and arm != "uniform":
-        difference = jackknife(lambda own, even: signal_ratio(own) - signal_ratio(even), gram, uniform)
+    differences = {
+        name: jackknife(lambda own, other: signal_ratio(own) - signal_ratio(other), gram, reference)
+        for name, reference in (references or {}).items()
+        if name != arm
+    }
     cosine = jackknife(lambda of: signal_and_noise(of)[2], gram)
-    return Signal(arm, step, len(gram), squared_mean, trace, jackknife(signal_ratio, gram), cosine, difference)
+    return Signal(
+        arm,
+        step,
+        len(gram),
+        squared_mean,
+        trace,
+        jackknife(signal_ratio, gram),
+        cosine,
+        differences.get("uniform"),
+        differences.get("star"),
+    )
 
 
 def measure(
@@ -120,8 +140,11 @@ def measure(
     arms: Sequence[str],
     batches: int,
     fill: Callable[[Sequence[ScenePrompt]], list[ScenePrompt]],
+    others: Mapping[str, Allocation] | None = None,
 ) -> list[Signal]:
     """Signal and noise per arm, for each denoising step and for their sum, from `batches` fresh rollouts.
+
+    `others` are further arms by name: the prompts' own maps, with other settings than the configuration's.
 
     A KeyboardInterrupt after three batches or more ends the measurement: the result is that of the batches so far.
     The gradients of all batches are held in memory: batches · arms · (steps + 1) · parameters · 4 bytes.
@@ -130,13 +153,17 @@ def measure(
     with ThreadPoolExecutor(1) as worker:
         try:
             for batch in tqdm(range(batches), unit="batch", desc="gradients", disable=None):
-                measured.append(_measure_batch(state, draw, reward, arms, fill, worker, _FIRST_ITERATION + batch))
+                place = _FIRST_ITERATION + batch
+                measured.append(_measure_batch(state, draw, reward, arms, fill, others or {}, worker, place))
         except KeyboardInterrupt:
             if len(measured) < _FEWEST:
                 raise
             tqdm.write(f"stopped after {len(measured)} of {batches} batches")
     grams = {key: gram_matrix([batch[key] for batch in measured]) for key in measured[0]}
-    return [summarise(arm, step, gram, grams.get(("uniform", step))) for (arm, step), gram in grams.items()]
+    return [
+        summarise(arm, step, gram, {name: grams[name, step] for name in ("uniform", "star") if (name, step) in grams})
+        for (arm, step), gram in grams.items()
+    ]
 
 
 def _measure_batch(
@@ -145,6 +172,7 @@ def _measure_batch(
     reward: RewardFunction,
     arms: Sequence[str],
     fill: Callable[[Sequence[ScenePrompt]], list[ScenePrompt]],
+    others: Mapping[str, Allocation],
     worker: ThreadPoolExecutor,
     iteration: int,
 ) -> dict[tuple[str, str], Tensor]:
@@ -156,6 +184,7 @@ def _measure_batch(
         rollout.rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
     )
     weights = arm_weights(state, rollout, arms, numpy_stream(config.run.seed, "shuffle", iteration))
+    weights |= other_weights(state, rollout, others)
     return with_sums(batch_gradients(state, rollout, advantages.values, weights))
 
 
@@ -181,6 +210,35 @@ def arm_weights(
             maps[arm] = true.to(state.policy.device)
         else:
             maps[arm] = control_weights(arm, rollout.trajectory.weights, rollout.group_size, rng)
+    return maps
+
+
+@torch.no_grad()
+def other_weights(state: TrainingState, rollout: Rollout, allocations: Mapping[str, Allocation]) -> dict[str, Tensor]:
+    """The maps [S, B, h, w] of a rollout with other allocation settings, up to the last step S with noise.
+
+    The model runs again on the rollout's latents, once for each choice of layers.
+    """
+    config, policy, trajectory = state.config, state.policy, rollout.trajectory
+    samples, size = len(rollout.rewards), rollout.group_size
+    steps = 1 + max(step for step, row in enumerate(trajectory.coefficients) if row.stochastic)
+    maps = {name: torch.empty(steps, samples, *policy.grid, device=policy.device) for name in allocations}
+    units = text_units(policy, rollout.prompts[::size]) if allocations else None
+    for layers in {None if each.layers is None else tuple(each.layers) for each in allocations.values()}:
+        own = {name: each for name, each in allocations.items() if layers == (each.layers and tuple(each.layers))}
+        for rows in torch.arange(samples).split(config.rollout.batch_size):
+            assert units is not None, "made where there are allocations"
+            with sk.record_attention(
+                policy.transformer, units[rows // size], layers=layers, backend=config.backend
+            ) as recorder:
+                for step in range(steps):
+                    latents = trajectory.latents[step, rows].to(policy.device)
+                    policy.velocity(latents, rollout.timesteps[step], rollout.embeddings_of(rows))
+                    for name, allocation in own.items():
+                        maps[name][step, rows] = sk.allocation_map(
+                            recorder.mass, policy.grid, backend=config.backend, **allocation.options(step)
+                        )
+                    recorder.discard_step()
     return maps
 
 
