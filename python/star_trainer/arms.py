@@ -25,4 +25,5 @@ class Arm:
         name, colon, settings = text.partition(":")
         if not colon or not re.fullmatch(r"[\w.+-]+", name.strip()):
             raise ConfigError(f"--arm: expected 'NAME: key=value ...' with a name of letters and digits, got {text!r}")
-        return cls(name.strip(), tuple(settings.split()))
+        # Values may have spaces: a setting begins where a key does.
+        return cls(name.strip(), tuple(re.split(r"\s+(?=[\w.:]+=)", settings.strip())) if settings.strip() else ())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from star_trainer.yaml_files import KeyPath, YamlFileError, parse
 
@@ -161,13 +161,18 @@ class Reward(_Section):
     remote: RemoteReward = RemoteReward()
 
 
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
 class Allocation(_Section):
     """Where the advantage lands."""
 
-    strength: Share | Annotated[list[Share], Field(min_length=1)] = Field(
-        1.0,
-        description="0 is uniform, 1 follows the map; a list has one for each denoising step, "
-        "and its last entry is also that of the steps after it",
+    strength: Annotated[list[Share], BeforeValidator(_as_list)] = Field(
+        [1.0],
+        min_length=1,
+        description="0 is uniform, 1 follows the map; one for all denoising steps, or a list with one for each, "
+        "whose last entry is also that of the steps after it",
     )
     sharpness: float = Field(1.0, gt=0.0, description="exponent of the map")
     combine: Literal["mean", "max"] = Field("mean", description="across the units of a prompt")
@@ -179,8 +184,8 @@ class Allocation(_Section):
 
     def options(self, step: int) -> dict[str, Any]:
         """The arguments of `star_kernels.allocation_map` at a step: every setting but the layers, for recording."""
-        strengths = self.strength if isinstance(self.strength, list) else [self.strength]
-        return self.model_dump(exclude={"layers"}) | {"strength": strengths[min(step, len(strengths) - 1)]}
+        strength = self.strength[min(step, len(self.strength) - 1)]
+        return self.model_dump(exclude={"layers"}) | {"strength": strength}
 
 
 class Train(_Section):
@@ -350,10 +355,12 @@ class Config(_Section):
             raise ValueError("rollout.prompts: expected at least 2 for the method shuffled, which exchanges maps")
         if self.method == "oracle" and self.prompts.source != "scenes":
             raise ValueError("method: oracle is for prompts.source=scenes, where it is known what an image shows")
-        if isinstance(self.allocation.strength, list) and len(self.allocation.strength) > self.rollout.steps:
+        noisy = self.rollout.sde_steps if compares else None
+        trained = self.rollout.steps if noisy is None else noisy
+        if len(self.allocation.strength) > trained:
             raise ValueError(
-                f"allocation.strength: expected at most {self.rollout.steps} entries, one for each of rollout.steps, "
-                f"got {len(self.allocation.strength)}"
+                f"allocation.strength: expected at most {trained} entries, one for each step of "
+                f"{'rollout.steps' if noisy is None else 'rollout.sde_steps'}, got {len(self.allocation.strength)}"
             )
         clamp = self.allocation.clamp
         if clamp is not None and not 0.0 <= clamp[0] <= 1.0 <= clamp[1]:

@@ -190,6 +190,7 @@ def test_a_single_seed_has_no_interval() -> None:
         (["--methods", "star,star"], "--methods"),
         (["--methods", ""], "--methods"),
         (["--arm", "no name"], "--arm"),
+        (["--arm", "odd: allocation.strength=[0, 1, 2] train.updates=1"], "allocation.strength.2"),
         (["--arm", "odd: nonsense=1"], "nonsense"),
         (["--arm", "odd: reward.terms.scene_strict=1"], "--arm"),
         (["--seeds", "many"], "--seeds"),

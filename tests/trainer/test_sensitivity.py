@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,16 @@ from accelerate.state import AcceleratorState
 from star_trainer.advantages import group_advantages
 from star_trainer.config import load_config
 from star_trainer.rewards import scene_graded
+from star_trainer.rewards.errors import RewardError
 from star_trainer.rollout import collect
 from star_trainer.scenes import COLOURS, SceneObject, ScenePrompt, sample_prompts, shape_mask
-from star_trainer.sensitivity.cli import main
+from star_trainer.sensitivity.cli import main, tables
 from star_trainer.sensitivity.gradients import (
     batch_gradients,
-    gram_matrix,
     jackknife,
+    moments,
     other_weights,
-    signal_and_noise,
-    signal_ratio,
+    pair_means,
     summarise,
     with_sums,
 )
@@ -56,10 +57,24 @@ def test_signal_and_noise_of_gaussian_gradients_are_unbiased() -> None:
     estimates = []
     for _ in range(400):
         batches = mean + rng.normal(size=(12, 40)) * 2.0
-        estimates.append(signal_and_noise(batches @ batches.T)[:2])
+        found = moments(batches @ batches.T)
+        estimates.append((found.signal[0], found.noise[0]))
     signal, noise = np.array(estimates).T
     assert signal.mean() == pytest.approx((mean**2).sum(), abs=4 * signal.std() / 20)
     assert noise.mean() == pytest.approx(40 * 4.0, abs=4 * noise.std() / 20)
+
+
+def test_what_is_left_out_is_left_out() -> None:
+    rng = np.random.default_rng(3)
+    first, second = rng.normal(size=(2, 6, 9))
+    products = first @ second.T
+    between, within = pair_means(products)
+    for place, kept in enumerate([list(range(6)), *([j for j in range(6) if j != i] for i in range(6))]):
+        part = products[np.ix_(kept, kept)]
+        assert within[place] == pytest.approx(np.diagonal(part).mean())
+        assert between[place] == pytest.approx(part[~np.eye(len(kept), dtype=bool)].mean())
+    unit = first / np.linalg.norm(first, axis=1, keepdims=True)
+    assert moments(first @ first.T).cosine == pytest.approx(pair_means(unit @ unit.T)[0])
 
 
 def test_jackknife_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
@@ -69,39 +84,55 @@ def test_jackknife_intervals_cover_the_truth_about_as_often_as_they_say() -> Non
     covered = 0
     for _ in range(150):
         batches = mean + rng.normal(size=(25, 30))
-        found = summarise("star", "all", gram_matrix(list(torch.from_numpy(batches))))
+        found = summarise("star", "all", torch.from_numpy(batches))
         covered += found.ratio.low <= truth <= found.ratio.high
         assert found.batches == 25
     assert 0.87 <= covered / 150 <= 1.0
 
 
 def test_identical_gradients_have_no_noise_and_cosine_one() -> None:
-    gram = np.full((4, 4), 2.0)
-    signal, noise, cosine = signal_and_noise(gram)
-    assert (signal, noise, cosine) == pytest.approx((2.0, 0.0, 1.0))
-    assert jackknife(lambda of: signal_and_noise(of)[2], gram).low == pytest.approx(1.0)
+    found = moments(np.full((4, 4), 2.0))
+    assert (found.signal[0], found.noise[0], found.cosine[0]) == pytest.approx((2.0, 0.0, 1.0))
+    assert jackknife(found.cosine).low == pytest.approx(1.0)
 
 
 def test_arms_are_compared_batch_by_batch() -> None:
     """Noise that two arms share is in neither's difference: that interval is far narrower than their own."""
     rng = np.random.default_rng(2)
-    batches = torch.from_numpy(0.5 + rng.normal(size=(40, 20)))
-    uniform, star = gram_matrix(list(batches)), gram_matrix(list(batches * 0.99 + 0.02))
-    found = summarise("star", "all", star, {"uniform": uniform, "star": star})
-    assert found.ratio_less_uniform is not None
+    uniform = torch.from_numpy(0.5 + rng.normal(size=(40, 20)))
+    star = uniform * 0.99 + 0.02
+    references = {"uniform": uniform, "star": star}
+    found, other = summarise("star", "all", star, references), summarise("uniform", "all", uniform, references)
+    assert found.ratio_less_uniform is not None and other.ratio_less_star is not None
     width = found.ratio_less_uniform.high - found.ratio_less_uniform.low
     assert width < (found.ratio.high - found.ratio.low) / 5
-    assert found.ratio_less_uniform.value == pytest.approx(signal_ratio(star) - signal_ratio(uniform))
-    assert found.ratio_less_star is None
-    other = summarise("uniform", "all", uniform, {"uniform": uniform, "star": star})
-    assert other.ratio_less_uniform is None
-    assert other.ratio_less_star is not None
+    assert found.ratio_less_uniform.value == pytest.approx(found.ratio.value - other.ratio.value)
     assert other.ratio_less_star.value == pytest.approx(-found.ratio_less_uniform.value)
+    assert found.ratio_less_star is None and other.ratio_less_uniform is None and other.cosine_to_uniform is None
+
+
+def test_what_does_not_point_along_the_gradient_of_the_reward_is_told_apart() -> None:
+    """Little noise about another direction is a high ratio, and nothing along uniform's."""
+    rng = np.random.default_rng(4)
+    along, across = torch.zeros(50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
+    along[0], across[1] = 2.0, 2.0
+    uniform, beside, half = (
+        mean + torch.from_numpy(rng.normal(size=(200, 50))) * spread
+        for mean, spread in ((along, 1.0), (across, 0.1), (along + across, 0.5))
+    )
+    found = {
+        name: summarise(name, "all", own, {"uniform": uniform}) for name, own in (("beside", beside), ("half", half))
+    }
+    assert found["beside"].ratio.value == pytest.approx(4 / 0.5, rel=0.05)
+    assert found["beside"].cosine_to_uniform.low < 0.0 < found["beside"].cosine_to_uniform.high
+    assert found["beside"].ratio_along_uniform.value < 0.1
+    assert found["half"].cosine_to_uniform.value == pytest.approx(0.5**0.5, abs=0.05)
+    assert found["half"].ratio_along_uniform.value == pytest.approx(4 / 12.5, rel=0.15)
 
 
 def test_two_batches_are_too_few() -> None:
     with pytest.raises(ValueError, match="at least 3"):
-        summarise("star", "all", np.ones((2, 2)))
+        summarise("star", "all", torch.ones(2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +151,8 @@ def test_gradients_are_those_of_an_on_policy_update(state) -> None:
     with ThreadPoolExecutor(1) as worker:
         rollout = collect(state.policy, state.config, prompts, reward, worker, 0)
     advantages = group_advantages(rollout.rewards, 2)
-    maps = {"star": rollout.trajectory.weights, "uniform": None}
+    star = rollout.trajectory.weights
+    maps = {"star": star, "uniform": None, "half": 0.5 + 0.5 * star}
     found = batch_gradients(state, rollout, advantages.values, maps)
     parameters = list(state.policy.trainable().values())
     for arm, weights in maps.items():
@@ -129,6 +161,8 @@ def test_gradients_are_those_of_an_on_policy_update(state) -> None:
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(result.loss, parameters)])
         torch.testing.assert_close(found[arm, 0], expected, atol=1e-6 * float(expected.abs().max()) + 1e-9, rtol=1e-3)
     assert not torch.allclose(found["star", 0], found["uniform", 0])
+    between = (found["star", 0] + found["uniform", 0]) / 2
+    torch.testing.assert_close(found["half", 0], between, atol=1e-6 * float(between.abs().max()), rtol=1e-3)
 
 
 @pytest.mark.parametrize("guidance", ["1.0", "2.0"])
@@ -208,6 +242,16 @@ def test_painting_over_the_top_of_the_true_map_costs_the_reward(cases: Cases) ->
     assert correlation["text-blind"].n == 0, "an even map has no correlation"
 
 
+def test_an_even_map_points_nowhere(cases: Cases) -> None:
+    maps = {name: np.concatenate([np.ones((1, 4, 8, 8)), steps]) for name, steps in cases.maps.items()}
+    scores = edits(replace(cases, maps=maps), scene_graded, 4 / 64, np.random.default_rng(0))
+    found = {(score.what, score.map, score.step): score for score in scores}
+    assert found["reward lost inside", "map", 0].n == 0 and np.isnan(found["reward lost inside", "map", 0].value)
+    assert found["reward lost inside", "map", 1].value == 1.0 and found["reward lost inside", "text-blind", 1].n == 0
+    row = next(line for line in tables(scores, []).splitlines() if line.startswith("| map |"))
+    assert row == "| map |  | 1.000 ± 0.000 | 4 |"
+
+
 def test_regions(cases: Cases) -> None:
     weights = np.arange(12.0).reshape(3, 4)
     region = top_region(weights, 0.25)
@@ -245,42 +289,44 @@ def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -
     assert "| star | all |" in (folder / "sensitivity.md").read_text()
 
 
-@pytest.mark.parametrize(("interrupted", "code"), [(4, 0), (3, 130)])
-def test_what_was_measured_before_an_interrupt_counts(
-    interrupted: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("batch", "ended_by", "code"),
+    [(4, KeyboardInterrupt(), 0), (3, KeyboardInterrupt(), 130), (4, RewardError("no answer"), 2)],
+)
+def test_what_was_measured_before_an_interrupt_or_a_fault_counts(
+    batch: int,
+    ended_by: BaseException,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     calls = []
 
     def collect_or_stop(*arguments):
         calls.append(arguments)
-        if len(calls) == interrupted:
-            raise KeyboardInterrupt
+        if len(calls) == batch:
+            raise ended_by
         return collect(*arguments)
 
     monkeypatch.setattr("star_trainer.sensitivity.gradients.collect", collect_or_stop)
-    parts = [
-        "--parts",
-        "gradients",
-        "--arms",
-        "star,uniform",
-        "--batches",
-        "20",
-        "--arm",
-        "half: allocation.strength=0.5",
-    ]
-    assert main(["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", *parts, "--folder", str(tmp_path)]) == code
+    parts = ["--parts", "gradients", "--arms", "star,uniform", "--batches", "20"]
+    half = ["--arm", "half: allocation.strength=0.5"]
+    assert main(["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", *parts, *half, "--folder", str(tmp_path)]) == code
+    assert ("no answer" in capsys.readouterr().err) == (code == 2)
     result = tmp_path / "sensitivity.json"
-    if code:
+    if batch == 3:
         assert not result.exists()
     else:
         content = json.loads(result.read_text())
         assert {signal["batches"] for signal in content["gradients"]} == {3}
         found = {signal["arm"]: signal for signal in content["gradients"] if signal["step"] == "all"}
-        # Half of each: its gradient lies between the two.
-        means = {name: np.sqrt(signal["covariance_trace"] + signal["squared_mean"]) for name, signal in found.items()}
-        assert means["half"] <= (means["star"] + means["uniform"]) / 2 * (1 + 1e-6)
-        assert found["half"]["ratio_less_star"] is not None and content["arms"]["half"]["strength"] == 0.5
+        # Half of each: the mean square of its length differs from both, and is at most the mean of the two.
+        squares = {name: signal["covariance_trace"] + signal["squared_mean"] for name, signal in found.items()}
+        assert squares["half"] < (squares["star"] + squares["uniform"]) / 2
+        assert abs(squares["half"] / squares["uniform"] - 1) > 0.05 < abs(squares["half"] / squares["star"] - 1)
+        assert found["half"]["ratio_less_star"] is not None and content["arms"]["half"]["strength"] == [0.5]
 
 
 def test_a_differentiable_reward_is_compared_by_its_gradient(tmp_path: Path) -> None:
@@ -302,8 +348,10 @@ def test_a_differentiable_reward_is_compared_by_its_gradient(tmp_path: Path) -> 
         (["--arm", "half"], "--arm"),
         (["--arm", "star: allocation.strength=0.5"], "--arm"),
         (["--arm", "short: rollout.steps=5"], "--arm: short"),
-        (["--arm", "half: allocation.strength=2"], "allocation.strength"),
-        (["--arm", "deep: allocation.layers=[9]", "--parts", "gradients"], "allocation.layers"),
+        (["--arm", "even: method=uniform"], "--arm: even"),
+        (["--arm", "same:"], "--arm: same"),
+        (["--arm", "half: allocation.strength=2"], "--arm: half: command line: allocation.strength"),
+        (["--arm", "deep: allocation.layers=[9]", "--parts", "gradients"], "--arm: deep: allocation.layers"),
         (["--arm", "half: allocation.strength=0.5", "--parts", "edits"], "--arm"),
         (["--prompts", "1"], "--prompts"),
         (["--batches", "2"], "--batches"),

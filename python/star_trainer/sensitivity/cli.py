@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"star-sensitivity: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("star-sensitivity: stopped; nothing was written", file=sys.stderr)
+        print("star-sensitivity: stopped before there were results", file=sys.stderr)
         return 130
     return 0
 
@@ -110,10 +110,13 @@ def _others(options: argparse.Namespace, config: Config) -> dict[str, Allocation
     """The allocation settings of each --arm."""
     others: dict[str, Allocation] = {}
     for arm in map(Arm.parse, options.arm):
-        other = load_config(options.config, [*options.overrides, *arm.overrides, "method=star"])
         if arm.name in (*_ARMS, *others):
             raise ConfigError(f"--arm: expected a name of its own, got {arm.name}")
-        if other.model_copy(update={"allocation": config.allocation}) != config:
+        try:
+            other = load_config(options.config, [*options.overrides, "method=star", *arm.overrides])
+        except ConfigError as error:
+            raise ConfigError(f"--arm: {arm.name}: {error}") from error
+        if not arm.overrides or other.model_copy(update={"allocation": config.allocation}) != config:
             raise ConfigError(f"--arm: {arm.name}: expected settings of allocation, which share the same rollouts")
         others[arm.name] = other.allocation
     return others
@@ -126,7 +129,7 @@ def report(
     others: Mapping[str, Allocation],
     options: argparse.Namespace,
 ) -> None:
-    """Measure what was asked for and write table, plots and numbers."""
+    """Measure what was asked for and write table, plots and numbers; a fault after three batches is raised after it."""
     from star_trainer.policy import check_against_model
     from star_trainer.prompts import check_prompts, load_prompts
     from star_trainer.randomness import numpy_stream
@@ -145,9 +148,12 @@ def report(
     state = build_state(config)
     if options.trained and not state.take_average(Path(config.run.folder) / "checkpoints"):
         raise ConfigError(f"run.folder: expected a run with a checkpoint for --trained, got {config.run.folder}")
-    for allocation in others.values():
+    for name, allocation in others.items():
         varied = config.model_copy(update={"allocation": allocation})
-        check_against_model(varied, state.policy.model, state.policy.pipeline.vae_scale_factor)
+        try:
+            check_against_model(varied, state.policy.model, state.policy.pipeline.vae_scale_factor)
+        except ConfigError as error:
+            raise ConfigError(f"--arm: {name}: {error}") from error
     scores: list[maps.Score] = []
     if "objects" in parts or "edits" in parts:
         held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), options.prompts)
@@ -161,8 +167,10 @@ def report(
             scores += _differentiable(terms, cases, state)
             _draw_cases(cases, reward, options.share, folder / "cases.png")
     signals: list[gradients.Signal] = []
+    failure: Exception | None = None
     if "gradients" in parts:
-        signals = gradients.measure(state, draw_training, reward, arms, options.batches, extractor.fill, others)
+        measured = gradients.measure(state, draw_training, reward, arms, options.batches, extractor.fill, others)
+        signals, failure = measured.signals, measured.failure
     table = tables(scores, signals)
     content = {
         "config": config.model_dump(mode="json"),
@@ -178,6 +186,8 @@ def report(
     plots.plot_by_step(scores, signals, folder / "sensitivity.png")
     print(table)
     print(f"tables, plots and numbers are in {folder}")
+    if failure is not None:
+        raise failure
 
 
 def _differentiable(terms: Any, cases: Any, state: Any) -> list[Any]:
@@ -226,24 +236,30 @@ def tables(scores: Sequence[Any], signals: Sequence[Any]) -> str:
         of = [score for score in scores if score.what == what]
         for name in dict.fromkeys(score.map for score in of):
             row = [score for score in of if score.map == name]
-            cells = [f"{score.value:.3f} ± {score.high - score.value:.3f}" for score in row]
-            lines += [f"| {name} | {' | '.join(cells)} | {min(score.n for score in row)} |"]
+            defined = [score.n for score in row if math.isfinite(score.value)]
+            cells = [_mean(score) for score in row]
+            lines += [f"| {name} | {' | '.join(cells)} | {min(defined, default=0)} |"]
         lines += [""]
     if signals:
         lines += [
-            "| gradient | step | signal / noise | less uniform's | less star's | cosine | norm² of mean "
-            "| trace of covariance | n |"
+            "| gradient | step | signal / noise | less uniform's | less star's | signal / noise along uniform's mean "
+            "| cosine to it | cosine of two batches | norm² of mean | trace of covariance | n |"
         ]
-        lines += ["|---" * 9 + "|"]
+        lines += ["|---" * 11 + "|"]
         for signal in sorted(signals, key=lambda found: (found.step != "all", found.step)):
             step = signal.step if signal.step == "all" else str(int(signal.step) + 1)
             lines += [
                 f"| {signal.arm} | {step} | {_interval(signal.ratio)} | {_interval(signal.ratio_less_uniform)} | "
-                f"{_interval(signal.ratio_less_star)} | {_interval(signal.cosine)} | "
+                f"{_interval(signal.ratio_less_star)} | {_interval(signal.ratio_along_uniform)} | "
+                f"{_interval(signal.cosine_to_uniform)} | {_interval(signal.cosine)} | "
                 f"{signal.squared_mean:.3g} | {signal.covariance_trace:.3g} | {signal.batches} |"
             ]
         lines += [""]
     return "\n".join(lines)
+
+
+def _mean(score: Any) -> str:
+    return f"{score.value:.3f} ± {score.high - score.value:.3f}" if math.isfinite(score.value) else ""
 
 
 def _interval(estimate: Any) -> str:

@@ -58,6 +58,8 @@ class Signal:
     """What n gradients say: ‖E g‖² (may come out below 0), tr Cov g, their ratio, two batches' mean cosine.
 
     The ratio is compared with that of the arms uniform and star on the same batches, where these were measured.
+    Only even weights have the gradient of the expected reward itself: `cosine_to_uniform` is the cosine of the expected
+    gradients, and `ratio_along_uniform` counts as signal only the part of the expected gradient along uniform's.
     """
 
     arm: str
@@ -69,68 +71,98 @@ class Signal:
     cosine: Estimate
     ratio_less_uniform: Estimate | None
     ratio_less_star: Estimate | None
+    cosine_to_uniform: Estimate | None
+    ratio_along_uniform: Estimate | None
 
 
-def signal_and_noise(gram: np.ndarray) -> tuple[float, float, float]:
-    """‖E g‖², tr Cov g (both unbiased) and the mean cosine between batches, from the Gram matrix [n, n], n >= 2."""
-    n = len(gram)
-    diagonal = np.diagonal(gram)
-    signal = (gram.sum() - diagonal.sum()) / (n * (n - 1))
-    norms = np.sqrt(diagonal)
+def pair_means(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means off and on the diagonal of [n, n], n >= 3: [1 + n] each, of all batches and then with each one left out."""
+    n, diagonal = len(products), np.diagonal(products)
+    sums = products.sum() - np.r_[0.0, products.sum(0) + products.sum(1) - diagonal]
+    on = diagonal.sum() - np.r_[0.0, diagonal]
+    counts = np.r_[n, np.full(n, n - 1)]
+    return (sums - on) / (counts * (counts - 1)), on / counts
+
+
+@dataclass(frozen=True)
+class Moments:
+    """‖E g‖², tr Cov g (both unbiased) and the mean cosine between batches: [1 + n] each, as of `pair_means`."""
+
+    signal: np.ndarray
+    noise: np.ndarray
+    cosine: np.ndarray
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """‖E g‖² / tr Cov g; NaN without noise."""
+        return np.divide(self.signal, self.noise, out=np.full_like(self.signal, np.nan), where=self.noise > 0)
+
+
+def moments(gram: np.ndarray) -> Moments:
+    """The moments of n >= 3 gradients from their Gram matrix [n, n]."""
+    between, within = pair_means(gram)
+    norms = np.sqrt(np.diagonal(gram))
     lengths = np.outer(norms, norms)
     cosines = np.divide(gram, lengths, out=np.zeros_like(gram), where=lengths > 0)
-    cosine = (cosines.sum() - np.diagonal(cosines).sum()) / (n * (n - 1))
-    return float(signal), float(diagonal.mean() - signal), float(cosine)
+    return Moments(between, within - between, pair_means(cosines)[0])
 
 
-def signal_ratio(gram: np.ndarray) -> float:
-    """‖E g‖² / tr Cov g; NaN without noise."""
-    signal, noise, _ = signal_and_noise(gram)
-    return signal / noise if noise > 0 else math.nan
-
-
-def jackknife(statistic: Callable[..., float], *grams: np.ndarray) -> Estimate:
-    """A statistic of Gram matrices of the same batches, n >= 3, with the interval that leaving out one batch gives."""
-    n = len(grams[0])
-    value = statistic(*grams)
-    left_out = np.array([statistic(*(np.delete(np.delete(gram, i, 0), i, 1) for gram in grams)) for i in range(n)])
+def jackknife(values: np.ndarray) -> Estimate:
+    """A statistic [1 + n], as of `pair_means`, with the interval that leaving out one of n >= 3 batches gives."""
+    left_out = values[1:]
+    n = len(left_out)
     error = math.sqrt((n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum()))
     half = float(stats.t.ppf(0.975, n - 1)) * error
-    return Estimate(value, value - half, value + half)
+    return Estimate(float(values[0]), float(values[0]) - half, float(values[0]) + half)
 
 
-def gram_matrix(gradients: Sequence[Tensor]) -> np.ndarray:
-    """Inner products [n, n] of n gradients [P], in double precision."""
-    matrix = torch.stack(list(gradients)).double()
-    return (matrix @ matrix.T).numpy()
-
-
-def summarise(arm: str, step: str, gram: np.ndarray, references: Mapping[str, np.ndarray] | None = None) -> Signal:
-    """The statistics of one arm from its Gram matrix, and its differences to `references` on the same batches.
+def summarise(arm: str, step: str, gradients: Tensor, references: Mapping[str, Tensor] | None = None) -> Signal:
+    """The statistics of one arm's gradients [n, P], and how they compare with `references` [n, P] on the same batches.
 
     Raises:
         ValueError: fewer than three batches, of which an interval cannot be made.
     """
-    if len(gram) < _FEWEST:
-        raise ValueError(f"gram: expected at least {_FEWEST} batches, got {len(gram)}")
-    squared_mean, trace, _ = signal_and_noise(gram)
-    differences = {
-        name: jackknife(lambda own, other: signal_ratio(own) - signal_ratio(other), gram, reference)
+    if len(gradients) < _FEWEST:
+        raise ValueError(f"gradients: expected at least {_FEWEST} batches, got {len(gradients)}")
+    own = moments(inner_products(gradients, gradients))
+    others = {
+        name: moments(inner_products(reference, reference))
         for name, reference in (references or {}).items()
         if name != arm
     }
-    cosine = jackknife(lambda of: signal_and_noise(of)[2], gram)
+    differences = {name: jackknife(own.ratio - other.ratio) for name, other in others.items()}
+    cosine_to_uniform = ratio_along_uniform = None
+    if references and "uniform" in others:
+        shared, _ = pair_means(inner_products(gradients, references["uniform"]))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            cosine_to_uniform = jackknife(shared / np.sqrt(own.signal * others["uniform"].signal))
+            ratio_along_uniform = jackknife(shared**2 / others["uniform"].signal / own.noise)
     return Signal(
         arm,
         step,
-        len(gram),
-        squared_mean,
-        trace,
-        jackknife(signal_ratio, gram),
-        cosine,
+        len(gradients),
+        float(own.signal[0]),
+        float(own.noise[0]),
+        jackknife(own.ratio),
+        jackknife(own.cosine),
         differences.get("uniform"),
         differences.get("star"),
+        cosine_to_uniform,
+        ratio_along_uniform,
     )
+
+
+def inner_products(first: Tensor, second: Tensor) -> np.ndarray:
+    """Inner products [n, n] of n gradients [n, P] with n others, in double precision."""
+    return (first.double() @ second.double().T).numpy()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured, and the fault that ended it early, if there was one."""
+
+    signals: list[Signal]
+    failure: Exception | None
 
 
 def measure(
@@ -141,29 +173,33 @@ def measure(
     batches: int,
     fill: Callable[[Sequence[ScenePrompt]], list[ScenePrompt]],
     others: Mapping[str, Allocation] | None = None,
-) -> list[Signal]:
+) -> Measurement:
     """Signal and noise per arm, for each denoising step and for their sum, from `batches` fresh rollouts.
 
     `others` are further arms by name: the prompts' own maps, with other settings than the configuration's.
 
-    A KeyboardInterrupt after three batches or more ends the measurement: the result is that of the batches so far.
+    A KeyboardInterrupt or a fault after three batches or more ends the measurement: the result is that of the batches
+    so far, with the fault.
     The gradients of all batches are held in memory: batches · arms · (steps + 1) · parameters · 4 bytes.
     """
     measured: list[dict[tuple[str, str], Tensor]] = []
+    failure: Exception | None = None
     with ThreadPoolExecutor(1) as worker:
         try:
             for batch in tqdm(range(batches), unit="batch", desc="gradients", disable=None):
                 place = _FIRST_ITERATION + batch
                 measured.append(_measure_batch(state, draw, reward, arms, fill, others or {}, worker, place))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Exception) as error:
             if len(measured) < _FEWEST:
                 raise
             tqdm.write(f"stopped after {len(measured)} of {batches} batches")
-    grams = {key: gram_matrix([batch[key] for batch in measured]) for key in measured[0]}
-    return [
-        summarise(arm, step, gram, {name: grams[name, step] for name in ("uniform", "star") if (name, step) in grams})
-        for (arm, step), gram in grams.items()
-    ]
+            failure = error if isinstance(error, Exception) else None
+    gradients = {key: torch.stack([batch[key] for batch in measured]) for key in measured[0]}
+    signals = []
+    for (arm, step), own in gradients.items():
+        references = {name: gradients[name, step] for name in ("uniform", "star") if (name, step) in gradients}
+        signals.append(summarise(arm, step, own, references))
+    return Measurement(signals, failure)
 
 
 def _measure_batch(
@@ -224,8 +260,10 @@ def other_weights(state: TrainingState, rollout: Rollout, allocations: Mapping[s
     steps = 1 + max(step for step, row in enumerate(trajectory.coefficients) if row.stochastic)
     maps = {name: torch.empty(steps, samples, *policy.grid, device=policy.device) for name in allocations}
     units = text_units(policy, rollout.prompts[::size]) if allocations else None
-    for layers in {None if each.layers is None else tuple(each.layers) for each in allocations.values()}:
-        own = {name: each for name, each in allocations.items() if layers == (each.layers and tuple(each.layers))}
+    by_layers: dict[tuple[int, ...] | None, dict[str, Allocation]] = {}
+    for name, allocation in allocations.items():
+        by_layers.setdefault(tuple(allocation.layers) if allocation.layers else None, {})[name] = allocation
+    for layers, own in by_layers.items():
         for rows in torch.arange(samples).split(config.rollout.batch_size):
             assert units is not None, "made where there are allocations"
             with sk.record_attention(

@@ -145,6 +145,8 @@ def edit(images: np.ndarray, regions: np.ndarray) -> np.ndarray:
 def edits(cases: Cases, reward: RewardFunction, share: float, rng: np.random.Generator) -> list[Score]:
     """What the reward loses when the `share` of the image with the most weight is painted over, and other places are.
 
+    Maps that are even point nowhere and are left out.
+
     ``inside`` is that region; ``outside`` has its shape, moved (round the edges) to where it overlaps the region least;
     ``elsewhere`` moved at random.
     """
@@ -161,6 +163,7 @@ def edits(cases: Cases, reward: RewardFunction, share: float, rng: np.random.Gen
             }
             for place, regions in places.items():
                 lost = before - reward(edit(cases.images, regions), cases.prompts)
+                lost = np.where(np.ptp(weights, axis=(1, 2)) > 0, lost, np.nan)
                 scores.append(mean_score(f"reward lost {place}", name, step, lost))
     return scores
 
