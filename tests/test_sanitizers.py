@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -34,8 +33,6 @@ numbers = (ctypes.c_float * 1024)()
 run(numbers, ctypes.c_long(int(sys.argv[2])))
 print("ran all")
 """
-# The sources of one instruction set each.
-OF_ONE_INSTRUCTION_SET = re.compile(r"_(default|avx2|avx512\w*)\.cpp$")
 
 
 def runtime_library(name: str) -> str | None:
@@ -85,7 +82,8 @@ def copy_to_build(folder: Path) -> None:
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     together = []
     for source in sorted((folder / "csrc").glob("*.cpp")):
-        if not OF_ONE_INSTRUCTION_SET.search(source.name):
+        # Those of one instruction set each stay alone: what they tell the compiler would hold for all that follows.
+        if "#pragma GCC target" not in source.read_text() and not source.name.endswith("_default.cpp"):
             together.append(f'#include "{source.rename(source.with_suffix(".inc")).name}"\n')
     (folder / "csrc" / "together.cpp").write_text("".join(together))
 

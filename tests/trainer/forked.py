@@ -40,7 +40,8 @@ def run_forked(main: Callable[[], object], arguments: list[str], processes: int 
         outputs = [Path(folder) / f"{rank}.txt" for rank in range(processes)]
         started = []
         for rank, output in enumerate(outputs):
-            environment = {"OMP_NUM_THREADS": "1"}
+            # The server's own environment is that of the test which started it.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             if processes > 1:
                 environment |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
                 environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
@@ -48,12 +49,14 @@ def run_forked(main: Callable[[], object], arguments: list[str], processes: int 
             process = _CONTEXT.Process(target=_run, args=(main, arguments, output, environment))
             process.start()
             started.append(process)
-        for process in started:
-            process.join(TIMEOUT)
-        late = [process for process in started if process.exitcode is None]
-        for process in late:
-            process.kill()
-            process.join()
+        try:
+            for process in started:
+                process.join(TIMEOUT)
+        finally:
+            late = [process for process in started if process.exitcode is None]
+            for process in late:
+                process.kill()
+                process.join()
         printed = [output.read_text() for output in outputs]
     assert not late, (f"{len(late)} of {processes} processes still ran after {TIMEOUT:.0f} s", printed)
     return [process.exitcode for process in started], printed
@@ -63,6 +66,7 @@ def _run(main: Callable[[], object], arguments: list[str], output: Path, environ
     with output.open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+    os.environ.clear()
     os.environ.update(environment)
     sys.argv[1:] = arguments
     sys.path.insert(0, str(HERE))
