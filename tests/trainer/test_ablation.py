@@ -176,6 +176,8 @@ def test_runs_stay_on_the_gpus_that_they_were_given(monkeypatch: pytest.MonkeyPa
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places(None)] == ["4", "GPU-5"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert {place["OMP_NUM_THREADS"] for place in places(2)} == {"3"}
 
 
 def test_a_single_seed_has_no_interval() -> None:
@@ -191,7 +193,11 @@ def test_a_single_seed_has_no_interval() -> None:
         (["--methods", ""], "--methods"),
         (["--arm", "no name"], "--arm"),
         (["--arm", "odd: allocation.strength=[0, 1, 2] train.updates=1"], "allocation.strength.2"),
-        (["--arm", "odd: nonsense=1"], "nonsense"),
+        (["--arm", "odd: nonsense=1"], "odd: command line: nonsense"),
+        (["--arm", "odd: run.seed=3"], "--arm: odd: run.seed"),
+        (["run.folder=there"], "run.folder"),
+        (["method=oracle"], "method"),
+        (["--methods", "star,r0"], "r0: "),
         (["--arm", "odd: reward.terms.scene_strict=1"], "--arm"),
         (["--seeds", "many"], "--seeds"),
         (["--seeds", "0"], "--seeds"),

@@ -130,6 +130,15 @@ def test_what_does_not_point_along_the_gradient_of_the_reward_is_told_apart() ->
     assert found["half"].ratio_along_uniform.value == pytest.approx(4 / 12.5, rel=0.15)
 
 
+def test_a_direction_that_is_not_known_has_no_cosine() -> None:
+    """Of even weights without a signal that n batches see, nothing can lie along it."""
+    noise = torch.from_numpy(np.random.default_rng(5).normal(size=(20, 30)))
+    noise -= noise.mean(0)
+    found = summarise("star", "all", noise + 1.0, {"uniform": noise})
+    assert found.cosine_to_uniform is None and found.ratio_along_uniform is None
+    assert found.ratio_less_uniform is not None
+
+
 def test_two_batches_are_too_few() -> None:
     with pytest.raises(ValueError, match="at least 3"):
         summarise("star", "all", torch.ones(2, 2))
@@ -329,6 +338,28 @@ def test_what_was_measured_before_an_interrupt_or_a_fault_counts(
         assert found["half"]["ratio_less_star"] is not None and content["arms"]["half"]["strength"] == [0.5]
 
 
+def test_parts_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", "--prompts", "6", "--folder", str(tmp_path)]
+    arms = ["--arms", "star,uniform", "--arm", "half: allocation.strength=0.5", "--batches", "3"]
+
+    def measured(*more: str) -> dict[str, object]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert main([*arguments, *more]) == 0
+        return json.loads((tmp_path / "sensitivity.json").read_text())
+
+    first = measured("--parts", "gradients", *arms)
+    second = measured("--parts", "objects")
+    third = measured("--parts", "edits")
+    assert second["gradients"] == third["gradients"] == first["gradients"] and third["arms"] == first["arms"]
+    assert first["scores"] == [] and second["scores"] == third["scores"][: len(second["scores"])]
+    table = (tmp_path / "sensitivity.md").read_text()
+    assert "| half | all |" in table and "object AUROC" in table and "reward lost inside" in table
+    before = (tmp_path / "sensitivity.json").read_bytes()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*arguments, "rollout.eta=0.5", "--parts", "objects"]) == 2
+    assert "--folder" in capsys.readouterr().err and (tmp_path / "sensitivity.json").read_bytes() == before
+
+
 def test_a_differentiable_reward_is_compared_by_its_gradient(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     reward = ["reward.terms={clip_score: 1.0}", "reward.models.clip=tiny"]
@@ -345,6 +376,7 @@ def test_a_differentiable_reward_is_compared_by_its_gradient(tmp_path: Path) -> 
     [
         (["--parts", "everything"], "--parts"),
         (["--arms", "best"], "--arms"),
+        (["rollout.prompts=1", "--parts", "gradients"], "rollout.prompts"),
         (["--arm", "half"], "--arm"),
         (["--arm", "star: allocation.strength=0.5"], "--arm"),
         (["--arm", "short: rollout.steps=5"], "--arm: short"),

@@ -21,6 +21,11 @@ _METHODS = get_args(Method)
 # Unless others are asked for: those that train on the same rewards in the same way.
 _ALLOCATIONS = [name for name in _METHODS if name not in REWARD_GRADIENT_METHODS]
 
+_ABOUT_SECONDS = (
+    "s/iter: median seconds of an iteration's rollout, reward and update, under all that ran at the same time; "
+    "what a method costs is measured by star-cost."
+)
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -45,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         help="something else to compare: a name and the settings in which it differs; may be repeated",
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: uniform, or the first)")
-    parser.add_argument("--seeds", default="5", help="how many (5 is 0 to 4), or which, comma-separated")
+    parser.add_argument("--seeds", default="5", help="how many (5, the default, is 0 to 4), or which, comma-separated")
     parser.add_argument("--folder", help="where runs and results go (default: runs/ablation_CONFIG)")
     parser.add_argument("--jobs", type=int, help="runs at the same time (default: one per GPU, else one per core)")
     return parser
@@ -77,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"star-ablate: every run of the baseline {baseline} failed, see {folder}", file=sys.stderr)
         return 1
     rows = compare(curves, baseline)
-    table = markdown(rows, baseline)
+    table = f"{markdown(rows, baseline)}\n{_ABOUT_SECONDS}\n"
     settings = {
         "config": load_config(options.config, options.overrides).model_dump(mode="json"),
         "arms": {arm.name: list(arm.overrides) for arm in arms},

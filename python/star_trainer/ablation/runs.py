@@ -18,7 +18,11 @@ from tqdm import tqdm
 
 from star_trainer.arms import Arm
 from star_trainer.config import Config, ConfigError, load_config
+from star_trainer.rewards import check_differentiable
+from star_trainer.rewards.errors import RewardError
 
+# Settings that every run has its own of.
+_OWN_KEYS = ("run.seed", "run.folder", "run.resume")
 # Every how many seconds the runs are looked after.
 _POLL = 0.5
 
@@ -79,6 +83,13 @@ def plan_runs(
     Raises:
         ConfigError: settings of an arm that cannot be used, or that measure something else than the others do.
     """
+    for arm in (Arm("", tuple(overrides)), *arms):
+        for key in (override.partition("=")[0] for override in arm.overrides):
+            if key in _OWN_KEYS or (key == "method" and not arm.name):
+                where = f"--arm: {arm.name}: {key}" if arm.name else key
+                raise ConfigError(f"{where}: expected none, this follows from --methods, --arm, --seeds and --folder")
+        if arm.name:
+            _check(source, [*overrides, *arm.overrides], arm)
     runs = []
     for seed in seeds:
         for arm in arms:
@@ -94,12 +105,24 @@ def plan_runs(
     return runs
 
 
+def _check(source: str, overrides: Sequence[str], arm: Arm) -> None:
+    try:
+        config = load_config(source, overrides)
+        if config.trains_by_reward_gradient:
+            check_differentiable(config.reward)
+    except (ConfigError, RewardError) as error:
+        raise ConfigError(f"{arm.name}: {error}") from error
+
+
 def places(jobs: int | None) -> list[dict[str, str]]:
-    """The environment of each run that goes on at the same time: a GPU each, or a share of the processor's cores."""
+    """The environment of each run that goes on at the same time: a GPU each, or a share of the processor's cores.
+
+    ``OMP_NUM_THREADS`` is left as it is where it is set.
+    """
     cores = len(os.sched_getaffinity(0))
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     count = jobs or devices or cores
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))}
     if not devices:
         return [threads] * count
     # Of the GPUs that this process may use, by the names that it knows them by.

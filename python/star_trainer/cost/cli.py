@@ -135,7 +135,7 @@ def report(config: Config, parts: Sequence[str], options: argparse.Namespace, co
     from star_trainer.cost.results import tables
 
     print(tables({"parts": {part: content["parts"][part] for part in parts}}))
-    print(f"tables, plot and numbers are in {folder}")
+    print(f"{'tables' if options.flops_only else 'tables, plot'} and numbers are in {folder}")
 
 
 def _check_size(shapes: Any, device: Any, name: str) -> None:

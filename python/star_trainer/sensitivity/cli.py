@@ -57,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trained", action="store_true", help="measure the averaged weights in run.folder's newest checkpoint"
     )
-    parser.add_argument("--folder", help="where results go (default: runs/sensitivity_CONFIG)")
+    parser.add_argument(
+        "--folder",
+        help="where results go (default: runs/sensitivity_CONFIG); parts that are there and not asked for stay",
+    )
     return parser
 
 
@@ -103,6 +106,8 @@ def _check(options: argparse.Namespace) -> tuple[Config, list[str], list[str]]:
         raise ConfigError("--parts: objects, and the arm oracle, need prompts.source=scenes, where the truth is known")
     if options.arm and "gradients" not in parts:
         raise ConfigError("--arm: expected none without gradients among --parts")
+    if "gradients" in parts and "shuffled" in arms and config.rollout.prompts < 2:
+        raise ConfigError("rollout.prompts: expected at least 2 for the arm shuffled, which exchanges maps")
     return config, parts, arms
 
 
@@ -135,6 +140,7 @@ def report(
     from star_trainer.randomness import numpy_stream
     from star_trainer.rewards import load_terms, weighted_sum
     from star_trainer.sensitivity import gradients, maps, plots
+    from star_trainer.sensitivity.results import kept_results
     from star_trainer.state import build_state
     from star_trainer.units import UnitExtractor
 
@@ -145,6 +151,8 @@ def report(
     folder = Path(options.folder or f"runs/sensitivity_{Path(options.config).stem}")
     # Now, not after an hour of measuring, if it cannot be made.
     folder.mkdir(parents=True, exist_ok=True)
+    settings = {"config": _plain(config.model_dump(mode="json")), "prompts": options.prompts, "share": options.share}
+    kept_scores, kept_signals, kept_arms = kept_results(folder, list(parts), settings | {"trained": options.trained})
     state = build_state(config)
     if options.trained and not state.take_average(Path(config.run.folder) / "checkpoints"):
         raise ConfigError(f"run.folder: expected a run with a checkpoint for --trained, got {config.run.folder}")
@@ -154,7 +162,7 @@ def report(
             check_against_model(varied, state.policy.model, state.policy.pipeline.vae_scale_factor)
         except ConfigError as error:
             raise ConfigError(f"--arm: {name}: {error}") from error
-    scores: list[maps.Score] = []
+    scores = kept_scores
     if "objects" in parts or "edits" in parts:
         held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), options.prompts)
         cases = maps.sample_cases(state, extractor.fill(held_out), layers="objects" in parts)
@@ -166,18 +174,17 @@ def report(
             scores += maps.regional_correlation(cases, reward)
             scores += _differentiable(terms, cases, state)
             _draw_cases(cases, reward, options.share, folder / "cases.png")
-    signals: list[gradients.Signal] = []
+    signals = kept_signals
     failure: Exception | None = None
     if "gradients" in parts:
         measured = gradients.measure(state, draw_training, reward, arms, options.batches, extractor.fill, others)
         signals, failure = measured.signals, measured.failure
     table = tables(scores, signals)
     content = {
-        "config": config.model_dump(mode="json"),
+        **settings,
+        "trained": options.trained,
         "iteration": state.iteration,
-        "prompts": options.prompts,
-        "share": options.share,
-        "arms": {name: allocation.model_dump(mode="json") for name, allocation in others.items()},
+        "arms": {**kept_arms, **{name: allocation.model_dump(mode="json") for name, allocation in others.items()}},
         "scores": maps.as_rows(scores),
         "gradients": [dataclasses.asdict(signal) for signal in signals],
     }
@@ -263,7 +270,7 @@ def _mean(score: Any) -> str:
 
 
 def _interval(estimate: Any) -> str:
-    if estimate is None:
+    if estimate is None or not math.isfinite(estimate.value):
         return ""
     return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
 

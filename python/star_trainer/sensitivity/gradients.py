@@ -59,7 +59,9 @@ class Signal:
 
     The ratio is compared with that of the arms uniform and star on the same batches, where these were measured.
     Only even weights have the gradient of the expected reward itself: `cosine_to_uniform` is the cosine of the expected
-    gradients, and `ratio_along_uniform` counts as signal only the part of the expected gradient along uniform's.
+    gradients, and `ratio_along_uniform` counts as signal only the part of the expected gradient along uniform's. The
+    cosine is made of unbiased estimates and may come out beyond 1. Where an estimate of ‖E g‖² that they divide by is
+    not positive, with all batches or with any one left out, they are not defined, and None.
     """
 
     arm: str
@@ -69,10 +71,10 @@ class Signal:
     covariance_trace: float
     ratio: Estimate
     cosine: Estimate
-    ratio_less_uniform: Estimate | None
-    ratio_less_star: Estimate | None
-    cosine_to_uniform: Estimate | None
-    ratio_along_uniform: Estimate | None
+    ratio_less_uniform: Estimate | None = None
+    ratio_less_star: Estimate | None = None
+    cosine_to_uniform: Estimate | None = None
+    ratio_along_uniform: Estimate | None = None
 
 
 def pair_means(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,9 +136,11 @@ def summarise(arm: str, step: str, gradients: Tensor, references: Mapping[str, T
     cosine_to_uniform = ratio_along_uniform = None
     if references and "uniform" in others:
         shared, _ = pair_means(inner_products(gradients, references["uniform"]))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            cosine_to_uniform = jackknife(shared / np.sqrt(own.signal * others["uniform"].signal))
-            ratio_along_uniform = jackknife(shared**2 / others["uniform"].signal / own.noise)
+        even = others["uniform"].signal
+        if (even > 0).all() and (own.noise > 0).all():
+            ratio_along_uniform = jackknife(shared**2 / even / own.noise)
+        if (even > 0).all() and (own.signal > 0).all():
+            cosine_to_uniform = jackknife(shared / np.sqrt(own.signal * even))
     return Signal(
         arm,
         step,

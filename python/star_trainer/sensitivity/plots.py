@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from star_trainer.files import write_atomically
 from star_trainer.sensitivity.gradients import Signal
@@ -45,6 +46,7 @@ def _panel(axes: Axes, title: str, lines: dict[str, list[tuple[int, float, float
         axes.fill_between(step + 1, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
     axes.set_xlabel("denoising step", fontsize=9, color=_FAINT)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=7.5, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.7)
