@@ -355,12 +355,12 @@ class Config(_Section):
             raise ValueError("rollout.prompts: expected at least 2 for the method shuffled, which exchanges maps")
         if self.method == "oracle" and self.prompts.source != "scenes":
             raise ValueError("method: oracle is for prompts.source=scenes, where it is known what an image shows")
-        noisy = self.rollout.sde_steps if compares else None
-        trained = self.rollout.steps if noisy is None else noisy
-        if len(self.allocation.strength) > trained:
+        limited_by = "sde_steps" if compares and self.rollout.sde_steps else "steps"
+        most: int = getattr(self.rollout, limited_by)
+        if len(self.allocation.strength) > most:
             raise ValueError(
-                f"allocation.strength: expected at most {trained} entries, one for each step of "
-                f"{'rollout.steps' if noisy is None else 'rollout.sde_steps'}, got {len(self.allocation.strength)}"
+                f"allocation.strength: expected at most {most} entries (rollout.{limited_by}), "
+                f"got {len(self.allocation.strength)}"
             )
         clamp = self.allocation.clamp
         if clamp is not None and not 0.0 <= clamp[0] <= 1.0 <= clamp[1]:

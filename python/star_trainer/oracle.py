@@ -44,8 +44,4 @@ def true_maps(
 ) -> Tensor:
     """`true_mass` as weights [steps, B, h, w] of mean 1, by the settings that attention mass goes through."""
     mass = true_mass(images, prompts, grid)
-    options = [allocation.options(step) for step in range(steps)]
-    # Steps differ by their strength alone.
-    by_strength = {each["strength"]: each for each in options}
-    maps = {strength: sk.allocation_map(mass, grid, **each) for strength, each in by_strength.items()}
-    return torch.stack([maps[each["strength"]] for each in options])
+    return torch.stack([sk.allocation_map(mass, grid, **allocation.options(step)) for step in range(steps)])

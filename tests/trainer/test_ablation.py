@@ -194,7 +194,7 @@ def test_a_single_seed_has_no_interval() -> None:
         (["--arm", "no name"], "--arm"),
         (["--arm", "odd: allocation.strength=[0, 1, 2] train.updates=1"], "allocation.strength.2"),
         (["--arm", "odd: nonsense=1"], "odd: command line: nonsense"),
-        (["--arm", "odd: run.seed=3"], "--arm: odd: run.seed"),
+        (["--arm", "odd: run.seed=3"], "odd: run.seed"),
         (["run.folder=there"], "run.folder"),
         (["method=oracle"], "method"),
         (["--methods", "star,r0"], "r0: "),

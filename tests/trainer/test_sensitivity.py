@@ -84,7 +84,7 @@ def test_jackknife_intervals_cover_the_truth_about_as_often_as_they_say() -> Non
     covered = 0
     for _ in range(150):
         batches = mean + rng.normal(size=(25, 30))
-        found = summarise("star", "all", torch.from_numpy(batches))
+        (found,) = summarise("all", {"star": torch.from_numpy(batches)})
         covered += found.ratio.low <= truth <= found.ratio.high
         assert found.batches == 25
     assert 0.87 <= covered / 150 <= 1.0
@@ -101,8 +101,7 @@ def test_arms_are_compared_batch_by_batch() -> None:
     rng = np.random.default_rng(2)
     uniform = torch.from_numpy(0.5 + rng.normal(size=(40, 20)))
     star = uniform * 0.99 + 0.02
-    references = {"uniform": uniform, "star": star}
-    found, other = summarise("star", "all", star, references), summarise("uniform", "all", uniform, references)
+    found, other = summarise("all", {"star": star, "uniform": uniform})
     assert found.ratio_less_uniform is not None and other.ratio_less_star is not None
     width = found.ratio_less_uniform.high - found.ratio_less_uniform.low
     assert width < (found.ratio.high - found.ratio.low) / 5
@@ -120,9 +119,7 @@ def test_what_does_not_point_along_the_gradient_of_the_reward_is_told_apart() ->
         mean + torch.from_numpy(rng.normal(size=(200, 50))) * spread
         for mean, spread in ((along, 1.0), (across, 0.1), (along + across, 0.5))
     )
-    found = {
-        name: summarise(name, "all", own, {"uniform": uniform}) for name, own in (("beside", beside), ("half", half))
-    }
+    found = {signal.arm: signal for signal in summarise("all", {"uniform": uniform, "beside": beside, "half": half})}
     assert found["beside"].ratio.value == pytest.approx(4 / 0.5, rel=0.05)
     assert found["beside"].cosine_to_uniform.low < 0.0 < found["beside"].cosine_to_uniform.high
     assert found["beside"].ratio_along_uniform.value < 0.1
@@ -134,14 +131,14 @@ def test_a_direction_that_is_not_known_has_no_cosine() -> None:
     """Of even weights without a signal that n batches see, nothing can lie along it."""
     noise = torch.from_numpy(np.random.default_rng(5).normal(size=(20, 30)))
     noise -= noise.mean(0)
-    found = summarise("star", "all", noise + 1.0, {"uniform": noise})
+    found, _ = summarise("all", {"star": noise + 1.0, "uniform": noise})
     assert found.cosine_to_uniform is None and found.ratio_along_uniform is None
     assert found.ratio_less_uniform is not None
 
 
 def test_two_batches_are_too_few() -> None:
     with pytest.raises(ValueError, match="at least 3"):
-        summarise("star", "all", torch.ones(2, 2))
+        summarise("all", {"star": torch.ones(2, 2)})
 
 
 @pytest.fixture(scope="module")

@@ -83,13 +83,9 @@ def plan_runs(
     Raises:
         ConfigError: settings of an arm that cannot be used, or that measure something else than the others do.
     """
-    for arm in (Arm("", tuple(overrides)), *arms):
-        for key in (override.partition("=")[0] for override in arm.overrides):
-            if key in _OWN_KEYS or (key == "method" and not arm.name):
-                where = f"--arm: {arm.name}: {key}" if arm.name else key
-                raise ConfigError(f"{where}: expected none, this follows from --methods, --arm, --seeds and --folder")
-        if arm.name:
-            _check(source, [*overrides, *arm.overrides], arm)
+    _refuse(("method", *_OWN_KEYS), overrides)
+    for arm in arms:
+        _check(source, overrides, arm)
     runs = []
     for seed in seeds:
         for arm in arms:
@@ -105,9 +101,16 @@ def plan_runs(
     return runs
 
 
+def _refuse(keys: Sequence[str], overrides: Sequence[str]) -> None:
+    for key in (override.partition("=")[0] for override in overrides):
+        if key in keys:
+            raise ConfigError(f"{key}: expected none, this follows from --methods, --arm, --seeds and --folder")
+
+
 def _check(source: str, overrides: Sequence[str], arm: Arm) -> None:
     try:
-        config = load_config(source, overrides)
+        _refuse(_OWN_KEYS, arm.overrides)
+        config = load_config(source, [*overrides, *arm.overrides])
         if config.trains_by_reward_gradient:
             check_differentiable(config.reward)
     except (ConfigError, RewardError) as error:

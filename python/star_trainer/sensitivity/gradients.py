@@ -118,47 +118,51 @@ def jackknife(values: np.ndarray) -> Estimate:
     return Estimate(float(values[0]), float(values[0]) - half, float(values[0]) + half)
 
 
-def summarise(arm: str, step: str, gradients: Tensor, references: Mapping[str, Tensor] | None = None) -> Signal:
-    """The statistics of one arm's gradients [n, P], and how they compare with `references` [n, P] on the same batches.
+def summarise(step: str, gradients: Mapping[str, Tensor]) -> list[Signal]:
+    """The statistics of each arm's gradients [n, P] at one step, and how they compare on the same batches.
 
     Raises:
         ValueError: fewer than three batches, of which an interval cannot be made.
     """
-    if len(gradients) < _FEWEST:
-        raise ValueError(f"gradients: expected at least {_FEWEST} batches, got {len(gradients)}")
-    own = moments(inner_products(gradients, gradients))
-    others = {
-        name: moments(inner_products(reference, reference))
-        for name, reference in (references or {}).items()
-        if name != arm
-    }
-    differences = {name: jackknife(own.ratio - other.ratio) for name, other in others.items()}
-    cosine_to_uniform = ratio_along_uniform = None
-    if references and "uniform" in others:
-        shared, _ = pair_means(inner_products(gradients, references["uniform"]))
-        even = others["uniform"].signal
-        if (even > 0).all() and (own.noise > 0).all():
-            ratio_along_uniform = jackknife(shared**2 / even / own.noise)
-        if (even > 0).all() and (own.signal > 0).all():
-            cosine_to_uniform = jackknife(shared / np.sqrt(own.signal * even))
-    return Signal(
-        arm,
-        step,
-        len(gradients),
-        float(own.signal[0]),
-        float(own.noise[0]),
-        jackknife(own.ratio),
-        jackknife(own.cosine),
-        differences.get("uniform"),
-        differences.get("star"),
-        cosine_to_uniform,
-        ratio_along_uniform,
-    )
+    count = len(next(iter(gradients.values())))
+    if count < _FEWEST:
+        raise ValueError(f"gradients: expected at least {_FEWEST} batches, got {count}")
+    exact = {arm: own.double() for arm, own in gradients.items()}
+    found = {arm: moments(inner_products(own, own)) for arm, own in exact.items()}
+    even = found.get("uniform")
+    signals = []
+    for arm, own in found.items():
+        differences = {
+            name: jackknife(own.ratio - found[name].ratio)
+            for name in ("uniform", "star")
+            if name in found and name != arm
+        }
+        cosine = along = None
+        if even is not None and arm != "uniform" and (even.signal > 0).all():
+            shared, _ = pair_means(inner_products(exact[arm], exact["uniform"]))
+            along = jackknife(shared**2 / even.signal / own.noise) if (own.noise > 0).all() else None
+            cosine = jackknife(shared / np.sqrt(own.signal * even.signal)) if (own.signal > 0).all() else None
+        signals.append(
+            Signal(
+                arm,
+                step,
+                count,
+                squared_mean=float(own.signal[0]),
+                covariance_trace=float(own.noise[0]),
+                ratio=jackknife(own.ratio),
+                cosine=jackknife(own.cosine),
+                ratio_less_uniform=differences.get("uniform"),
+                ratio_less_star=differences.get("star"),
+                cosine_to_uniform=cosine,
+                ratio_along_uniform=along,
+            )
+        )
+    return signals
 
 
 def inner_products(first: Tensor, second: Tensor) -> np.ndarray:
-    """Inner products [n, n] of n gradients [n, P] with n others, in double precision."""
-    return (first.double() @ second.double().T).numpy()
+    """Inner products [n, n] of n gradients [n, P] with n others."""
+    return (first @ second.T).numpy()
 
 
 @dataclass(frozen=True)
@@ -198,11 +202,10 @@ def measure(
                 raise
             tqdm.write(f"stopped after {len(measured)} of {batches} batches")
             failure = error if isinstance(error, Exception) else None
-    gradients = {key: torch.stack([batch[key] for batch in measured]) for key in measured[0]}
-    signals = []
-    for (arm, step), own in gradients.items():
-        references = {name: gradients[name, step] for name in ("uniform", "star") if (name, step) in gradients}
-        signals.append(summarise(arm, step, own, references))
+    by_step: dict[str, dict[str, Tensor]] = {}
+    for arm, step in measured[0]:
+        by_step.setdefault(step, {})[arm] = torch.stack([batch[arm, step] for batch in measured])
+    signals = [signal for step, gradients in by_step.items() for signal in summarise(step, gradients)]
     return Measurement(signals, failure)
 
 
@@ -224,7 +227,8 @@ def _measure_batch(
         rollout.rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
     )
     weights = arm_weights(state, rollout, arms, numpy_stream(config.run.seed, "shuffle", iteration))
-    weights |= other_weights(state, rollout, others)
+    if others:
+        weights |= other_weights(state, rollout, others)
     return with_sums(batch_gradients(state, rollout, advantages.values, weights))
 
 
@@ -263,13 +267,12 @@ def other_weights(state: TrainingState, rollout: Rollout, allocations: Mapping[s
     samples, size = len(rollout.rewards), rollout.group_size
     steps = 1 + max(step for step, row in enumerate(trajectory.coefficients) if row.stochastic)
     maps = {name: torch.empty(steps, samples, *policy.grid, device=policy.device) for name in allocations}
-    units = text_units(policy, rollout.prompts[::size]) if allocations else None
+    units = text_units(policy, rollout.prompts[::size])
     by_layers: dict[tuple[int, ...] | None, dict[str, Allocation]] = {}
     for name, allocation in allocations.items():
         by_layers.setdefault(tuple(allocation.layers) if allocation.layers else None, {})[name] = allocation
     for layers, own in by_layers.items():
         for rows in torch.arange(samples).split(config.rollout.batch_size):
-            assert units is not None, "made where there are allocations"
             with sk.record_attention(
                 policy.transformer, units[rows // size], layers=layers, backend=config.backend
             ) as recorder:
