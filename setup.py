@@ -59,7 +59,9 @@ setup(
     + find_packages("python", include=["star_trainer", "star_trainer.*"]),
     package_dir={"star_trainer": "python/star_trainer"},
     package_data={
-        "star_trainer": ["presets/*.yaml", *(f"tiny_*/**/*.{end}" for end in ("safetensors", "json", "txt", "model"))]
+        # Of the small models what loads them: the scripts that built them stay in the repository.
+        "star_trainer.config": ["presets/*.yaml"],
+        "star_trainer.worlds.scenes": [f"tiny_*/**/*.{end}" for end in ("safetensors", "json", "txt", "model")],
     },
     ext_modules=ext_modules,
     cmdclass=cmdclass,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from star_trainer.cost import attention
+from star_trainer.studies.cost import attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -11,14 +11,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-from star_trainer.ablation.results import mean_over_seeds
-from star_trainer.cli import quieten
 from star_trainer.config import load_config
-from star_trainer.evaluation import evaluate
-from star_trainer.prompts import load_prompts
-from star_trainer.randomness import numpy_stream
-from star_trainer.rewards import load_reward, scene_graded, scene_strict
-from star_trainer.state import build_state
+from star_trainer.config.command_line import quieten
+from star_trainer.rewards import load_reward
+from star_trainer.rewards.scenes import scene_graded, scene_strict
+from star_trainer.run.evaluation import evaluate
+from star_trainer.run.inputs import load_prompts
+from star_trainer.run.randomness import numpy_stream
+from star_trainer.run.state import build_state
+from star_trainer.studies.ablation.results import mean_over_seeds
 from tqdm import tqdm
 
 from bench.harness import read_json, write_json

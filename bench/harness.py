@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from star_trainer.timing import (
+from star_trainer.studies.timing import (
     BUDGET,
     MAX_ROUNDS,
     MIN_ROUNDS,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from star_trainer import r0
+from star_trainer.algorithms import r0
 from star_trainer.config import load_config
-from star_trainer.scenes import sample_prompts
-from star_trainer.state import build_state
+from star_trainer.run.state import build_state
+from star_trainer.worlds.scenes.captions import sample_prompts
 from torch import Tensor
 
 from bench.harness import clock_for, default_device

@@ -9,16 +9,17 @@ from typing import cast
 
 import numpy as np
 import pytest
-from star_trainer.advantages import group_advantages
+from star_trainer.algorithms.advantages import group_advantages
+from star_trainer.algorithms.policy_gradient import update
+from star_trainer.algorithms.rollout import Rollout
 from star_trainer.config import Config, load_config
-from star_trainer.logs import RunLog
-from star_trainer.policy import Embeddings
-from star_trainer.prompts import load_prompts
-from star_trainer.randomness import numpy_stream, stream
-from star_trainer.rollout import Rollout, Trajectory, denoise, text_units
-from star_trainer.scenes import ScenePrompt
-from star_trainer.state import TrainingState, build_state
-from star_trainer.update import update
+from star_trainer.families.policy import Embeddings
+from star_trainer.prompts import Prompt
+from star_trainer.run.inputs import load_prompts
+from star_trainer.run.log import RunLog
+from star_trainer.run.randomness import numpy_stream, stream
+from star_trainer.run.state import TrainingState, build_state
+from star_trainer.sampling import Trajectory, denoise, text_units
 
 METHODS = {"uniform": "uniform", "STAR": "star"}
 BACKENDS = {"fused": "auto", "eager": "reference"}
@@ -40,7 +41,7 @@ class Case:
     """The tiny pipeline with its adapters, some prompts, and the embeddings of each prompt's group of samples."""
 
     state: TrainingState
-    prompts: list[ScenePrompt]
+    prompts: list[Prompt]
     embeddings: Embeddings
 
     @property

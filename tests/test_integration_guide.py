@@ -26,7 +26,7 @@ def scope() -> dict[str, Any]:
     """What the guide asks for, and after it has run all that it has made."""
     from diffusers import StableDiffusion3Pipeline
     from peft import LoraConfig
-    from star_trainer.policy import TINY_PIPELINE
+    from star_trainer.config.paths import TINY_PIPELINE
 
     torch.manual_seed(0)
     pipe = StableDiffusion3Pipeline.from_pretrained(TINY_PIPELINE, torch_dtype=torch.float32)

@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_the_example_runs_as_it_stands() -> None:
     from diffusers import StableDiffusion3Pipeline
-    from star_trainer.policy import TINY_PIPELINE
+    from star_trainer.config.paths import TINY_PIPELINE
 
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     pipe = StableDiffusion3Pipeline.from_pretrained(TINY_PIPELINE, torch_dtype=torch.float32)

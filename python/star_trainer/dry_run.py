@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from star_trainer.architectures import ARCHITECTURES
 from star_trainer.config import Config, ConfigError
-from star_trainer.files import folder_or_name
-from star_trainer.policy import TINY_PIPELINE, add_adapter, check_against_model
-from star_trainer.prompts import check_prompts, read_prompts
+from star_trainer.config.paths import TINY_PIPELINE, folder_or_name
+from star_trainer.families.architectures import ARCHITECTURES
+from star_trainer.families.policy import add_adapter, check_against_model
+from star_trainer.prompts import read_prompts
 from star_trainer.rewards import check_differentiable, check_reward
-from star_trainer.train import check_backend
+from star_trainer.run.inputs import check_backend, check_prompts
 
 _MIB, _GIB = 1 << 20, 1 << 30
 # How many times its input a transformer block keeps for its backward pass, attention maps aside: 34 bytes where a

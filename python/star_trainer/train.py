@@ -11,31 +11,30 @@ from pathlib import Path
 
 import torch
 
-from star_kernels.backends import resolve_backend
-from star_trainer.advantages import group_advantages
-from star_trainer.checkpoint import set_aside
-from star_trainer.config import Config, ConfigError
-from star_trainer.evaluation import evaluate
-from star_trainer.logs import Iteration, RunLog
-from star_trainer.processes import alone_in, gather, gather_array, together
-from star_trainer.prompts import check_prompts, load_prompts
-from star_trainer.r0 import improve, load_supervision, stop_reason
-from star_trainer.randomness import numpy_stream
+from star_trainer.algorithms.advantages import group_advantages
+from star_trainer.algorithms.policy_gradient import update
+from star_trainer.algorithms.r0 import improve, load_supervision, stop_reason
+from star_trainer.algorithms.rollout import collect
+from star_trainer.config import Config
+from star_trainer.prompts import Prompt
+from star_trainer.prompts.units import UnitExtractor
+from star_trainer.prompts.units.cache import CacheError
+from star_trainer.prompts.units.chat import ChatError
 from star_trainer.rewards import (
+    RewardError,
     RewardFunction,
     check_differentiable,
     differentiable_terms,
     load_terms,
     weighted_sum,
 )
-from star_trainer.rewards.errors import RewardError
-from star_trainer.rollout import collect
-from star_trainer.scenes import ScenePrompt
-from star_trainer.state import TrainingState, build_state
-from star_trainer.units import UnitExtractor
-from star_trainer.units.cache import CacheError
-from star_trainer.units.chat import ChatError
-from star_trainer.update import update
+from star_trainer.run.checkpoint import set_aside
+from star_trainer.run.evaluation import evaluate
+from star_trainer.run.inputs import check_backend, check_prompts, load_prompts
+from star_trainer.run.log import Iteration, RunLog
+from star_trainer.run.processes import alone_in, gather, gather_array, together
+from star_trainer.run.randomness import numpy_stream
+from star_trainer.run.state import TrainingState, build_state
 
 # What can fail although nothing is wrong with the training: a server, a model, a disk.
 OUTSIDE = (RewardError, ChatError, CacheError)
@@ -80,7 +79,7 @@ def train(config: Config) -> dict[str, object]:
         count = config.rollout.prompts // accelerator.num_processes
         first_prompt = count * accelerator.process_index
 
-        def own_prompts(iteration: int) -> list[ScenePrompt]:
+        def own_prompts(iteration: int) -> list[Prompt]:
             drawn = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
             return drawn[first_prompt : first_prompt + count]
 
@@ -103,7 +102,7 @@ def train(config: Config) -> dict[str, object]:
                     f"{config.train.iterations} (run.resume=false starts anew)"
                 )
 
-            def measure(prompts: list[ScenePrompt]) -> None:
+            def measure(prompts: list[Prompt]) -> None:
                 with state.averaged_weights():
                     log.evaluated(evaluate(state.policy, config, prompts, log.scorers, accelerator))
 
@@ -148,7 +147,7 @@ def policy_gradient(
     worker: Executor,
     first_prompt: int,
     log: RunLog,
-    prompts: list[ScenePrompt],
+    prompts: list[Prompt],
     iteration: int,
 ) -> Iteration:
     """Sample, reward, compare within groups, and update; `first_prompt` is the place of this process's first one."""
@@ -177,16 +176,3 @@ def saved_on_failure(state: TrainingState, root: Path) -> Iterator[None]:
         raise type(error)(
             f"{error}. {state.iteration} iterations are saved; the same command goes on from there"
         ) from error
-
-
-def check_backend(name: str) -> None:
-    """Refuse a backend that cannot run here before anything else is done.
-
-    Raises:
-        ConfigError: with the reason.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolve_backend("the training", name, device, kernels=("triton", "cpu"))
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(str(error)) from error

@@ -35,9 +35,9 @@ def after_calls(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 def main() -> None:
     point, folder, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
-    import star_trainer.checkpoint as checkpoint
+    import star_trainer.algorithms.policy_gradient as update
+    import star_trainer.run.checkpoint as checkpoint
     import star_trainer.train as loop
-    import star_trainer.update as update
     from star_trainer import cli
 
     if int(os.environ.get("RANK", 0)) + 1 < int(os.environ.get("WORLD_SIZE", 1)):

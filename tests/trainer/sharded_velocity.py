@@ -6,9 +6,9 @@ import sys
 
 import torch
 from star_trainer.config import load_config
-from star_trainer.policy import load_policy
-from star_trainer.processes import is_sharded, is_spread
-from star_trainer.state import build_state
+from star_trainer.families.policy import load_policy
+from star_trainer.run.processes import is_sharded, is_spread
+from star_trainer.run.state import build_state
 
 
 def main() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from star_trainer.architectures import ARCHITECTURES
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
 from star_trainer.dry_run import plan
-from star_trainer.policy import load_policy
+from star_trainer.families.architectures import ARCHITECTURES
+from star_trainer.families.policy import load_policy
 
 from bench.gpu_model import SD35_MEDIUM as BENCHMARKED
 
@@ -38,8 +38,9 @@ def test_the_plan_has_the_numbers_of_the_loaded_model(overrides: list[str]) -> N
 
 
 def test_calls_are_those_that_a_run_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from star_trainer import rewards, train
-    from star_trainer.policy import Policy
+    from star_trainer import train
+    from star_trainer.families.policy import Policy
+    from star_trainer.rewards import terms as rewards
 
     config = load_config(
         "tiny",

@@ -23,19 +23,19 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from star_trainer import checkpoint
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, Model, Reward, Units, load_config
-from star_trainer.evaluation import Evaluation
-from star_trainer.policy import TINY_PIPELINE, Policy, load_policy
-from star_trainer.prompts import read_prompts
+from star_trainer.config.paths import TINY_PIPELINE
+from star_trainer.families.policy import Policy, load_policy
+from star_trainer.prompts import Prompt, read_prompts
+from star_trainer.prompts.units import UnitExtractor
 from star_trainer.rewards import RewardError, load_reward
 from star_trainer.rewards.clip import ClipModel
 from star_trainer.rewards.geneval import Detector
 from star_trainer.rewards.server import Limits, RequestError, parse_request
-from star_trainer.rollout import text_units
-from star_trainer.scenes import ScenePrompt
-from star_trainer.units import UnitExtractor
+from star_trainer.run import checkpoint
+from star_trainer.run.evaluation import Evaluation
+from star_trainer.sampling import text_units
 
 from tests.tiny_reward_models import save_clip, save_detector
 
@@ -244,7 +244,7 @@ NO_IMAGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", NO_IMAGES)
 def test_what_is_no_batch_of_images_is_refused_by_every_reward(kind: str) -> None:
-    prompts = [ScenePrompt("a", {"include": [{"class": "circle", "count": 1}]})] * 2
+    prompts = [Prompt("a", {"include": [{"class": "circle", "count": 1}]})] * 2
     with pytest.raises(RewardError, match=r"^rewards: expected images \[2, H, W, 3\] of uint8, got "):
         load_reward(Reward(terms={"scene_graded": 1.0}))(NO_IMAGES[kind], prompts)
 
@@ -261,7 +261,7 @@ ODD_IMAGES = {
 
 @pytest.mark.parametrize("kind", ODD_IMAGES)
 def test_odd_images_have_a_reward_of_every_kind(kind: str, rewards: dict[str, Any]) -> None:
-    prompt = ScenePrompt('a sign that says "\U0001f408 Go"', {"include": [{"class": "cat", "count": 1}]})
+    prompt = Prompt('a sign that says "\U0001f408 Go"', {"include": [{"class": "cat", "count": 1}]})
     for name, reward in rewards.items():
         values = reward(ODD_IMAGES[kind], [prompt])
         assert values.shape == (1,) and np.isfinite(values).all(), name
@@ -280,7 +280,7 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("shape", [(1, 1, 9, 3), (1, 600, 8, 3), (1, 4, 4096, 3)])
 def test_an_image_that_the_text_reader_would_blow_up_is_refused(shape: tuple[int, ...], rewards: dict) -> None:
     with pytest.raises(RewardError, match="reward ocr: expected sides of at most 8 to 1"):
-        rewards["ocr"](np.zeros(shape, dtype=np.uint8), [ScenePrompt('"Go"', {})])
+        rewards["ocr"](np.zeros(shape, dtype=np.uint8), [Prompt('"Go"', {})])
 
 
 class Marker:

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import star_trainer.algorithms.policy_gradient as update_module
 import star_trainer.train as loop
-import star_trainer.update as update_module
 import torch
 from accelerate.state import AcceleratorState
 from filelock import FileLock
 from safetensors.torch import load_file
-from star_trainer.checkpoint import CheckpointError
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
-from star_trainer.evaluation import paired_difference
-from star_trainer.rollout import NonFiniteError
+from star_trainer.run.checkpoint import CheckpointError
+from star_trainer.run.evaluation import paired_difference
+from star_trainer.sampling import NonFiniteError
 from star_trainer.train import train
 
 from tests.trainer import kill_run
@@ -199,7 +199,7 @@ def test_samples_kept_in_host_memory_train_the_same(uninterrupted: Path, tmp_pat
 
 def test_the_exported_adapter_gives_the_trained_model_in_diffusers(uninterrupted: Path) -> None:
     from diffusers import StableDiffusion3Pipeline
-    from star_trainer.policy import TINY_PIPELINE
+    from star_trainer.config.paths import TINY_PIPELINE
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(TINY_PIPELINE, torch_dtype=torch.float32)
     model = pipeline.transformer
@@ -290,9 +290,9 @@ def test_nan_in_the_update_is_skipped_logged_and_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        sys.modules["star_trainer.policy"].Policy,
+        sys.modules["star_trainer.families.policy"].Policy,
         "velocity",
-        _poison(sys.modules["star_trainer.policy"].Policy.velocity),
+        _poison(sys.modules["star_trainer.families.policy"].Policy.velocity),
     )
     with pytest.raises(NonFiniteError, match="in a row"):
         run(tmp_path, "train.max_skipped_updates=3")

@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import star_kernels as sk
-from star_trainer.advantages import Advantages, control_weights
-from star_trainer.logs import RunLog
-from star_trainer.processes import gather, whole, without_synchronisation
-from star_trainer.randomness import numpy_stream
-from star_trainer.rollout import NonFiniteError, Rollout
-from star_trainer.state import TrainingState
+from star_trainer.algorithms.advantages import Advantages, control_weights
+from star_trainer.algorithms.rollout import Rollout
+from star_trainer.run.log import RunLog
+from star_trainer.run.processes import gather, whole, without_synchronisation
+from star_trainer.run.randomness import numpy_stream
+from star_trainer.run.state import TrainingState
+from star_trainer.sampling import NonFiniteError
 
 # The policy's prediction, and the one without a prompt under guidance.
 Velocities = tuple[Tensor, Tensor | None]

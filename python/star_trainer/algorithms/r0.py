@@ -21,18 +21,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import star_kernels as sk
+from star_trainer.algorithms.policy_gradient import Part, share_out, skip_update
 from star_trainer.config import Config, ConfigError
-from star_trainer.files import folder_or_name
-from star_trainer.logs import Iteration, RunLog
-from star_trainer.policy import Embeddings, Policy
-from star_trainer.processes import gather, gather_array, together, without_synchronisation
-from star_trainer.randomness import numpy_stream, stream
-from star_trainer.rewards import DifferentiableReward
-from star_trainer.rewards.errors import RewardError
-from star_trainer.rollout import NonFiniteError, text_units
-from star_trainer.scenes import ScenePrompt
-from star_trainer.state import TrainingState
-from star_trainer.update import Part, share_out, skip_update
+from star_trainer.config.paths import folder_or_name
+from star_trainer.families.policy import Embeddings, Policy
+from star_trainer.prompts import Prompt
+from star_trainer.rewards import DifferentiableReward, RewardError
+from star_trainer.run.log import Iteration, RunLog
+from star_trainer.run.processes import gather, gather_array, together, without_synchronisation
+from star_trainer.run.randomness import numpy_stream, stream
+from star_trainer.run.state import TrainingState
+from star_trainer.sampling import NonFiniteError, text_units
 
 # Between these noise levels the first model guides: at the ends it sees noise alone, or nothing that it could add.
 _GUIDANCE_LEVELS = (0.1, 0.9)
@@ -86,7 +85,7 @@ def improve(
     supervision: Supervision,
     first_prompt: int,
     log: RunLog,
-    prompts: Sequence[ScenePrompt],
+    prompts: Sequence[Prompt],
     iteration: int,
 ) -> Iteration:
     """`train.updates` optimiser steps, each on its share of the iteration's samples, drawn by the weights of then.
@@ -266,7 +265,7 @@ class _Trajectory:
 def backward(
     state: TrainingState,
     supervision: Supervision,
-    prompts: Sequence[ScenePrompt],
+    prompts: Sequence[Prompt],
     places: Sequence[int],
     iteration: int,
     scale: float,
@@ -321,7 +320,7 @@ def backward(
 
 
 def _prepare(
-    config: Config, policy: Policy, prompts: Sequence[ScenePrompt], generators: list[torch.Generator]
+    config: Config, policy: Policy, prompts: Sequence[Prompt], generators: list[torch.Generator]
 ) -> tuple[_Generator, Tensor]:
     """The generator of a batch and the noise it starts from, all drawn on the CPU, by one stream per sample."""
     steps, device = config.rollout.steps, policy.device
@@ -349,7 +348,7 @@ def _prepare(
 
 
 def _sample(
-    config: Config, generator: _Generator, latents: Tensor, prompts: Sequence[ScenePrompt], first_with_graph: int
+    config: Config, generator: _Generator, latents: Tensor, prompts: Sequence[Prompt], first_with_graph: int
 ) -> _Trajectory:
     """Run all steps, those from `first_with_graph` on with a graph, and record attention where maps are wanted."""
     policy, allocation = generator.policy, config.allocation
@@ -404,7 +403,7 @@ def _reward_gradient(
     policy: Policy,
     supervision: Supervision,
     latents: Tensor,
-    prompts: Sequence[ScenePrompt],
+    prompts: Sequence[Prompt],
     regions: Tensor | None,
 ) -> tuple[dict[str, np.ndarray], Tensor]:
     """Each reward [B] of the images of clean latents [B, C, H, W], and the gradient of their weighted sum by those.

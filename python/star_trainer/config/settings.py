@@ -1,18 +1,10 @@
-"""The trainer's configuration: typed, checked before any weights load, read from YAML and ``key=value`` overrides."""
+"""Every setting of a run, typed and checked before any weights load."""
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from star_trainer.yaml_files import KeyPath, YamlFileError, parse
-
-PRESETS = Path(__file__).parent / "presets"
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Method = Literal["star", "uniform", "uniform_position", "shuffled", "inverted", "oracle", "r0", "r0_plus"]
 # Differentiable rewards, back-propagated through the sampler; all others are policy gradients.
@@ -21,18 +13,11 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key."""
-
-
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
-SectionType = TypeVar("SectionType", bound=_Section)
-
-
-class Run(_Section):
+class Run(Section):
     """Where the run lives."""
 
     folder: str = Field("runs/{preset}", description="output folder; {preset}, {method} and {seed} are filled in")
@@ -41,7 +26,7 @@ class Run(_Section):
     progress: bool = Field(True, description="show a progress bar")
 
 
-class Lora(_Section):
+class Lora(Section):
     """Low-rank adapters, by peft."""
 
     rank: Positive = 16
@@ -53,7 +38,7 @@ class Lora(_Section):
     )
 
 
-class Model(_Section):
+class Model(Section):
     """The pipeline that is post-trained."""
 
     pipeline: str = Field("tiny", description="'tiny' (comes with the package), a folder, or a name on a model hub")
@@ -71,7 +56,7 @@ class Model(_Section):
     embedding_cache: float = Field(8.0, gt=0.0, description="GiB of host memory for prompt embeddings, per process")
 
 
-class Prompts(_Section):
+class Prompts(Section):
     """What is drawn, and for which prompts it is measured."""
 
     source: str = Field(
@@ -81,7 +66,7 @@ class Prompts(_Section):
     origin: str | None = Field(None, description="where to get the files, said when one is missing")
 
 
-class Units(_Section):
+class Units(Section):
     """Which phrases of a prompt matter; ``units: rules`` is short for ``units: {source: rules}``."""
 
     source: Literal["file", "rules", "llm"] = Field(
@@ -104,7 +89,7 @@ class Units(_Section):
         return {"source": value} if isinstance(value, str) else value
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """How samples are drawn for training."""
 
     prompts: Positive = Field(8, description="prompts per iteration, over all processes")
@@ -123,7 +108,7 @@ class RolloutConfig(_Section):
     encode_ahead: Positive = Field(16, description="iterations whose prompts are encoded at a time")
 
 
-class RewardModels(_Section):
+class RewardModels(Section):
     """The models that rewards load: folders, or names on a model hub."""
 
     clip: str = Field(
@@ -137,7 +122,7 @@ class RewardModels(_Section):
     )
 
 
-class RemoteReward(_Section):
+class RemoteReward(Section):
     """The reward server that the term ``remote`` asks."""
 
     url: str | None = Field(None, description="its address, such as http://localhost:8100")
@@ -148,7 +133,7 @@ class RemoteReward(_Section):
     retries: int = Field(5, ge=0, description="further attempts, with growing pauses, before it counts as dead")
 
 
-class Reward(_Section):
+class Reward(Section):
     """What is rewarded: a weighted sum."""
 
     terms: dict[str, float] = Field(
@@ -165,7 +150,7 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-class Allocation(_Section):
+class Allocation(Section):
     """Where the advantage lands."""
 
     strength: Annotated[list[Share], BeforeValidator(_as_list)] = Field(
@@ -188,7 +173,7 @@ class Allocation(_Section):
         return self.model_dump(exclude={"layers"}) | {"strength": strength}
 
 
-class Train(_Section):
+class Train(Section):
     """The update."""
 
     iterations: Positive = 30
@@ -213,7 +198,7 @@ class Train(_Section):
     max_skipped_updates: Positive = Field(3, description="non-finite updates in a row after which the run ends")
 
 
-class R0(_Section):
+class R0(Section):
     """Back-propagation of rewards through the sampler; only for the methods r0 and r0_plus."""
 
     eta: tuple[Share, Share] = Field(
@@ -261,7 +246,7 @@ class R0(_Section):
     )
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """Held-out prompts, fixed noise, no sampler noise."""
 
     prompts: int = Field(256, ge=2, description="held-out prompts, one image each")
@@ -272,14 +257,14 @@ class Evaluation(_Section):
     pictures: Positive = Field(8, description="prompts shown in the pictures")
 
 
-class Checkpoints(_Section):
+class Checkpoints(Section):
     """What a killed run goes on from."""
 
     every: Positive = Field(5, description="iterations between checkpoints")
     keep: int = Field(2, ge=2, description="how many are kept; at least two, in case one is damaged")
 
 
-class Config(_Section):
+class Config(Section):
     """Everything that decides a run."""
 
     method: Method = Field("star", description="star, or a control: " + ", ".join(get_args(Method)[1:]))
@@ -399,156 +384,3 @@ class Config(_Section):
             raise ValueError(f"model.sharded: expected false for the method {self.method}")
         if self.r0.regularizer == "lora_norm" and self.model.lora is None:
             raise ValueError("r0.regularizer: expected 'distance' where all weights are trained, got 'lora_norm'")
-
-
-def preset_names() -> list[str]:
-    """Names of the presets that come with the package."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a preset by name or a YAML file by path, and apply overrides like ``train.learning_rate=1e-4``.
-
-    Raises:
-        ConfigError: no such preset or file, malformed YAML, an unknown key, a value of the wrong type or
-            range, or settings that do not go together; the message names the key and the line of the file.
-    """
-    path = Path(source)
-    if source in preset_names():
-        path = PRESETS / f"{source}.yaml"
-    elif not path.is_file():
-        hint = _did_you_mean(source, preset_names())
-        raise ConfigError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a file{hint}")
-    try:
-        tree, lines = parse(path.read_text(encoding="utf-8"))
-    except (YamlFileError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(tree).__name__}")
-    places = {key: f"{source}, line {line}" for key, line in lines.items()}
-    for override in overrides:
-        _apply_override(tree, override, places)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, Config, source, places)) from error
-    folder = config.run.folder
-    for name, value in (("preset", path.stem), ("method", config.method), ("seed", str(config.run.seed))):
-        folder = folder.replace(f"{{{name}}}", value)
-    return config.model_copy(update={"run": config.run.model_copy(update={"folder": folder})})
-
-
-def check_section(
-    section: type[SectionType], defaults: dict[str, Any], overrides: Sequence[str], name: str
-) -> SectionType:
-    """One section of the configuration from ``key=value`` overrides of `defaults`.
-
-    Raises:
-        ConfigError: an unknown key or a value of the wrong type or range; the message names the key.
-    """
-    tree = dict(defaults)
-    for override in overrides:
-        _apply_override(tree, override, {})
-    try:
-        return section.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, section, name, {})) from error
-
-
-_SHORT_KEYS = {"train.lr": "train.learning_rate"}
-_COMMAND_LINE = "command line"
-
-
-def _apply_override(tree: dict[str, Any], override: str, places: dict[KeyPath, str]) -> None:
-    """Put ``key=value`` into the tree, and where it comes from into `places`."""
-    key, equals, text = override.partition("=")
-    key = _SHORT_KEYS.get(key, key)
-    if not equals or not key:
-        raise ConfigError(f"{override}: expected an override like train.learning_rate=1e-4")
-    keys = tuple(key.split("."))
-    # A name such as my.package:function has dots that separate no keys.
-    if keys[:2] == ("reward", "terms") or keys[0] == "terms":
-        depth = 1 if keys[0] == "terms" else 2
-        keys = (*keys[:depth], ".".join(keys[depth:])) if len(keys) > depth else keys
-    for parent in keys[:-1]:
-        if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
-        tree = tree[parent]
-    try:
-        tree[keys[-1]] = parse(text)[0]
-    except YamlFileError as error:
-        raise ConfigError(f"{key}: the value {reprlib.repr(text)} is not valid YAML") from error
-    for known in [known for known in places if known[: len(keys)] == keys]:
-        del places[known]
-    places[keys] = _COMMAND_LINE
-
-
-def _explain(error: ValidationError, section: type[BaseModel], source: str, places: dict[KeyPath, str]) -> str:
-    """What is wrong, problem by problem: where it stands, the key, and what was expected."""
-    problems = []
-    for problem in error.errors():
-        location = tuple(str(part) for part in problem["loc"])
-        key = ".".join(location)
-        if problem["type"] == "extra_forbidden":
-            text = f"{key}: unknown key{_did_you_mean_key(location, section)}"
-        elif key:
-            text = f"{key}: {problem['msg']}, got {reprlib.repr(problem['input'])}"
-        else:
-            # From a check of several settings, which starts its message with the key.
-            text = problem["msg"].removeprefix("Value error, ")
-            location = tuple(text.partition(":")[0].split("."))
-        problems.append(f"{_place(location, places) or source}: {text}")
-    return "; ".join(problems)
-
-
-def _place(location: KeyPath, places: dict[KeyPath, str]) -> str | None:
-    """Where a setting was written: itself, what is inside it, or the section around it."""
-    if location not in places:
-        inside = [place for key, place in places.items() if key[: len(location)] == location]
-        if inside:
-            return inside[0]
-    return next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), None)
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _did_you_mean_key(location: KeyPath, section: type[BaseModel]) -> str:
-    """The key that was meant: one spelt alike in the same section, or one of the same name elsewhere."""
-    key, name, prefix = ".".join(location), location[-1], "".join(f"{part}." for part in location[:-1])
-    if key in _SHORT_KEYS:
-        return f"; did you mean {_SHORT_KEYS[key]}?"
-    known = sorted({".".join(parts[:n]) for parts in map(_parts, _keys(section)) for n in range(1, len(parts) + 1)})
-    siblings = [entry[len(prefix) :] for entry in known if entry.startswith(prefix) and "." not in entry[len(prefix) :]]
-    meant = [f"{prefix}{close}" for close in difflib.get_close_matches(name, siblings, n=1)]
-    meant = meant or [f"{prefix}{sibling}" for sibling in siblings if name in sibling.split("_")]
-    meant = meant or [entry for entry in known if entry.endswith(f".{name}")]
-    return f"; did you mean {' or '.join(meant[:3])}?" if meant else ""
-
-
-def _parts(key: str) -> list[str]:
-    return key.split(".")
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Every key of a section and those inside it, with its default and meaning."""
-    keys: dict[str, tuple[Any, str]] = {}
-    for name, field in section.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, _Section):
-            keys |= _keys(type(default), f"{prefix}{name}.")
-        else:
-            keys[f"{prefix}{name}"] = (default, field.description or "")
-    return keys
-
-
-def describe_keys() -> str:
-    """Every key with its default and meaning, for the help text."""
-    lines = []
-    for key, (default, meaning) in _keys(Config).items():
-        shown = "null" if default is None else default
-        lines.append(f"  {f'{key}={shown}':<44} {meaning}".rstrip())
-    return "\n".join(lines)

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from star_trainer.config import Config, ConfigError, Lora, Model
+from star_trainer.config.paths import TINY_PIPELINE
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TINY_PIPELINE = Path(__file__).parent / "tiny_sd3" / "pipeline"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from star_trainer.config import ConfigError
-from star_trainer.processes import own_device
-from star_trainer.scenes import ScenePrompt
+from star_trainer.config.paths import TINY_CLIP
+from star_trainer.families.devices import own_device
+from star_trainer.prompts import Prompt
 
-TINY_CLIP = Path(__file__).parent.parent / "tiny_clip" / "model"
 _AT_ONCE = 32
 
 
@@ -147,7 +146,7 @@ class ClipReward:
         self.model = model
         self.factor = 100.0 if scale == "percent" else model.logit_scale
 
-    def __call__(self, images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+    def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         scores = []
         for first in range(0, len(prompts), _AT_ONCE):
             rows = slice(first, first + _AT_ONCE)

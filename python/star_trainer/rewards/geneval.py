@@ -15,9 +15,9 @@ from PIL import Image
 from torch.nn import functional
 
 from star_trainer.config import ConfigError
+from star_trainer.prompts import Prompt
 from star_trainer.rewards.clip import ClipModel
-from star_trainer.rewards.requirements import DetectedObject, Verdict, judge
-from star_trainer.scenes import ScenePrompt
+from star_trainer.worlds.requirements import DetectedObject, Verdict, judge
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MOST_OBJECTS = 16  # of one class
@@ -37,11 +37,11 @@ class GenEvalReward:
         self.detector = detector
         self.strict = strict
 
-    def __call__(self, images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+    def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         verdicts = [self.verdict(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         return np.array([verdict.strict if self.strict else verdict.graded for verdict in verdicts])
 
-    def verdict(self, image: np.ndarray, prompt: ScenePrompt) -> Verdict:
+    def verdict(self, image: np.ndarray, prompt: Prompt) -> Verdict:
         """What GenEval says of an image [H, W, 3] uint8."""
         return judge(self.detector(image, prompt.metadata), prompt.metadata)
 

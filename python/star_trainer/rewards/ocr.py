@@ -9,9 +9,9 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from star_trainer.config import ConfigError
+from star_trainer.prompts import Prompt
+from star_trainer.prompts.units.rules import quoted_texts
 from star_trainer.rewards.errors import RewardError
-from star_trainer.scenes import ScenePrompt
-from star_trainer.units.rules import quoted_texts
 
 _LONGEST = 8  # times the shorter side: RapidOCR enlarges that one to 736 pixels, whatever becomes of the longer one
 _MOST_ORDERS = 4  # texts of which every order is tried: 24 comparisons
@@ -36,7 +36,7 @@ class OcrReward:
             ) from error
         self._read = RapidOCR()
 
-    def __call__(self, images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+    def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         return np.array(
             [text_score(wanted(prompt.text), self.read(image)) for image, prompt in zip(images, prompts, strict=True)]
         )

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from star_trainer.config import ConfigError, RemoteReward
+from star_trainer.prompts import Prompt
 from star_trainer.rewards.errors import RewardError
-from star_trainer.scenes import ScenePrompt
 
 _LONGEST_PAUSE = 30.0
 
@@ -47,14 +47,14 @@ class RemoteRewardClient:
         token = os.environ.get(config.token_variable)
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
-    def __call__(self, images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+    def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         scores: list[float] = []
         for first in range(0, len(prompts), self.config.batch_size):
             rows = slice(first, first + self.config.batch_size)
             scores += self._checked(self._post(self._body(images[rows], prompts[rows])), len(prompts[rows]))
         return np.array(scores)
 
-    def _body(self, images: np.ndarray, prompts: Sequence[ScenePrompt]) -> bytes:
+    def _body(self, images: np.ndarray, prompts: Sequence[Prompt]) -> bytes:
         encode = _png if self.config.format == "png" else np.ndarray.tobytes
         body = {
             "format": self.config.format,

@@ -24,9 +24,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from star_trainer.config import ConfigError, Reward, check_section
-from star_trainer.rewards import RewardFunction, load_reward
-from star_trainer.rewards.errors import RewardError
-from star_trainer.scenes import ScenePrompt
+from star_trainer.prompts import Prompt
+from star_trainer.rewards import RewardError, RewardFunction, load_reward
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class RequestError(ValueError):
         self.status = status
 
 
-def parse_request(body: bytes, limits: Limits) -> tuple[np.ndarray, list[ScenePrompt]]:
+def parse_request(body: bytes, limits: Limits) -> tuple[np.ndarray, list[Prompt]]:
     """Images [B, H, W, 3] uint8 and their prompts.
 
     Raises:
@@ -108,11 +107,11 @@ def _from_png(content: bytes, shape: list[int]) -> np.ndarray:
         raise ValueError(f"not a whole PNG: {error}") from error
 
 
-def _prompt(value: Any, index: int) -> ScenePrompt:
+def _prompt(value: Any, index: int) -> Prompt:
     metadata = value.get("metadata", {}) if isinstance(value, dict) else None
     if not isinstance(metadata, dict) or not isinstance(value.get("prompt"), str):
         raise RequestError(f"prompts[{index}]: expected an object with a string 'prompt' and an object 'metadata'")
-    return ScenePrompt(value["prompt"], metadata)
+    return Prompt(value["prompt"], metadata)
 
 
 def create_app(reward: RewardFunction, *, token: str | None = None, limits: Limits | None = None) -> Any:

@@ -18,28 +18,18 @@ import numpy as np
 import torch
 
 from star_trainer.config import ConfigError, Reward
+from star_trainer.prompts import Prompt
+from star_trainer.prompts.units.rules import quoted_texts
 from star_trainer.rewards.errors import RewardError
-from star_trainer.rewards.requirements import check_requirements, judge
-from star_trainer.rewards.scene_detector import detect
-from star_trainer.scenes import ScenePrompt
-from star_trainer.units.rules import quoted_texts
+from star_trainer.rewards.scenes import scene_graded, scene_strict
+from star_trainer.worlds.requirements import check_requirements
 
 if TYPE_CHECKING:
     from star_trainer.rewards.clip import ClipModel, ClipReward
     from star_trainer.rewards.geneval import Detector
 
-RewardFunction = Callable[[np.ndarray, Sequence[ScenePrompt]], np.ndarray]
+RewardFunction = Callable[[np.ndarray, Sequence[Prompt]], np.ndarray]
 DifferentiableReward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
-
-
-def scene_strict(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
-    """1 where an image meets every requirement of its prompt, else 0. Images [B, H, W, 3] uint8; returns [B]."""
-    return np.array([judge(detect(i), p.metadata).strict for i, p in zip(images, prompts, strict=True)])
-
-
-def scene_graded(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
-    """The fraction of its prompt's requirements that an image meets. Images [B, H, W, 3] uint8; returns [B]."""
-    return np.array([judge(detect(i), p.metadata).graded for i, p in zip(images, prompts, strict=True)])
 
 
 class _Models:
@@ -111,7 +101,7 @@ def load_reward(config: Reward) -> RewardFunction:
     """The weighted sum of `load_terms`.
 
     A reward is called as ``function(images, prompts)`` with images [B, H, W, 3] uint8 (RGB) and a sequence of B
-    `ScenePrompt`, whose `text` is the prompt and whose `metadata` is what stands beside it in its file. It returns B
+    `Prompt`, whose `text` is the prompt and whose `metadata` is what stands beside it in its file. It returns B
     finite numbers, more being better: a list, an array or a tensor. A module is looked for in the current folder first.
 
     Raises:
@@ -125,7 +115,7 @@ def load_reward(config: Reward) -> RewardFunction:
 def weighted_sum(config: Reward, terms: Mapping[str, RewardFunction]) -> RewardFunction:
     """The sum of terms from `load_terms` with the weights of the configuration."""
 
-    def reward(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+    def reward(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         return sum((config.terms[name] * term(images, prompts) for name, term in terms.items()), np.zeros(len(prompts)))
 
     return reward
@@ -144,7 +134,7 @@ def load_terms(config: Reward) -> dict[str, RewardFunction]:
 def _checked(name: str, function: RewardFunction) -> RewardFunction:
     """A reward that refuses bad images and prompts it can tell nothing of, and returns finite numbers [B] float64."""
 
-    def call(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+    def call(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         _check_images(images, len(prompts))
         for prompt in prompts:
             if (reason := unsuitable(name, prompt)) is not None:
@@ -177,7 +167,7 @@ def check_reward(config: Reward) -> None:
             _import(name)
 
 
-def unsuitable(name: str, prompt: ScenePrompt) -> str | None:
+def unsuitable(name: str, prompt: Prompt) -> str | None:
     """Why a reward can tell nothing of the images of a prompt, or None if it can."""
     shown = reprlib.repr(prompt.text)
     if name in _OF_REQUIREMENTS:
@@ -270,7 +260,7 @@ def _find(name: str, models: _Models) -> RewardFunction:
 def _guarded(name: str, function: RewardFunction) -> RewardFunction:
     """A reward of one's own whose failure is a `RewardError`, so that it ends the run with a checkpoint."""
 
-    def call(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+    def call(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         try:
             return function(images, prompts)
         except RewardError:
@@ -320,7 +310,7 @@ def _check_signature(function: Callable[..., Any]) -> None:
         raise TypeError(f"expected function(images, prompts), got {signature}: {error}") from error
 
 
-def check_prompts(terms: Collection[str], prompts: Sequence[ScenePrompt], where: str) -> None:
+def check_prompts(terms: Collection[str], prompts: Sequence[Prompt], where: str) -> None:
     """Refuse prompts whose images the terms would all reward alike.
 
     Raises:

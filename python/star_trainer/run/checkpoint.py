@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from star_trainer.config import TrainerError
+
 FORMAT = 1
 
 _MANIFEST = "manifest.json"
@@ -39,7 +41,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(TrainerError, RuntimeError):
     """Checkpoints are there but cannot be used: none is whole, or they do not fit."""
 
 

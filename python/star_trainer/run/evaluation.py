@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save
 from scipy import stats
 
 from star_trainer.config import Config
-from star_trainer.files import write_atomically
-from star_trainer.policy import Policy
-from star_trainer.processes import gather_array, together
-from star_trainer.randomness import stream
-from star_trainer.rewards import RewardFunction
-from star_trainer.rewards.errors import RewardError
-from star_trainer.rollout import denoise
-from star_trainer.scenes import ScenePrompt
+from star_trainer.families.policy import Policy
+from star_trainer.prompts import Prompt
+from star_trainer.rewards import RewardError, RewardFunction
+from star_trainer.run.files import write_atomically
+from star_trainer.run.processes import gather_array, together
+from star_trainer.run.randomness import stream
+from star_trainer.sampling import denoise
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Evaluation:
 def evaluate(
     policy: Policy,
     config: Config,
-    prompts: Sequence[ScenePrompt],
+    prompts: Sequence[Prompt],
     scorers: dict[str, RewardFunction],
     accelerator: Accelerator,
 ) -> Evaluation:
@@ -100,9 +99,7 @@ def evaluate(
     return Evaluation(shown, {name: values[: len(prompts)] for name, values in gathered.items()})
 
 
-def _score(
-    images: np.ndarray, prompts: Sequence[ScenePrompt], scorers: dict[str, RewardFunction]
-) -> dict[str, np.ndarray]:
+def _score(images: np.ndarray, prompts: Sequence[Prompt], scorers: dict[str, RewardFunction]) -> dict[str, np.ndarray]:
     return {name: np.asarray(scorer(images, prompts), dtype=np.float64) for name, scorer in scorers.items()}
 
 

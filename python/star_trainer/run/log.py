@@ -16,16 +16,17 @@ from diffusers import SD3Transformer2DModel
 from tqdm import tqdm
 
 import star_kernels as sk
-from star_trainer import report
-from star_trainer.advantages import Advantages
-from star_trainer.evaluation import Evaluation, PairedDifference, evaluate, paired_difference
-from star_trainer.files import write_atomically
-from star_trainer.processes import gather, is_sharded, whole
-from star_trainer.randomness import stream
-from star_trainer.rewards import RewardFunction, scene_graded, scene_strict
-from star_trainer.rollout import denoise, text_units
-from star_trainer.scenes import ScenePrompt
-from star_trainer.state import TrainingState
+from star_trainer.algorithms.advantages import Advantages
+from star_trainer.prompts import Prompt
+from star_trainer.rewards import RewardFunction
+from star_trainer.rewards.scenes import scene_graded, scene_strict
+from star_trainer.run import pictures as report
+from star_trainer.run.evaluation import Evaluation, PairedDifference, evaluate, paired_difference
+from star_trainer.run.files import write_atomically
+from star_trainer.run.processes import gather, is_sharded, whole
+from star_trainer.run.randomness import stream
+from star_trainer.run.state import TrainingState
+from star_trainer.sampling import denoise, text_units
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RunLog:
     """Records of one run; all output goes through here. Only the main process writes."""
 
     def __init__(
-        self, state: TrainingState, held_out: Sequence[ScenePrompt], reward: RewardFunction, *, resumed: bool
+        self, state: TrainingState, held_out: Sequence[Prompt], reward: RewardFunction, *, resumed: bool
     ) -> None:
         config = state.config
         self.state = state

@@ -17,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from star_trainer.files import write_atomically
+from star_trainer.run.files import write_atomically
 
 # Colours that people who confuse red and green can tell apart (Okabe and Ito).
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072b2", "#e69f00", "#009e73", "#cc79a7"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,17 +75,6 @@ def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def own_device() -> torch.device:
-    """This process's GPU by its number, else the CPU.
-
-    A model that is on ``cuda`` without a number is on another device for threads and for what comes before processes
-    have chosen theirs.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def lost_process(error: BaseException) -> bool:

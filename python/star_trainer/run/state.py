@@ -20,11 +20,11 @@ from diffusers.training_utils import EMAModel
 from pydantic import ValidationError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from star_trainer import checkpoint
 from star_trainer.config import Config, ConfigError
-from star_trainer.policy import Policy, check_against_model, load_policy
-from star_trainer.processes import is_spread, spread_like, whole
-from star_trainer.randomness import stream
+from star_trainer.families.policy import Policy, check_against_model, load_policy
+from star_trainer.run import checkpoint
+from star_trainer.run.processes import is_spread, spread_like, whole
+from star_trainer.run.randomness import stream
 
 
 @dataclass

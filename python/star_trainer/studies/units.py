@@ -13,15 +13,14 @@ from typing import Any
 from tqdm import tqdm
 
 from star_kernels.text_units import TextUnits, stands_in
-from star_trainer.cli import positive
 from star_trainer.config import ConfigError, Units, check_section
-from star_trainer.files import folder_or_name, write_atomically
-from star_trainer.policy import TINY_PIPELINE
-from star_trainer.prompts import read_prompts
-from star_trainer.scenes import ScenePrompt
-from star_trainer.units import Extraction, UnitExtractor
-from star_trainer.units.cache import CacheError
-from star_trainer.units.chat import ChatError
+from star_trainer.config.command_line import positive
+from star_trainer.config.paths import TINY_PIPELINE, folder_or_name
+from star_trainer.prompts import Prompt, read_prompts
+from star_trainer.prompts.units import Extraction, UnitExtractor
+from star_trainer.prompts.units.cache import CacheError
+from star_trainer.prompts.units.chat import ChatError
+from star_trainer.run.files import write_atomically
 
 _WIDTH = 100
 
@@ -81,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _extractions(prompts: Sequence[ScenePrompt], extractor: UnitExtractor, bar: Any, *, keep: bool) -> list[Extraction]:
+def _extractions(prompts: Sequence[Prompt], extractor: UnitExtractor, bar: Any, *, keep: bool) -> list[Extraction]:
     """The units of each prompt; with `keep` those that stand beside it, where there are any."""
     asked = [index for index, prompt in enumerate(prompts) if not (keep and prompt.units)]
     bar.update(len(prompts) - len(asked))
@@ -105,7 +104,7 @@ def _tokenizers(pipeline: str) -> Any:
     return parts
 
 
-def _line(prompt: ScenePrompt, extraction: Extraction) -> str:
+def _line(prompt: Prompt, extraction: Extraction) -> str:
     entry = {**prompt.metadata, "prompt": prompt.text, "units": extraction.units, "units_from": extraction.source}
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
@@ -120,7 +119,7 @@ class _Coverage:
 
 
 def _align(
-    prompts: Sequence[ScenePrompt], extractions: Sequence[Extraction], tokenizers: Any, max_sequence_length: int
+    prompts: Sequence[Prompt], extractions: Sequence[Extraction], tokenizers: Any, max_sequence_length: int
 ) -> _Coverage:
     """Where the units stand in the token sequence.
 
@@ -141,14 +140,14 @@ def _align(
     return _Coverage(units.missing, units.truncated, lengths)
 
 
-def _show(prompts: Sequence[ScenePrompt], extractions: Sequence[Extraction]) -> None:
+def _show(prompts: Sequence[Prompt], extractions: Sequence[Extraction]) -> None:
     for prompt, extraction in zip(prompts, extractions, strict=False):
         text = " ".join(prompt.text.split())
         print(text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…")
         print("    " + (" | ".join(extraction.units) or "(none)"))
 
 
-def _summarise(prompts: Sequence[ScenePrompt], extractions: Sequence[Extraction]) -> None:
+def _summarise(prompts: Sequence[Prompt], extractions: Sequence[Extraction]) -> None:
     total = sum(len(extraction.units) for extraction in extractions)
     counts: dict[str, int] = {}
     for extraction in extractions:
@@ -160,9 +159,7 @@ def _summarise(prompts: Sequence[ScenePrompt], extractions: Sequence[Extraction]
         print(f"{replaced} prompts had units in the file, which are replaced here; --keep keeps them")
 
 
-def _report_coverage(
-    prompts: Sequence[ScenePrompt], extractions: Sequence[Extraction], coverage: _Coverage | None
-) -> None:
+def _report_coverage(prompts: Sequence[Prompt], extractions: Sequence[Extraction], coverage: _Coverage | None) -> None:
     """How many units are found, and each that is not: in the token sequence, or without tokenizers in the prompt."""
     if coverage is None:
         where = "the prompt"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from star_trainer.advantages import control_weights, group_advantages
+from star_trainer.algorithms.advantages import control_weights, group_advantages
 
 
 @given(st.integers(1, 5), st.integers(2, 6), st.integers(0, 1000))

@@ -11,16 +11,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
-from star_trainer import r0
+from star_trainer.algorithms import r0
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
 from star_trainer.dry_run import plan
-from star_trainer.policy import Policy
-from star_trainer.rewards import NotDifferentiable, check_differentiable
-from star_trainer.rewards.errors import RewardError
-from star_trainer.rollout import NonFiniteError
-from star_trainer.scenes import ScenePrompt, sample_prompts
-from star_trainer.state import TrainingState, build_state
+from star_trainer.families.policy import Policy
+from star_trainer.prompts import Prompt
+from star_trainer.rewards import NotDifferentiable, RewardError, check_differentiable
+from star_trainer.run.state import TrainingState, build_state
+from star_trainer.sampling import NonFiniteError
+from star_trainer.worlds.scenes.captions import sample_prompts
 from torch import Tensor
 
 from bench.harness import CpuClock
@@ -73,7 +73,7 @@ def another_precision() -> Iterator[None]:
 
 
 @pytest.fixture
-def prompts() -> list[ScenePrompt]:
+def prompts() -> list[Prompt]:
     return sample_prompts(np.random.default_rng(0), 3, held_out=False)
 
 
@@ -82,7 +82,7 @@ def with_settings(state: TrainingState, *overrides: str) -> TrainingState:
     return state
 
 
-def gradient_of(state: TrainingState, prompts: Sequence[ScenePrompt], supervision: r0.Supervision = SMOOTH) -> Tensor:
+def gradient_of(state: TrainingState, prompts: Sequence[Prompt], supervision: r0.Supervision = SMOOTH) -> Tensor:
     """The gradient of minus the mean reward of iteration 0 by all trained parameters, as one vector."""
     parameters = list(state.policy.trainable().values())
     for parameter in parameters:
@@ -99,7 +99,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("steps", [None, 2, 1])
 @pytest.mark.parametrize("method", ["r0", "r0_plus"])
 def test_running_steps_again_gives_the_gradient_of_the_whole_graph(
-    shared_state: TrainingState, prompts: list[ScenePrompt], method: str, steps: int | None
+    shared_state: TrainingState, prompts: list[Prompt], method: str, steps: int | None
 ) -> None:
     settings = [f"method={method}", f"r0.gradient_steps={steps or 'null'}"]
     again = gradient_of(with_settings(shared_state, *settings), prompts)
@@ -109,7 +109,7 @@ def test_running_steps_again_gives_the_gradient_of_the_whole_graph(
         assert relative(gradient_of(with_settings(shared_state, f"method={method}"), prompts), kept) > 1e-2
 
 
-def test_the_gradient_is_that_of_the_mean_reward(shared_state: TrainingState, prompts: list[ScenePrompt]) -> None:
+def test_the_gradient_is_that_of_the_mean_reward(shared_state: TrainingState, prompts: list[Prompt]) -> None:
     """Against central differences along one direction, through all steps, the decoder and the rewards."""
     state = with_settings(shared_state, "r0.normalize_gradients=false")
     parameters = list(state.policy.trainable().values())
@@ -131,7 +131,7 @@ def test_the_gradient_is_that_of_the_mean_reward(shared_state: TrainingState, pr
 
 
 def test_each_reward_weighs_what_its_weight_says_whatever_its_scale(
-    shared_state: TrainingState, prompts: list[ScenePrompt]
+    shared_state: TrainingState, prompts: list[Prompt]
 ) -> None:
     def scaled(factor: float) -> r0.Supervision:
         rewards = {"redness": lambda images, texts: factor * redness(images, texts), "brightness": brightness}
@@ -145,7 +145,7 @@ def test_each_reward_weighs_what_its_weight_says_whatever_its_scale(
     assert change("r0.normalize_gradients=false") > 1.0
 
 
-def test_regions_weight_the_gradient_of_the_image(shared_state: TrainingState, prompts: list[ScenePrompt]) -> None:
+def test_regions_weight_the_gradient_of_the_image(shared_state: TrainingState, prompts: list[Prompt]) -> None:
     state = with_settings(shared_state)
     policy = state.policy
     latents = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -164,7 +164,7 @@ def test_regions_weight_the_gradient_of_the_image(shared_state: TrainingState, p
 
 
 def test_images_that_are_not_finite_are_not_blamed_on_a_reward(
-    shared_state: TrainingState, prompts: list[ScenePrompt]
+    shared_state: TrainingState, prompts: list[Prompt]
 ) -> None:
     state = with_settings(shared_state)
     latents = torch.zeros(3, *state.policy.latent_shape)
@@ -173,7 +173,7 @@ def test_images_that_are_not_finite_are_not_blamed_on_a_reward(
         r0._reward_gradient(state.config, state.policy, SMOOTH, latents, prompts, None)
 
 
-def test_maps_of_the_steps_shape_the_gradient(shared_state: TrainingState, prompts: list[ScenePrompt]) -> None:
+def test_maps_of_the_steps_shape_the_gradient(shared_state: TrainingState, prompts: list[Prompt]) -> None:
     uniform = gradient_of(with_settings(shared_state), prompts)
     allocated = gradient_of(with_settings(shared_state, "r0.allocate=true"), prompts)
     without = gradient_of(with_settings(shared_state, "r0.allocate=true", "allocation.strength=0"), prompts)
@@ -184,7 +184,7 @@ def test_maps_of_the_steps_shape_the_gradient(shared_state: TrainingState, promp
 
 
 def test_guidance_moves_latents_from_the_prediction_without_to_that_with_the_prompt(
-    shared_state: TrainingState, prompts: list[ScenePrompt], monkeypatch: pytest.MonkeyPatch
+    shared_state: TrainingState, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = with_settings(shared_state, "method=r0_plus", "r0.guidance_weight=0.5", "r0.normalize_gradients=false")
     policy, asked = state.policy, []
@@ -208,7 +208,7 @@ def test_guidance_moves_latents_from_the_prediction_without_to_that_with_the_pro
     torch.testing.assert_close(scaled.flatten(1).norm(dim=1), 0.5 * relative_to.flatten(1).norm(dim=1))
 
 
-def test_trajectories_draw_their_own_noise(shared_state: TrainingState, prompts: list[ScenePrompt]) -> None:
+def test_trajectories_draw_their_own_noise(shared_state: TrainingState, prompts: list[Prompt]) -> None:
     policy = shared_state.policy
 
     def stds(eta: str) -> Tensor:
@@ -252,7 +252,7 @@ def test_the_weight_of_the_regulariser_follows_its_schedule() -> None:
     assert weights("r0.regularizer_final=null") == [1.0] * 5
 
 
-def test_memory_does_not_grow_with_the_steps(shared_state: TrainingState, prompts: list[ScenePrompt]) -> None:
+def test_memory_does_not_grow_with_the_steps(shared_state: TrainingState, prompts: list[Prompt]) -> None:
     def peak(steps: int, checkpointing: bool) -> int:
         state = with_settings(shared_state, f"rollout.steps={steps}", f"r0.checkpointing={checkpointing}".lower())
         return CpuClock().peak_bytes(lambda: r0.backward(state, SMOOTH, prompts, range(3), 0, 1.0))
@@ -293,7 +293,7 @@ def _count(calls: dict[str, int]) -> None:
     ids=["bfloat16", "all weights", "gradient checkpointing"],
 )
 def test_other_precisions_and_parameters_have_their_gradient_and_learn(
-    settings: list[str], tmp_path: Path, prompts: list[ScenePrompt], another_precision: None
+    settings: list[str], tmp_path: Path, prompts: list[Prompt], another_precision: None
 ) -> None:
     settings = [*SMALL, *settings, f"run.folder={tmp_path}", "r0.eta=[0, 0.5]"]
     state = build_state(load_config("tiny_r0", settings))
@@ -314,9 +314,7 @@ class NoLog:
         raise AssertionError(arguments)
 
 
-def test_an_update_raises_the_reward_of_its_own_samples(
-    shared_state: TrainingState, prompts: list[ScenePrompt]
-) -> None:
+def test_an_update_raises_the_reward_of_its_own_samples(shared_state: TrainingState, prompts: list[Prompt]) -> None:
     state = with_settings(shared_state, "r0.eta=[0, 0.5]")
     before = [p.detach().clone() for p in state.policy.trainable().values()]
     rewards = [r0.improve(state, SMOOTH, 0, NoLog(), prompts, 0).rewards.mean() for _ in range(3)]  # type: ignore[arg-type]
@@ -433,7 +431,7 @@ def test_a_reward_that_gives_something_else_is_named(function, message: str) -> 
 
 
 def test_a_small_decoder_takes_the_place_of_the_pipelines(
-    shared_state: TrainingState, prompts: list[ScenePrompt], tmp_path: Path
+    shared_state: TrainingState, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     from diffusers import AutoencoderTiny
 

@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import star_trainer.rollout as rollout_module
+import star_trainer.algorithms.rollout as rollout_module
 import torch
+from star_trainer.algorithms.policy_gradient import choose_steps
+from star_trainer.algorithms.rollout import collect
 from star_trainer.config import Config, Model, Reward, load_config
-from star_trainer.policy import Policy, load_policy
-from star_trainer.randomness import numpy_stream, stream
+from star_trainer.families.policy import Policy, load_policy
 from star_trainer.rewards import load_reward
-from star_trainer.rollout import NonFiniteError, collect, denoise, text_units
-from star_trainer.scenes import sample_prompts
-from star_trainer.update import choose_steps
+from star_trainer.run.randomness import numpy_stream, stream
+from star_trainer.sampling import NonFiniteError, denoise, text_units
+from star_trainer.worlds.scenes.captions import sample_prompts
 
 LORA = load_config("tiny").model
 

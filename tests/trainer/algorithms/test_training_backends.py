@@ -42,7 +42,7 @@ TOLERANCES = {
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

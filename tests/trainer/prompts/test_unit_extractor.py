@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from star_trainer.config import ConfigError, Units, describe_keys, load_config
-from star_trainer.policy import TINY_PIPELINE
-from star_trainer.prompts import read_prompts
-from star_trainer.scenes import ScenePrompt
-from star_trainer.units import UnitExtractor, chat
-from star_trainer.units.cache import CacheError, UnitCache
-from star_trainer.units.cli import main
+from star_trainer.config.paths import TINY_PIPELINE
+from star_trainer.prompts import Prompt, read_prompts
+from star_trainer.prompts.units import UnitExtractor, chat
+from star_trainer.prompts.units.cache import CacheError, UnitCache
+from star_trainer.studies.units import main
 
 PROMPTS = ["a red cup on a table", 'a sign that says "Go"']
 GOOD = '[["red cup", "table"], ["Go", "sign"]]'
@@ -134,8 +133,8 @@ def settings(**options: Any) -> Units:
     return Units(**{"source": "llm", "model": "small", "cache": None, **options})
 
 
-def prompts() -> list[ScenePrompt]:
-    return [ScenePrompt(text, {}) for text in PROMPTS]
+def prompts() -> list[Prompt]:
+    return [Prompt(text, {}) for text in PROMPTS]
 
 
 def test_an_endpoint_is_asked_as_openai_is(serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,8 +246,8 @@ def test_the_cache_tells_extractors_and_requirements_apart(tmp_path: Path) -> No
     prompt = "a photo of a red cup and a dog"
     include = [{"class": "dog", "count": 1}]
     extractor = UnitExtractor(Units(source="rules", cache=cache))
-    assert extractor([ScenePrompt(prompt, {})])[0].units == ("red cup", "dog")
-    assert extractor([ScenePrompt(prompt, {"include": include})])[0].units == ("dog",)
+    assert extractor([Prompt(prompt, {})])[0].units == ("red cup", "dog")
+    assert extractor([Prompt(prompt, {"include": include})])[0].units == ("dog",)
     assert UnitExtractor(settings(task="ocr")).name != UnitExtractor(settings(task="geneval")).name
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from star_trainer.config import ConfigError
+from star_trainer.prompts import Prompt
 from star_trainer.rewards.clip import ClipModel, ClipReward
-from star_trainer.scenes import ScenePrompt
 from transformers import CLIPProcessor
 
 from tests.tiny_models import tiny_clip_tokenizer
 from tests.tiny_reward_models import CLIPImageProcessor, save_clip
 
-PROMPTS = [ScenePrompt(text, {}) for text in ("a red circle", "a blue square", "a photo of three cats")]
+PROMPTS = [Prompt(text, {}) for text in ("a red circle", "a blue square", "a photo of three cats")]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_batch_larger_than_one_pass(clip: ClipModel) -> None:
 
 
 def test_a_long_prompt_is_cut_and_not_an_error(clip: ClipModel) -> None:
-    score = ClipReward(clip, scale="percent")(images(32, 32, 1), [ScenePrompt("a red circle " * 1000, {})])
+    score = ClipReward(clip, scale="percent")(images(32, 32, 1), [Prompt("a red circle " * 1000, {})])
     assert np.isfinite(score).all()
 
 

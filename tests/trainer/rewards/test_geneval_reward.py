@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from star_trainer.config import ConfigError
+from star_trainer.prompts import Prompt
 from star_trainer.rewards.geneval import COLOURS, Detector, GenEvalReward, box_of, masked_crop
-from star_trainer.rewards.requirements import DetectedObject, judge
-from star_trainer.scenes import ScenePrompt
+from star_trainer.worlds.requirements import DetectedObject, judge
 
 from tests.tiny_models import DATA
 from tests.tiny_reward_models import save_detector
@@ -115,7 +115,7 @@ def test_colours_are_those_of_the_object_and_not_of_what_is_around_it(given) -> 
 def test_the_reward_is_the_verdict_on_what_was_seen(given, asked: str, strict: float, graded: float) -> None:
     detector = given(("cat", 0.9, mask(10, 10, 30, 30)))
     metadata = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": asked}]}
-    images, prompts = picture(blue=(10, 10, 30, 30))[None].repeat(2, 0), [ScenePrompt("x", metadata)] * 2
+    images, prompts = picture(blue=(10, 10, 30, 30))[None].repeat(2, 0), [Prompt("x", metadata)] * 2
     assert GenEvalReward(detector, strict=True)(images, prompts).tolist() == [strict] * 2
     assert GenEvalReward(detector, strict=False)(images, prompts).tolist() == [graded] * 2
 

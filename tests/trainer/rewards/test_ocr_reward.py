@@ -7,10 +7,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 from rapidfuzz.distance import Levenshtein
 from star_trainer.config import Reward
-from star_trainer.rewards import load_reward
-from star_trainer.rewards.errors import RewardError
+from star_trainer.prompts import Prompt
+from star_trainer.rewards import RewardError, load_reward
 from star_trainer.rewards.ocr import text_score, wanted
-from star_trainer.scenes import ScenePrompt
 
 BACKGROUND = (240, 235, 220)
 
@@ -31,7 +30,7 @@ def ocr():
 
 
 def score(ocr, image: np.ndarray, prompt: str) -> float:
-    return float(ocr(image[None], [ScenePrompt(prompt, {})])[0])
+    return float(ocr(image[None], [Prompt(prompt, {})])[0])
 
 
 @pytest.mark.parametrize("angle", [0, 90, 180, 270, 20, -45])
@@ -60,7 +59,7 @@ def test_several_texts_are_found_wherever_they_stand(ocr) -> None:
 
 def test_a_batch_is_scored_image_by_image(ocr) -> None:
     images = np.stack([picture("Hello"), picture("")])
-    prompts = [ScenePrompt('"Hello"', {}), ScenePrompt('"Hello"', {})]
+    prompts = [Prompt('"Hello"', {}), Prompt('"Hello"', {})]
     assert ocr(images, prompts).tolist() == [1.0, 0.0]
 
 

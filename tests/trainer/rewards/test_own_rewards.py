@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from star_trainer.config import ConfigError, Reward
+from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardError, check_reward, load_reward
-from star_trainer.scenes import ScenePrompt
 
 IMAGES = np.zeros((3, 8, 8, 3), dtype=np.uint8)
-PROMPTS = [ScenePrompt(name, {"target": 0.5}) for name in "abc"]
+PROMPTS = [Prompt(name, {"target": 0.5}) for name in "abc"]
 
 
 @pytest.fixture

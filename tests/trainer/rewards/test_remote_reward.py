@@ -18,16 +18,15 @@ import requests
 from PIL import Image
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, Reward
-from star_trainer.rewards import load_reward, remote
-from star_trainer.rewards.errors import RewardError
+from star_trainer.prompts import Prompt
+from star_trainer.rewards import RewardError, load_reward, remote
 from star_trainer.rewards.server import Limits, RequestError, create_app, parse_request
 from star_trainer.rewards.server import main as serve_main
-from star_trainer.scenes import ScenePrompt
 
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
-PROMPTS = [ScenePrompt("a red circle", {"include": []}), ScenePrompt("ein grünes Quadrat", {"number": 2})]
+PROMPTS = [Prompt("a red circle", {"include": []}), Prompt("ein grünes Quadrat", {"number": 2})]
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
 
 
@@ -75,7 +74,7 @@ def test_the_server_sees_what_the_client_has(start, form: str, batch_size: int) 
 def test_real_rewards_are_served(start) -> None:
     images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
     circle = [{"class": "circle", "count": 1}]
-    prompts = [ScenePrompt("x", {"exclude": circle}), ScenePrompt("y", {"include": circle})]
+    prompts = [Prompt("x", {"exclude": circle}), Prompt("y", {"include": circle})]
     here = load_reward(Reward(terms={"scene_graded": 0.5}))
     assert client(start(here))(images, prompts).tolist() == here(images, prompts).tolist() == [0.5, 0.0]
 
@@ -83,7 +82,7 @@ def test_real_rewards_are_served(start) -> None:
 def test_a_server_refuses_prompts_that_its_reward_can_tell_nothing_of(start) -> None:
     here = load_reward(Reward(terms={"scene_graded": 1.0}))
     with pytest.raises(RewardError, match="422.*scene_graded.*'x'.*include"):
-        client(start(here))(np.zeros((1, 64, 64, 3), dtype=np.uint8), [ScenePrompt("x", {})])
+        client(start(here))(np.zeros((1, 64, 64, 3), dtype=np.uint8), [Prompt("x", {})])
 
 
 def test_a_token_is_asked_for_and_never_shown(start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from star_trainer import checkpoint
-from star_trainer.checkpoint import (
+from star_trainer.run import checkpoint
+from star_trainer.run.checkpoint import (
     CheckpointError,
     load_latest,
     load_optimizer_state,

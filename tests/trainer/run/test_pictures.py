@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageDraw
-from star_trainer import report
-from star_trainer.report import allocation_sheet, before_after_sheet, curves_figure, plot_curves
+from star_trainer.run import pictures as report
+from star_trainer.run.pictures import allocation_sheet, before_after_sheet, curves_figure, plot_curves
 
 NAN, INF = math.nan, math.inf
 TRAINING = ("reward/mean", "reward/std", "train/clip_fraction", "train/kl", "train/gradient_norm")

@@ -16,13 +16,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from star_trainer import cli
 from star_trainer.config import ConfigError, load_config
-from star_trainer.processes import lost_process
+from star_trainer.run.processes import lost_process
 from star_trainer.train import train
 
 from tests.trainer import sharded_velocity
 from tests.trainer.forked import run_forked
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SMALL = [
     "run.progress=false",
     "train.iterations=3",

@@ -10,8 +10,8 @@ import pytest
 from star_trainer import train as loop
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
-from star_trainer.prompts import check_prompts
-from star_trainer.rewards.requirements import check_requirements
+from star_trainer.run.inputs import check_prompts
+from star_trainer.worlds.requirements import check_requirements
 
 BENCH = {"prompt": "a photo of a bench", "include": [{"class": "bench", "count": 1}], "units": ["bench"]}
 BARE = {"prompt": "a cat", "units": ["cat"]}

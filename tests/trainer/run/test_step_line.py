@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from star_trainer.advantages import Advantages, group_advantages
-from star_trainer.logs import _update
+from star_trainer.algorithms.advantages import Advantages, group_advantages
+from star_trainer.run.log import _update
 
 MEASURED = {"updates": 2.0, "clip_fraction": 0.25, "gradient_norm": 0.5}
 

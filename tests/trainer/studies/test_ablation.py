@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from star_trainer.ablation import runs as runs_module
-from star_trainer.ablation.cli import main
-from star_trainer.ablation.results import Curve, compare, markdown, mean_over_seeds
-from star_trainer.ablation.runs import Run, places, plan_runs, run_all
-from star_trainer.arms import Arm
+from star_trainer.studies.ablation import runs as runs_module
+from star_trainer.studies.ablation.cli import main
+from star_trainer.studies.ablation.results import Curve, compare, markdown, mean_over_seeds
+from star_trainer.studies.ablation.runs import Run, places, plan_runs, run_all
+from star_trainer.studies.arms import Arm
 
 HERE = Path(__file__).parent
 SMALL = [

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from star_trainer import timing
 from star_trainer.config import load_config
-from star_trainer.cost import cases, cli, flops, plot
-from star_trainer.cost import parts as parts_module
-from star_trainer.cost.cases import Arm, Case, attention_of, layer_inputs, load_case, roll_out, shape_case
-from star_trainer.cost.flops import Counts, count
-from star_trainer.cost.results import tables
+from star_trainer.studies import timing
+from star_trainer.studies.cost import cases, cli, flops, plot
+from star_trainer.studies.cost import parts as parts_module
+from star_trainer.studies.cost.cases import Arm, Case, attention_of, layer_inputs, load_case, roll_out, shape_case
+from star_trainer.studies.cost.flops import Counts, count
+from star_trainer.studies.cost.results import tables
 
 import star_kernels as sk
 from star_kernels import recorder

@@ -12,11 +12,11 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from star_trainer.config import load_config
-from star_trainer.eval import gallery as galleries
-from star_trainer.eval.cli import main
-from star_trainer.eval.tables import estimate, markdown, tabulate
-from star_trainer.policy import TINY_PIPELINE
-from star_trainer.randomness import stream
+from star_trainer.config.paths import TINY_PIPELINE
+from star_trainer.run.randomness import stream
+from star_trainer.studies.evaluate import gallery as galleries
+from star_trainer.studies.evaluate.cli import main
+from star_trainer.studies.evaluate.tables import estimate, markdown, tabulate
 from star_trainer.train import train
 
 TRAINED = [
@@ -143,7 +143,7 @@ def test_the_saved_adapter_gives_the_trainers_pictures_in_diffusers(run: Path, e
 
 def test_an_adapter_that_changes_nothing_gives_the_same_pictures(tmp_path: Path) -> None:
     from peft.utils import get_peft_model_state_dict
-    from star_trainer.policy import load_policy
+    from star_trainer.families.policy import load_policy
 
     policy = load_policy(load_config("tiny").model)
     policy.pipeline.save_lora_weights(tmp_path / "none", get_peft_model_state_dict(policy.transformer))
@@ -157,7 +157,7 @@ def test_an_adapter_that_changes_nothing_gives_the_same_pictures(tmp_path: Path)
 
 
 def test_a_whole_transformer_is_compared_with_the_pipelines_own(tmp_path: Path) -> None:
-    from star_trainer.policy import load_pipeline
+    from star_trainer.families.policy import load_pipeline
 
     transformer = load_pipeline(load_config("tiny").model).transformer
     with torch.no_grad():

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from star_trainer.advantages import group_advantages
+from star_trainer.algorithms.advantages import group_advantages
+from star_trainer.algorithms.policy_gradient import Batch, step_loss
+from star_trainer.algorithms.rollout import collect
 from star_trainer.config import load_config
-from star_trainer.rewards import scene_graded
-from star_trainer.rewards.errors import RewardError
-from star_trainer.rollout import collect
-from star_trainer.scenes import COLOURS, SceneObject, ScenePrompt, sample_prompts, shape_mask
-from star_trainer.sensitivity.cli import main, tables
-from star_trainer.sensitivity.gradients import (
+from star_trainer.prompts import Prompt
+from star_trainer.rewards import RewardError
+from star_trainer.rewards.scenes import scene_graded
+from star_trainer.run.state import build_state
+from star_trainer.studies.sensitivity.cli import main, tables
+from star_trainer.studies.sensitivity.gradients import (
     batch_gradients,
     jackknife,
     moments,
@@ -27,7 +29,7 @@ from star_trainer.sensitivity.gradients import (
     summarise,
     with_sums,
 )
-from star_trainer.sensitivity.maps import (
+from star_trainer.studies.sensitivity.maps import (
     Cases,
     auroc,
     edit,
@@ -38,8 +40,8 @@ from star_trainer.sensitivity.maps import (
     regional_correlation,
     top_region,
 )
-from star_trainer.state import build_state
-from star_trainer.update import Batch, step_loss
+from star_trainer.worlds.scenes.captions import COLOURS, sample_prompts
+from star_trainer.worlds.scenes.renderer import SceneObject, shape_mask
 
 SMALL = [
     "rollout.prompts=2",
@@ -226,7 +228,7 @@ def cases() -> Cases:
     right = np.full((1, 4, 8, 8), 0.1)
     for case, (x, y) in enumerate(places):
         right[0, case, int(y) // 8 - 1 : int(y) // 8 + 1, int(x) // 8 - 1 : int(x) // 8 + 1] = 14.5
-    prompt = ScenePrompt("a red square", {"include": [{"class": "square", "count": 1, "color": "red"}]})
+    prompt = Prompt("a red square", {"include": [{"class": "square", "count": 1, "color": "red"}]})
     maps = {"map": right, "wrong prompt": np.roll(right, 1, axis=1), "text-blind": np.ones_like(right)}
     return Cases([prompt] * 4, images, torch.zeros(4, 4, 16, 16), maps)
 
@@ -316,7 +318,7 @@ def test_what_was_measured_before_an_interrupt_or_a_fault_counts(
             raise ended_by
         return collect(*arguments)
 
-    monkeypatch.setattr("star_trainer.sensitivity.gradients.collect", collect_or_stop)
+    monkeypatch.setattr("star_trainer.studies.sensitivity.gradients.collect", collect_or_stop)
     parts = ["--parts", "gradients", "--arms", "star,uniform", "--batches", "20"]
     half = ["--arm", "half: allocation.strength=0.5"]
     assert main(["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", *parts, *half, "--folder", str(tmp_path)]) == code

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from star_trainer.config import Allocation, ConfigError, load_config
-from star_trainer.oracle import true_maps, true_mass
-from star_trainer.scenes import COLOURS, SceneObject, ScenePrompt, shape_mask
+from star_trainer.prompts import Prompt
+from star_trainer.worlds.scenes.captions import COLOURS
+from star_trainer.worlds.scenes.oracle import true_maps, true_mass
+from star_trainer.worlds.scenes.renderer import SceneObject, shape_mask
 
 SQUARE = SceneObject("square", "red", 16.0, 16.0, 8.0)
 CIRCLE = SceneObject("circle", "blue", 48.0, 48.0, 10.0)
@@ -21,8 +23,8 @@ def picture(*objects: SceneObject) -> np.ndarray:
     return canvas.round().astype(np.uint8)
 
 
-def prompt(*classes: str) -> ScenePrompt:
-    return ScenePrompt("a scene", {"include": [{"class": name, "count": 1} for name in classes]})
+def prompt(*classes: str) -> Prompt:
+    return Prompt("a scene", {"include": [{"class": name, "count": 1} for name in classes]})
 
 
 def test_only_named_objects_have_mass_and_each_its_own_unit() -> None:

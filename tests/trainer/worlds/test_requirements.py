@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from star_trainer.rewards.requirements import DetectedObject, Verdict, judge, relative_positions
+from star_trainer.worlds.requirements import DetectedObject, Verdict, judge, relative_positions
 
-GENEVAL = Path(__file__).parents[3] / "shared" / "data" / "geneval_metadata.jsonl"
+GENEVAL = Path(__file__).parents[4] / "shared" / "data" / "geneval_metadata.jsonl"
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 

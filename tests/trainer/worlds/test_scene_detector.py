@@ -6,9 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
-from star_trainer.rewards.requirements import DetectedObject
-from star_trainer.rewards.scene_detector import SCORE_THRESHOLD, detect, detect_masks
-from star_trainer.scenes import COLOURS, SHAPES, SceneObject, render, sample_prompt, sample_scene, shape_mask
+from star_trainer.worlds.requirements import DetectedObject
+from star_trainer.worlds.scenes.captions import COLOURS, SHAPES, sample_prompt
+from star_trainer.worlds.scenes.detector import SCORE_THRESHOLD, detect, detect_masks
+from star_trainer.worlds.scenes.renderer import SceneObject, render, sample_scene, shape_mask
 
 
 def plain(objects: list[SceneObject], size: int = 64, grey: int = 120) -> np.ndarray:

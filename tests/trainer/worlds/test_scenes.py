@@ -8,21 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from star_trainer import scenes
-from star_trainer.rewards.requirements import judge
-from star_trainer.rewards.scene_detector import detect
-from star_trainer.scenes import (
+from star_trainer.worlds.requirements import judge
+from star_trainer.worlds.scenes import captions as scenes
+from star_trainer.worlds.scenes.captions import (
     CATEGORIES,
     COLOURS,
     RELATIONS,
     SHAPES,
-    SceneObject,
     is_held_out,
+    sample_prompt,
+    sample_prompts,
+)
+from star_trainer.worlds.scenes.detector import detect
+from star_trainer.worlds.scenes.renderer import (
+    SceneObject,
     object_masks,
     render,
     render_background,
-    sample_prompt,
-    sample_prompts,
     sample_scene,
     shape_mask,
 )
@@ -30,12 +32,12 @@ from star_trainer.scenes import (
 COUNT = 600
 
 
-def draw(count: int, seed: int = 0, **options: Any) -> list[scenes.ScenePrompt]:
+def draw(count: int, seed: int = 0, **options: Any) -> list[scenes.Prompt]:
     return sample_prompts(np.random.default_rng(seed), count, **({"held_out": False} | options))
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[list[scenes.ScenePrompt], list[list[SceneObject]], list[np.ndarray]]:
+def world() -> tuple[list[scenes.Prompt], list[list[SceneObject]], list[np.ndarray]]:
     """Prompts of both splits, a scene for each, and its picture."""
     rng = np.random.default_rng(7)
     prompts = draw(COUNT // 2) + draw(COUNT // 2, held_out=True)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from star_trainer.config import Reward
-from star_trainer.policy import TINY_PIPELINE
+from star_trainer.config.paths import TINY_CLIP, TINY_PIPELINE
 from star_trainer.rewards import load_reward
-from star_trainer.rewards.clip import TINY_CLIP, ClipModel, ClipReward
-from star_trainer.scenes import is_held_out, render, render_background, sample_prompts, sample_scene
-from star_trainer.tiny_clip.build import (
+from star_trainer.rewards.clip import ClipModel, ClipReward
+from star_trainer.worlds.scenes.captions import is_held_out, sample_prompts
+from star_trainer.worlds.scenes.renderer import render, render_background, sample_scene
+from star_trainer.worlds.scenes.tiny_clip.build import (
     FAMILY,
     candidates,
     differ_in_one_attribute,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from star_trainer.config import load_config
-from star_trainer.policy import TINY_PIPELINE
-from star_trainer.rewards.requirements import judge
-from star_trainer.rewards.scene_detector import detect
-from star_trainer.scenes import is_held_out
-from star_trainer.tiny_sd3.build import measure
+from star_trainer.config.paths import TINY_PIPELINE
+from star_trainer.worlds.requirements import judge
+from star_trainer.worlds.scenes.captions import is_held_out
+from star_trainer.worlds.scenes.detector import detect
+from star_trainer.worlds.scenes.tiny_sd3.build import measure
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_pipeline_follows_its_prompt_when_called_as_its_readme_says(pipeline
 
 
 def test_captions_of_the_build_are_not_held_out() -> None:
-    from star_trainer.scenes import sample_prompts
+    from star_trainer.worlds.scenes.captions import sample_prompts
 
     prompts = sample_prompts(np.random.default_rng(0), 500, held_out=False)
     assert not any(is_held_out(prompt.text) for prompt in prompts)

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 from star_trainer.config import Units
-from star_trainer.scenes import ScenePrompt
-from star_trainer.units import chat, rules
-from star_trainer.units.cache import UnitCache, cache_key
+from star_trainer.prompts import Prompt
+from star_trainer.prompts.units import chat, rules
+from star_trainer.prompts.units.cache import UnitCache, cache_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,7 @@ class UnitExtractor:
             return f"llm {chat.VERSION} {self.config.task} {self.config.model}"
         return f"{self.config.source} {rules.VERSION}"
 
-    def __call__(
-        self, prompts: Sequence[ScenePrompt], progress: Callable[[int], object] | None = None
-    ) -> list[Extraction]:
+    def __call__(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> list[Extraction]:
         """The units of each prompt. `progress` is called with the number of prompts that were finished.
 
         Raises:
@@ -70,7 +68,7 @@ class UnitExtractor:
                 progress(len(some))
         return [found[key] for key in keys]
 
-    def fill(self, prompts: Sequence[ScenePrompt]) -> list[ScenePrompt]:
+    def fill(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts with their units."""
         return [
             dataclasses.replace(prompt, units=extraction.units)
@@ -95,7 +93,7 @@ class UnitExtractor:
             max_new_tokens=config.max_new_tokens,
         )
 
-    def _extract(self, prompts: list[ScenePrompt]) -> list[Extraction]:
+    def _extract(self, prompts: list[Prompt]) -> list[Extraction]:
         answers: list[list[str] | None] = [None] * len(prompts)
         by_chat = self.config.source == "llm"
         if by_chat:

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from star_trainer.config import TrainerError
+
 _SCHEMA = "CREATE TABLE IF NOT EXISTS units (key TEXT PRIMARY KEY, prompt TEXT NOT NULL, units TEXT NOT NULL)"
 _AT_ONCE = 500  # SQLite limits how many values a statement may name.
 
 
-class CacheError(RuntimeError):
+class CacheError(TrainerError, RuntimeError):
     """A cache file that cannot be used; the message names it."""
 
 

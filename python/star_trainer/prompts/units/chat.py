@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from star_kernels.text_units import stands_in
+from star_trainer.config import TrainerError
 
 VERSION = 1
 
@@ -53,7 +54,7 @@ the order of the prompts. For ["a red cup on a table", "two dogs"] an answer is 
 TASKS = tuple(_TASKS)
 
 
-class ChatError(RuntimeError):
+class ChatError(TrainerError, RuntimeError):
     """A chat model that cannot be reached or does not answer as one; the message names it."""
 
 

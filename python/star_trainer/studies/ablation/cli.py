@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from star_trainer.ablation.plot import plot_ablation
-from star_trainer.ablation.results import as_json, compare, markdown, read_curve
-from star_trainer.ablation.runs import places, plan_runs, run_all
-from star_trainer.arms import Arm
-from star_trainer.cli import add_config_arguments
 from star_trainer.config import REWARD_GRADIENT_METHODS, ConfigError, Method, load_config
-from star_trainer.files import write_atomically
+from star_trainer.config.command_line import add_config_arguments
+from star_trainer.run.files import write_atomically
+from star_trainer.studies.ablation.plot import plot_ablation
+from star_trainer.studies.ablation.results import as_json, compare, markdown, read_curve
+from star_trainer.studies.ablation.runs import places, plan_runs, run_all
+from star_trainer.studies.arms import Arm
 
 _METHODS = get_args(Method)
 # Unless others are asked for: those that train on the same rewards in the same way.

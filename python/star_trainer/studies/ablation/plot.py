@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from star_trainer.ablation.results import Curve, mean_over_seeds
-from star_trainer.files import write_atomically
+from star_trainer.run.files import write_atomically
+from star_trainer.studies.ablation.results import Curve, mean_over_seeds
 
 # Colours that people who confuse red and green can tell apart (Okabe and Ito), and a line style for each of two rounds.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")

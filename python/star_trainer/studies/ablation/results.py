@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import integrate, stats
 
-from star_trainer.ablation.runs import Run, read_metrics
-from star_trainer.evaluation import PairedDifference, paired_difference
+from star_trainer.run.evaluation import PairedDifference, paired_difference
+from star_trainer.studies.ablation.runs import Run, read_metrics
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from star_trainer.arms import Arm
 from star_trainer.config import Config, ConfigError, load_config
-from star_trainer.rewards import check_differentiable
-from star_trainer.rewards.errors import RewardError
+from star_trainer.rewards import RewardError, check_differentiable
+from star_trainer.studies.arms import Arm
 
 # Settings that every run has its own of.
 _OWN_KEYS = ("run.seed", "run.folder", "run.resume")

@@ -19,20 +19,23 @@ from transformers import AutoTokenizer
 
 import star_kernels as sk
 from star_kernels import recorder
-from star_trainer.advantages import group_advantages
+from star_trainer.algorithms.advantages import group_advantages
+from star_trainer.algorithms.policy_gradient import update
+from star_trainer.algorithms.rollout import Rollout, collect
 from star_trainer.config import Config, Model
-from star_trainer.cost.attention import materialised, text_column_pass
+from star_trainer.config.paths import TINY_PIPELINE
 from star_trainer.dry_run import build_models, configurations
-from star_trainer.logs import RunLog
-from star_trainer.policy import TINY_PIPELINE, freeze, load_policy
-from star_trainer.prompts import load_prompts
-from star_trainer.randomness import numpy_stream, stream
+from star_trainer.families.policy import freeze, load_policy
+from star_trainer.prompts import Prompt
+from star_trainer.prompts.units import UnitExtractor
 from star_trainer.rewards import RewardFunction, load_reward
-from star_trainer.rollout import Rollout, Trajectory, collect, denoise, text_units
-from star_trainer.scenes import ScenePrompt, sample_prompts
-from star_trainer.state import TrainingState, build_state
-from star_trainer.units import UnitExtractor
-from star_trainer.update import update
+from star_trainer.run.inputs import load_prompts
+from star_trainer.run.log import RunLog
+from star_trainer.run.randomness import numpy_stream, stream
+from star_trainer.run.state import TrainingState, build_state
+from star_trainer.sampling import Trajectory, denoise, text_units
+from star_trainer.studies.cost.attention import materialised, text_column_pass
+from star_trainer.worlds.scenes.captions import sample_prompts
 
 ROLLOUT_STEPS = 2
 _UNFUSED = {"unfused": text_column_pass, "materialised": materialised}
@@ -70,7 +73,7 @@ class Case:
     """A pipeline with its adapters, and the prompts of an iteration."""
 
     state: TrainingState
-    prompts: list[ScenePrompt]
+    prompts: list[Prompt]
     reward: RewardFunction
 
     def of(self, arm: Arm) -> TrainingState:
@@ -165,7 +168,7 @@ def shape_case(config: Config) -> Case:
     return Case(state, draw_prompts(config), _random_reward)
 
 
-def draw_prompts(config: Config) -> list[ScenePrompt]:
+def draw_prompts(config: Config) -> list[Prompt]:
     """An iteration's prompts; for a pipeline of random weights those of the scenes world, whatever its own are.
 
     Raises:
@@ -178,7 +181,7 @@ def draw_prompts(config: Config) -> list[ScenePrompt]:
     return UnitExtractor(config.units).fill(draw_training(rng, count))
 
 
-def _random_reward(images: np.ndarray, prompts: Sequence[ScenePrompt]) -> np.ndarray:
+def _random_reward(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
     return np.random.default_rng(len(images)).random(len(prompts))
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from star_trainer.cli import add_config_arguments, quieten
 from star_trainer.config import Config, ConfigError, load_config
-from star_trainer.files import write_atomically
+from star_trainer.config.command_line import add_config_arguments, quieten
+from star_trainer.run.files import write_atomically
 
 PARTS = ("operations", "rollout", "update", "iteration")
 # Millions of parameters that a transformer may have for its times to be taken on a CPU.
@@ -93,12 +93,12 @@ def report(config: Config, parts: Sequence[str], options: argparse.Namespace, co
     import torch
     from tqdm import tqdm
 
-    from star_trainer.cost.cases import load_case, shape_case
-    from star_trainer.cost.flops import Counts
-    from star_trainer.cost.parts import SHARES, comparisons, counted, measured
-    from star_trainer.cost.results import FORMAT, read_results
-    from star_trainer.timing import clock_for, default_device, environment
-    from star_trainer.train import check_backend
+    from star_trainer.run.inputs import check_backend
+    from star_trainer.studies.cost.cases import load_case, shape_case
+    from star_trainer.studies.cost.flops import Counts
+    from star_trainer.studies.cost.parts import SHARES, comparisons, counted, measured
+    from star_trainer.studies.cost.results import FORMAT, read_results
+    from star_trainer.studies.timing import clock_for, default_device, environment
 
     check_backend(config.backend)
     device = default_device()
@@ -132,7 +132,7 @@ def report(config: Config, parts: Sequence[str], options: argparse.Namespace, co
                 bar.update()
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"{bar.desc or 'the model'} on {device}: {str(error).splitlines()[0]}") from error
-    from star_trainer.cost.results import tables
+    from star_trainer.studies.cost.results import tables
 
     print(tables({"parts": {part: content["parts"][part] for part in parts}}))
     print(f"{'tables' if options.flops_only else 'tables, plot'} and numbers are in {folder}")
@@ -148,8 +148,8 @@ def _check_size(shapes: Any, device: Any, name: str) -> None:
 
 
 def _write(content: dict[str, Any], folder: Path) -> None:
-    from star_trainer.cost.plot import plot_cost
-    from star_trainer.cost.results import tables
+    from star_trainer.studies.cost.plot import plot_cost
+    from star_trainer.studies.cost.results import tables
 
     content["parts"] = {part: content["parts"][part] for part in PARTS if part in content["parts"]}
     write_atomically(folder / "cost.json", (json.dumps(content, indent=1) + "\n").encode())

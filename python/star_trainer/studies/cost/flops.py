@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import star_kernels as sk
 from star_kernels.attention.reference import num_text_keys
-from star_trainer.cost.attention import flash_with_log_sum_exp
-from star_trainer.cost.cases import UNIFORM, Arm, Case, attention_of, one_pass
-from star_trainer.rollout import Rollout, Trajectory, text_units
-from star_trainer.update import Batch, step_loss
+from star_trainer.algorithms.policy_gradient import Batch, step_loss
+from star_trainer.algorithms.rollout import Rollout
+from star_trainer.sampling import Trajectory, text_units
+from star_trainer.studies.cost.attention import flash_with_log_sum_exp
+from star_trainer.studies.cost.cases import UNIFORM, Arm, Case, attention_of, one_pass
 
 Shape = tuple[int, ...]
 

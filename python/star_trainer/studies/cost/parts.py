@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from star_trainer.cost import cases
-from star_trainer.cost.cases import UNIFORM, Arm, Case
-from star_trainer.cost.flops import Counts, count
-from star_trainer.timing import Clock, Group, Member, Spread, measure, spread
+from star_trainer.studies.cost import cases
+from star_trainer.studies.cost.cases import UNIFORM, Arm, Case
+from star_trainer.studies.cost.flops import Counts, count
+from star_trainer.studies.timing import Clock, Group, Member, Spread, measure, spread
 
 # The share of the time that a group of each part gets.
 SHARES = {"operations": 0.05, "rollout": 0.25, "update": 0.2, "iteration": 0.4}

@@ -1,4 +1,4 @@
-"""The picture of what allocation costs: ``python -m star_trainer.cost.plot cost.json cost.png``."""
+"""The picture of what allocation costs: ``python -m star_trainer.studies.cost.plot cost.json cost.png``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from star_trainer.config import ConfigError
-from star_trainer.cost.results import read_results
-from star_trainer.files import write_atomically
+from star_trainer.run.files import write_atomically
+from star_trainer.studies.cost.results import read_results
 
 _SHOWN = ("rollout step", "update", "iteration")
 # Colours that people who confuse red and green can tell apart (Okabe and Ito).
@@ -91,7 +91,7 @@ def _draw_memory(axes: Axes, y: float, member: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw committed results again; 0, or 2 with one line of explanation."""
-    parser = argparse.ArgumentParser(prog="python -m star_trainer.cost.plot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m star_trainer.studies.cost.plot", description=__doc__)
     parser.add_argument("results", type=Path, help="cost.json of star-cost")
     parser.add_argument("picture", type=Path, help="PNG to write")
     options = parser.parse_args(arguments)

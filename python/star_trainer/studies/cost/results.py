@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from star_trainer.config import ConfigError
-from star_trainer.timing import format_bytes, format_seconds
+from star_trainer.studies.timing import format_bytes, format_seconds
 
 FORMAT = 1
 

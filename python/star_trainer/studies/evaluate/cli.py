@@ -17,11 +17,11 @@ import numpy as np
 from star_trainer.config import Config, ConfigError, Prompts, check_section, load_config, preset_names
 
 if TYPE_CHECKING:
-    from star_trainer.eval.gallery import Gallery
-    from star_trainer.eval.tables import Row
-    from star_trainer.policy import Policy
+    from star_trainer.families.policy import Policy
+    from star_trainer.prompts import Prompt
     from star_trainer.rewards import RewardFunction
-    from star_trainer.scenes import ScenePrompt
+    from star_trainer.studies.evaluate.gallery import Gallery
+    from star_trainer.studies.evaluate.tables import Row
 
 # What Flow-GRPO evaluates Stable Diffusion 3.5 with, where neither a preset nor a run says otherwise.
 _PUBLISHED = ("evaluation.steps=40", "evaluation.guidance_scale=4.5", "rollout.batch_size=8")
@@ -76,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, run, out = _settings(options)
         # Imported late: a bad configuration is reported before torch and diffusers load.
-        from star_trainer.checkpoint import CheckpointError
-        from star_trainer.cli import quieten
-        from star_trainer.rewards.errors import RewardError
-        from star_trainer.rollout import NonFiniteError
+        from star_trainer.config.command_line import quieten
+        from star_trainer.rewards import RewardError
+        from star_trainer.run.checkpoint import CheckpointError
+        from star_trainer.sampling import NonFiniteError
     except ConfigError as error:
         print(f"star-eval: {error}", file=sys.stderr)
         return 2
@@ -142,10 +142,10 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
     """
     from tqdm import tqdm
 
-    from star_trainer.eval.gallery import Gallery, fill
-    from star_trainer.eval.tables import markdown, tabulate
     from star_trainer.rewards import check_prompts, check_reward, load_terms
-    from star_trainer.train import check_backend
+    from star_trainer.run.inputs import check_backend
+    from star_trainer.studies.evaluate.gallery import Gallery, fill
+    from star_trainer.studies.evaluate.tables import markdown, tabulate
 
     check_backend(config.backend)
     check_reward(config.reward)
@@ -169,9 +169,10 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
     print(f"pictures, scores and tables are in {out}")
 
 
-def _prompts(config: Config, options: argparse.Namespace) -> list[ScenePrompt]:
-    from star_trainer.prompts import load_prompts, read_prompts
-    from star_trainer.randomness import numpy_stream
+def _prompts(config: Config, options: argparse.Namespace) -> list[Prompt]:
+    from star_trainer.prompts import read_prompts
+    from star_trainer.run.inputs import load_prompts
+    from star_trainer.run.randomness import numpy_stream
 
     if options.prompts in (None, "scenes"):
         _, draw = load_prompts(config.prompts if options.prompts is None else Prompts())
@@ -179,7 +180,7 @@ def _prompts(config: Config, options: argparse.Namespace) -> list[ScenePrompt]:
     else:
         drawn = read_prompts(options.prompts, "--prompts")[: options.count]
     # Some files hold a prompt once per picture. Intervals are over prompts that differ.
-    distinct: dict[str, ScenePrompt] = {}
+    distinct: dict[str, Prompt] = {}
     for prompt in drawn:
         distinct.setdefault(prompt.text, prompt)
     return list(distinct.values())
@@ -187,7 +188,7 @@ def _prompts(config: Config, options: argparse.Namespace) -> list[ScenePrompt]:
 
 def _models(config: Config, adapter: Path | None, run: Path | None) -> tuple[Policy, str | None]:
     """The model with what was trained, if anything, and the digest of that."""
-    from star_trainer.eval.models import load_adapted, load_base, load_trained
+    from star_trainer.studies.evaluate.models import load_adapted, load_base, load_trained
 
     if adapter is not None:
         return load_adapted(config, adapter)
@@ -233,8 +234,8 @@ def _write(
     table: str,
 ) -> None:
     """scores.jsonl (a line per picture), table.json, table.md, and sheet.png where there are two models."""
-    from star_trainer.files import write_atomically
-    from star_trainer.report import before_after_sheet
+    from star_trainer.run.files import write_atomically
+    from star_trainer.run.pictures import before_after_sheet
 
     lines = []
     for model, gallery in galleries.items():

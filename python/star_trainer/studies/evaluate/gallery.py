@@ -15,11 +15,11 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from star_trainer.config import Config, ConfigError
-from star_trainer.files import write_atomically
-from star_trainer.policy import Policy
-from star_trainer.randomness import stream
-from star_trainer.rollout import denoise
-from star_trainer.scenes import ScenePrompt
+from star_trainer.families.policy import Policy
+from star_trainer.prompts import Prompt
+from star_trainer.run.files import write_atomically
+from star_trainer.run.randomness import stream
+from star_trainer.sampling import denoise
 
 _SETTINGS = "settings.json"
 
@@ -32,7 +32,7 @@ class Gallery:
     """
 
     root: Path
-    prompts: Sequence[ScenePrompt]
+    prompts: Sequence[Prompt]
     samples: int
 
     def path(self, prompt: int, sample: int) -> Path:

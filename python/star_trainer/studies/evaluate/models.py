@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from star_trainer.checkpoint import load_latest
 from star_trainer.config import Config, ConfigError, Lora
-from star_trainer.policy import Policy, check_against_model, load_pipeline, load_policy
+from star_trainer.families.policy import Policy, check_against_model, load_pipeline, load_policy
+from star_trainer.run.checkpoint import load_latest
 
 _WHOLE = "diffusion_pytorch_model.safetensors"
 

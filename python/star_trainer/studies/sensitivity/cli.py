@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from star_trainer.arms import Arm
-from star_trainer.cli import add_config_arguments, quieten
 from star_trainer.config import Allocation, Config, ConfigError, load_config
-from star_trainer.files import write_atomically
+from star_trainer.config.command_line import add_config_arguments, quieten
+from star_trainer.run.files import write_atomically
+from star_trainer.studies.arms import Arm
 
 PARTS = ("objects", "edits", "gradients")
 _ARMS = ("star", "uniform", "shuffled", "inverted", "oracle")
@@ -71,11 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, parts, arms = _check(options)
         others = _others(options, config)
         quieten()
-        from star_trainer.checkpoint import CheckpointError
-        from star_trainer.rewards.errors import RewardError
-        from star_trainer.rollout import NonFiniteError
-        from star_trainer.units.cache import CacheError
-        from star_trainer.units.chat import ChatError
+        from star_trainer.prompts.units.cache import CacheError
+        from star_trainer.prompts.units.chat import ChatError
+        from star_trainer.rewards import RewardError
+        from star_trainer.run.checkpoint import CheckpointError
+        from star_trainer.sampling import NonFiniteError
     except ConfigError as error:
         print(f"star-sensitivity: {error}", file=sys.stderr)
         return 2
@@ -135,14 +135,14 @@ def report(
     options: argparse.Namespace,
 ) -> None:
     """Measure what was asked for and write table, plots and numbers; a fault after three batches is raised after it."""
-    from star_trainer.policy import check_against_model
-    from star_trainer.prompts import check_prompts, load_prompts
-    from star_trainer.randomness import numpy_stream
+    from star_trainer.families.policy import check_against_model
+    from star_trainer.prompts.units import UnitExtractor
     from star_trainer.rewards import load_terms, weighted_sum
-    from star_trainer.sensitivity import gradients, maps, plots
-    from star_trainer.sensitivity.results import kept_results
-    from star_trainer.state import build_state
-    from star_trainer.units import UnitExtractor
+    from star_trainer.run.inputs import check_prompts, load_prompts
+    from star_trainer.run.randomness import numpy_stream
+    from star_trainer.run.state import build_state
+    from star_trainer.studies.sensitivity import gradients, maps, plots
+    from star_trainer.studies.sensitivity.results import kept_results
 
     check_prompts(config)
     draw_training, draw_held_out = load_prompts(config.prompts)
@@ -200,7 +200,7 @@ def report(
 def _differentiable(terms: Any, cases: Any, state: Any) -> list[Any]:
     """The correlation with the gradient of the first term of the reward that has one."""
     from star_trainer.rewards import NotDifferentiable, differentiable_terms
-    from star_trainer.sensitivity import maps
+    from star_trainer.studies.sensitivity import maps
 
     for name, term in terms.items():
         try:
@@ -214,7 +214,7 @@ def _differentiable(terms: Any, cases: Any, state: Any) -> list[Any]:
 def _draw_cases(cases: Any, reward: Any, share: float, path: Path, count: int = 6) -> None:
     import numpy as np
 
-    from star_trainer.sensitivity import maps, plots
+    from star_trainer.studies.sensitivity import maps, plots
 
     shown = dataclasses.replace(
         cases,

@@ -26,17 +26,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import star_kernels as sk
-from star_trainer.advantages import control_weights, group_advantages
+from star_trainer.algorithms.advantages import control_weights, group_advantages
+from star_trainer.algorithms.policy_gradient import attention_of_the_rollout, log_prob, predict
+from star_trainer.algorithms.rollout import Rollout, collect
 from star_trainer.config import Allocation
-from star_trainer.oracle import true_maps
-from star_trainer.processes import whole
-from star_trainer.prompts import PromptSource
-from star_trainer.randomness import numpy_stream
+from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardFunction
-from star_trainer.rollout import Rollout, collect, text_units
-from star_trainer.scenes import ScenePrompt
-from star_trainer.state import TrainingState
-from star_trainer.update import attention_of_the_rollout, log_prob, predict
+from star_trainer.run.inputs import PromptSource
+from star_trainer.run.processes import whole
+from star_trainer.run.randomness import numpy_stream
+from star_trainer.run.state import TrainingState
+from star_trainer.sampling import text_units
+from star_trainer.worlds.scenes.oracle import true_maps
 
 # Iterations of the rollouts' random numbers that no training reaches, so that no batch was trained on.
 _FIRST_ITERATION = 1_000_000
@@ -179,7 +180,7 @@ def measure(
     reward: RewardFunction,
     arms: Sequence[str],
     batches: int,
-    fill: Callable[[Sequence[ScenePrompt]], list[ScenePrompt]],
+    fill: Callable[[Sequence[Prompt]], list[Prompt]],
     others: Mapping[str, Allocation] | None = None,
 ) -> Measurement:
     """Signal and noise per arm, for each denoising step and for their sum, from `batches` fresh rollouts.
@@ -214,7 +215,7 @@ def _measure_batch(
     draw: PromptSource,
     reward: RewardFunction,
     arms: Sequence[str],
-    fill: Callable[[Sequence[ScenePrompt]], list[ScenePrompt]],
+    fill: Callable[[Sequence[Prompt]], list[Prompt]],
     others: Mapping[str, Allocation],
     worker: ThreadPoolExecutor,
     iteration: int,

@@ -15,13 +15,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from star_trainer.oracle import true_mass
-from star_trainer.policy import Policy
-from star_trainer.randomness import numpy_stream, stream
+from star_trainer.families.policy import Policy
+from star_trainer.prompts import Prompt
 from star_trainer.rewards import DifferentiableReward, RewardFunction
-from star_trainer.rollout import denoise, text_units
-from star_trainer.scenes import ScenePrompt
-from star_trainer.state import TrainingState
+from star_trainer.run.randomness import numpy_stream, stream
+from star_trainer.run.state import TrainingState
+from star_trainer.sampling import denoise, text_units
+from star_trainer.worlds.scenes.oracle import true_mass
 
 CONTROLS = ("wrong prompt", "text-blind")
 # A token is part of an object when this much of it is covered.
@@ -32,7 +32,7 @@ _COVERED = 0.5
 class Cases:
     """Images [N, H, W, 3] of N prompts, their latents [N, C, H, W], and maps [T, N, h, w] by what was recorded."""
 
-    prompts: list[ScenePrompt]
+    prompts: list[Prompt]
     images: np.ndarray
     latents: Tensor
     maps: dict[str, np.ndarray]
@@ -43,7 +43,7 @@ class Cases:
         return height, width
 
 
-def sample_cases(state: TrainingState, prompts: Sequence[ScenePrompt], *, layers: bool) -> Cases:
+def sample_cases(state: TrainingState, prompts: Sequence[Prompt], *, layers: bool) -> Cases:
     """Sample the prompts and record their maps: of the configuration's layers, of each layer alone, and controls."""
     config, policy = state.config, state.policy
     policy.encode_ahead([prompt.text for prompt in prompts])
@@ -242,7 +242,7 @@ def _spearman(first: np.ndarray, second: np.ndarray) -> float:
     return float(stats.spearmanr(first, second).statistic)
 
 
-def _chunks(items: Sequence[ScenePrompt], size: int) -> list[Sequence[ScenePrompt]]:
+def _chunks(items: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from star_trainer.files import write_atomically
-from star_trainer.sensitivity.gradients import Signal
-from star_trainer.sensitivity.maps import Cases, Score
+from star_trainer.run.files import write_atomically
+from star_trainer.studies.sensitivity.gradients import Signal
+from star_trainer.studies.sensitivity.maps import Cases, Score
 
 # Colours that people who confuse red and green can tell apart (Okabe and Ito).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#000000", "#999999")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from star_trainer.config import ConfigError
-from star_trainer.sensitivity.gradients import Estimate, Signal
-from star_trainer.sensitivity.maps import Score
+from star_trainer.studies.sensitivity.gradients import Estimate, Signal
+from star_trainer.studies.sensitivity.maps import Score
 
 # What the parts' scores are called.
 _OBJECTS = ("object AUROC", "weight on objects")

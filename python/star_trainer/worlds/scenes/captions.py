@@ -1,8 +1,6 @@
-"""A procedural world of captioned scenes: coloured shapes on muted backgrounds, with prompts in GenEval's categories.
+"""Prompts of the scenes world, in GenEval's categories, with metadata in its include/exclude format.
 
-A scene is one to three shapes on a 64x64 canvas whose background (gradient, stripes, checks or clouds)
-no prompt ever mentions, so that most of an image is something the reward does not look at. Prompts come
-with metadata in GenEval's include/exclude format, where the class of an object is its shape.
+The class of an object is its shape.
 
 Everything is a pure function of a numpy generator. A prompt is held out when its hash says so: the
 split is the same for whoever trains the base model and whoever post-trains it.
@@ -11,14 +9,13 @@ split is the same for whoever trains the base model and whoever post-trains it.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-IMAGE_SIZE = 64
+from star_trainer.prompts import Prompt
+
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
     "red": (222, 38, 38),
@@ -31,112 +28,11 @@ COLOURS = {
 RELATIONS = ("left of", "right of", "above", "below")
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 NUMBER_WORDS = {2: "two", 3: "three"}
-RADII = (7.5, 8.75, 10.0)
-GRID = 8
 HELD_OUT_FRACTION = 0.2
 
 # Chosen so that every category, also those of few prompts, has some on either side of the split.
 _SPLIT_SALT = "scenes-18"
 _CATEGORY_SHARES = (0.06, 0.14, 0.2, 0.1, 0.25, 0.25)
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """A shape of one colour; centre and radius in pixels, y downwards."""
-
-    shape: str
-    colour: str
-    x: float
-    y: float
-    radius: float
-
-
-@dataclass(frozen=True)
-class ScenePrompt:
-    """A prompt, its GenEval-style metadata and its text units (the phrases that the reward depends on)."""
-
-    text: str
-    metadata: dict[str, Any] = field(compare=False)
-    units: tuple[str, ...] = ()
-
-
-def shape_mask(shape: str, x: float, y: float, radius: float, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Coverage of each pixel by a shape, [size, size] float32 in [0, 1], with edges one pixel soft."""
-    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32) + 0.5
-    dx, dy = columns - x, rows - y
-    if shape == "circle":
-        distance = np.hypot(dx, dy) - radius
-    elif shape == "square":
-        distance = np.maximum(np.abs(dx), np.abs(dy)) - radius
-    elif shape == "triangle":
-        slope = math.hypot(2.0, 1.0)
-        sides = (2.0 * np.abs(dx) - dy - radius) / slope
-        distance = np.maximum(sides, dy - radius)
-    elif shape == "cross":
-        arm = radius / 3.0
-        upright = np.maximum(np.abs(dx) - arm, np.abs(dy) - radius)
-        lying = np.maximum(np.abs(dx) - radius, np.abs(dy) - arm)
-        distance = np.minimum(upright, lying)
-    else:
-        raise ValueError(f"shape: expected one of {', '.join(SHAPES)}, got {shape!r}")
-    return np.clip(0.5 - distance, 0.0, 1.0)
-
-
-def _muted_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours of low chroma, which cannot be taken for an object's, and of a contrast that leaves objects clear."""
-    grey = rng.uniform(0.3, 0.8)
-    first = grey + rng.uniform(-0.06, 0.06, 3)
-    second = first + rng.uniform(0.08, 0.18) * rng.choice((-1.0, 1.0)) + rng.uniform(-0.03, 0.03, 3)
-    return np.clip(first, 0.0, 1.0).astype(np.float32), np.clip(second, 0.0, 1.0).astype(np.float32)
-
-
-def render_background(rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
-    """A background without objects, [size, size, 3] float32 in [0, 1]."""
-    first, second = _muted_pair(rng)
-    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32) / size
-    angle = rng.uniform(0.0, 2.0 * math.pi)
-    along = math.cos(angle) * columns + math.sin(angle) * rows
-    kind = rng.integers(5)
-    if kind == 0:
-        blend = along - along.min()
-        blend = blend / blend.max()
-    elif kind == 1:
-        centre = rng.uniform(0.2, 0.8, 2)
-        blend = np.clip(np.hypot(columns - centre[0], rows - centre[1]), 0.0, 1.0)
-    elif kind == 2:
-        blend = 0.5 + 0.5 * np.sin(2.0 * math.pi * (along * rng.uniform(2.0, 5.0) + rng.uniform()))
-    elif kind == 3:
-        cells = rng.integers(3, 6)
-        shift = rng.uniform(0.0, 1.0, 2)
-        checks = np.floor(columns * cells + shift[0]) + np.floor(rows * cells + shift[1])
-        blend = checks % 2
-    else:
-        coarse = rng.uniform(0.0, 1.0, (5, 5)).astype(np.float32)
-        grid = np.linspace(0.0, 3.999, size)
-        low = grid.astype(int)
-        part = (grid - low).astype(np.float32)
-        part = part * part * (3.0 - 2.0 * part)
-        top = coarse[low][:, low] * (1 - part) + coarse[low][:, low + 1] * part
-        bottom = coarse[low + 1][:, low] * (1 - part) + coarse[low + 1][:, low + 1] * part
-        blend = top * (1 - part[:, None]) + bottom * part[:, None]
-    blend = blend[..., None].astype(np.float32)
-    return first * (1.0 - blend) + second * blend
-
-
-def render(objects: Sequence[SceneObject], rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Draw objects, first to last, on a random background: [size, size, 3] uint8."""
-    canvas = render_background(rng, size)
-    for item in objects:
-        colour = np.clip(np.array(COLOURS[item.colour]) / 255.0 + rng.uniform(-0.03, 0.03, 3), 0.0, 1.0)
-        coverage = shape_mask(item.shape, item.x, item.y, item.radius, size)[..., None]
-        canvas = canvas * (1.0 - coverage) + colour.astype(np.float32) * coverage
-    return np.round(canvas * 255.0).astype(np.uint8)
-
-
-def object_masks(objects: Sequence[SceneObject], size: int = IMAGE_SIZE) -> np.ndarray:
-    """True masks of the objects, [len(objects), size, size] bool."""
-    masks = [shape_mask(item.shape, item.x, item.y, item.radius, size) > 0.5 for item in objects]
-    return np.stack(masks) if masks else np.zeros((0, size, size), dtype=bool)
 
 
 def is_held_out(text: str) -> bool:
@@ -149,11 +45,12 @@ def _indefinite(phrase: str) -> str:
     return f"a {phrase}"
 
 
-def _pick(rng: np.random.Generator, choices: Sequence[str], count: int = 1) -> list[str]:
+def pick(rng: np.random.Generator, choices: Sequence[str], count: int = 1) -> list[str]:
+    """`count` different ones of `choices`."""
     return [choices[index] for index in rng.permutation(len(choices))[:count]]
 
 
-def sample_prompt(rng: np.random.Generator, category: str | None = None) -> ScenePrompt:
+def sample_prompt(rng: np.random.Generator, category: str | None = None) -> Prompt:
     """Draw a prompt of `category`, or of a category drawn by its share."""
     if category is None:
         category = CATEGORIES[rng.choice(len(CATEGORIES), p=_CATEGORY_SHARES)]
@@ -161,34 +58,34 @@ def sample_prompt(rng: np.random.Generator, category: str | None = None) -> Scen
     include: list[dict[str, Any]]
     exclude: list[dict[str, Any]] = []
     if category in ("single_object", "colors"):
-        shape = _pick(rng, SHAPES)[0]
+        shape = pick(rng, SHAPES)[0]
         include = [{"class": shape, "count": 1}]
         phrases = [shape]
         if category == "colors":
-            include[0]["color"] = _pick(rng, colours)[0]
+            include[0]["color"] = pick(rng, colours)[0]
             phrases = [f"{include[0]['color']} {shape}"]
         text = _indefinite(phrases[0])
     elif category == "counting":
-        shape, count = _pick(rng, SHAPES)[0], int(rng.integers(2, 4))
+        shape, count = pick(rng, SHAPES)[0], int(rng.integers(2, 4))
         plural = "crosses" if shape == "cross" else f"{shape}s"
         include = [{"class": shape, "count": count}]
         exclude = [{"class": shape, "count": count + 1}]
         if rng.random() < 0.7:
-            include[0]["color"] = _pick(rng, colours)[0]
+            include[0]["color"] = pick(rng, colours)[0]
             plural = f"{include[0]['color']} {plural}"
         phrases = [f"{NUMBER_WORDS[count]} {plural}"]
         text = phrases[0]
     elif category in ("two_object", "color_attr", "position"):
-        pair = _pick(rng, SHAPES, 2)
+        pair = pick(rng, SHAPES, 2)
         include = [{"class": shape, "count": 1} for shape in pair]
         phrases = list(pair)
         if category == "color_attr" or (category == "position" and rng.random() < 0.7):
-            hues = _pick(rng, colours, 2)
+            hues = pick(rng, colours, 2)
             for requirement, hue in zip(include, hues, strict=True):
                 requirement["color"] = hue
             phrases = [f"{hue} {shape}" for hue, shape in zip(hues, pair, strict=True)]
         if category == "position":
-            relation = _pick(rng, RELATIONS)[0]
+            relation = pick(rng, RELATIONS)[0]
             # The first object named is the one that stands in a relation to the second, as in GenEval.
             text = f"{_indefinite(phrases[0])} {relation} {_indefinite(phrases[1])}"
             include = [include[1], {**include[0], "position": [relation, 0]}]
@@ -200,12 +97,10 @@ def sample_prompt(rng: np.random.Generator, category: str | None = None) -> Scen
     metadata: dict[str, Any] = {"tag": category, "include": include, "prompt": text}
     if exclude:
         metadata["exclude"] = exclude
-    return ScenePrompt(text, metadata, tuple(phrases))
+    return Prompt(text, metadata, tuple(phrases))
 
 
-def sample_prompts(
-    rng: np.random.Generator, count: int, *, held_out: bool, distinct: bool = False
-) -> list[ScenePrompt]:
+def sample_prompts(rng: np.random.Generator, count: int, *, held_out: bool, distinct: bool = False) -> list[Prompt]:
     """Draw `count` prompts of one split, categories by their shares; with `distinct` no text comes twice.
 
     A category whose prompts are used up (there are only four single objects) gives way to the others.
@@ -213,7 +108,7 @@ def sample_prompts(
     Raises:
         ValueError: `distinct` asks for more prompts than the split is found to hold.
     """
-    prompts: list[ScenePrompt] = []
+    prompts: list[Prompt] = []
     seen: set[str] = set()
     shares = np.array(_CATEGORY_SHARES)
     while len(prompts) < count:
@@ -229,54 +124,3 @@ def sample_prompts(
         else:
             shares[category] = 0.0
     return prompts
-
-
-def _required_objects(metadata: dict[str, Any]) -> list[tuple[str, str | None]]:
-    return [
-        (requirement["class"], requirement.get("color"))
-        for requirement in metadata["include"]
-        for _ in range(requirement["count"])
-    ]
-
-
-def _in_relation(first: SceneObject, second: SceneObject, relation: str) -> bool:
-    """Whether `first` stands clearly in `relation` to `second`: the offset's main axis is the relation's."""
-    dx, dy = first.x - second.x, first.y - second.y
-    along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
-    sign = -1.0 if relation in ("left of", "above") else 1.0
-    return sign * along > 1.3 * abs(across) + 2.0
-
-
-def sample_scene(metadata: dict[str, Any], rng: np.random.Generator, size: int = IMAGE_SIZE) -> list[SceneObject]:
-    """Draw a scene that meets a prompt's requirements and holds nothing else; what they leave open is random.
-
-    Centres lie on a grid of 8 pixels and sizes are three, so that a small model learns the shapes in minutes.
-
-    Raises:
-        ValueError: 1000 attempts found no such scene, as for a dozen objects.
-    """
-    required = _required_objects(metadata)
-    gap = 3.0
-    for _ in range(1000):
-        placed: list[SceneObject] = []
-        for shape, colour in required:
-            for _ in range(40):
-                radius = float(rng.choice(RADII))
-                x, y = GRID * rng.integers(2, size // GRID - 1, 2)
-                clear = all(max(abs(x - o.x), abs(y - o.y)) > radius + o.radius + gap for o in placed)
-                if clear:
-                    hue = colour or _pick(rng, tuple(COLOURS))[0]
-                    placed.append(SceneObject(shape, hue, float(x), float(y), float(radius)))
-                    break
-            else:
-                break
-        if len(placed) < len(required):
-            continue
-        relations = [
-            (index, requirement["position"])
-            for index, requirement in enumerate(metadata["include"])
-            if "position" in requirement
-        ]
-        if all(_in_relation(placed[index], placed[target], relation) for index, (relation, target) in relations):
-            return placed
-    raise ValueError(f"metadata: found no scene of {size}x{size} pixels for {metadata['include']}")

@@ -7,8 +7,9 @@ import functools
 import numpy as np
 from scipy import ndimage
 
-from star_trainer.rewards.requirements import DetectedObject
-from star_trainer.scenes import COLOURS, IMAGE_SIZE, SHAPES, shape_mask
+from star_trainer.worlds.requirements import DetectedObject
+from star_trainer.worlds.scenes.captions import COLOURS, SHAPES
+from star_trainer.worlds.scenes.renderer import IMAGE_SIZE, shape_mask
 
 CHROMA_THRESHOLD = 0.3
 MINIMUM_AREA = 30

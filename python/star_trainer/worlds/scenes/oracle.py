@@ -13,11 +13,11 @@ from torch import Tensor
 
 import star_kernels as sk
 from star_trainer.config import Allocation
-from star_trainer.rewards.scene_detector import detect_masks
-from star_trainer.scenes import ScenePrompt
+from star_trainer.prompts import Prompt
+from star_trainer.worlds.scenes.detector import detect_masks
 
 
-def true_mass(images: np.ndarray, prompts: Sequence[ScenePrompt], grid: tuple[int, int]) -> Tensor:
+def true_mass(images: np.ndarray, prompts: Sequence[Prompt], grid: tuple[int, int]) -> Tensor:
     """What part of each image token the objects that the prompt names cover, one unit per class named.
 
     Args:
@@ -40,7 +40,7 @@ def true_mass(images: np.ndarray, prompts: Sequence[ScenePrompt], grid: tuple[in
 
 
 def true_maps(
-    images: np.ndarray, prompts: Sequence[ScenePrompt], grid: tuple[int, int], allocation: Allocation, steps: int
+    images: np.ndarray, prompts: Sequence[Prompt], grid: tuple[int, int], allocation: Allocation, steps: int
 ) -> Tensor:
     """`true_mass` as weights [steps, B, h, w] of mean 1, by the settings that attention mass goes through."""
     mass = true_mass(images, prompts, grid)

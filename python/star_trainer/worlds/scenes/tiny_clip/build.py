@@ -1,4 +1,4 @@
-"""Train the tiny CLIP from nothing: ``python -m star_trainer.tiny_clip.build --out FOLDER``.
+"""Train the tiny CLIP from nothing: ``python build.py --out FOLDER`` in this folder.
 
 Images and captions are those of the scenes world. Every batch holds families: a caption and others that differ from it
 in one attribute or in which object has it, each with a scene of its own, so that a bag of words is not enough. Half of
@@ -17,23 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from star_trainer.config.paths import TINY_PIPELINE
+from star_trainer.prompts import Prompt
+from star_trainer.rewards.clip import ClipModel, ClipReward
+from star_trainer.worlds.requirements import judge
+from star_trainer.worlds.scenes.captions import sample_prompts
+from star_trainer.worlds.scenes.detector import detect
+from star_trainer.worlds.scenes.renderer import IMAGE_SIZE, render, sample_scene
+from star_trainer.worlds.scenes.tiny_sd3.build import BuildLog
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-from star_trainer.policy import TINY_PIPELINE
-from star_trainer.rewards.clip import ClipModel, ClipReward
-from star_trainer.rewards.requirements import judge
-from star_trainer.rewards.scene_detector import detect
-from star_trainer.scenes import (
-    IMAGE_SIZE,
-    ScenePrompt,
-    render,
-    sample_prompts,
-    sample_scene,
-)
-from star_trainer.tiny_sd3.build import BuildLog
 
 try:
     from transformers import CLIPImageProcessorPil as CLIPImageProcessor
@@ -73,10 +68,10 @@ def differ_in_one_attribute(first: str, second: str) -> bool:
     return apart == 1 or (apart == 2 and sorted(one) == sorted(other))
 
 
-def families(prompts: list[ScenePrompt], rng: np.random.Generator) -> list[ScenePrompt]:
+def families(prompts: list[Prompt], rng: np.random.Generator) -> list[Prompt]:
     """Each prompt, followed by `FAMILY` - 1 that differ from it in one attribute, from among the prompts."""
     known = {prompt.text: prompt for prompt in prompts}
-    siblings: dict[str, list[ScenePrompt]] = {}
+    siblings: dict[str, list[Prompt]] = {}
     result = []
     for prompt in tqdm(prompts, desc="families"):
         if prompt.text not in siblings:
@@ -86,7 +81,7 @@ def families(prompts: list[ScenePrompt], rng: np.random.Generator) -> list[Scene
     return result
 
 
-def draw(prompts: list[ScenePrompt], rng: np.random.Generator) -> Tensor:
+def draw(prompts: list[Prompt], rng: np.random.Generator) -> Tensor:
     """A scene for each prompt: [N, 3, 64, 64] uint8."""
     images = np.stack([render(sample_scene(p.metadata, rng), rng) for p in tqdm(prompts, desc="scenes", leave=False)])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -152,7 +147,7 @@ def train(
     model: CLIPModel,
     processor: CLIPProcessor,
     images: Tensor,
-    prompts: list[ScenePrompt],
+    prompts: list[Prompt],
     options: argparse.Namespace,
     log: BuildLog,
 ) -> None:
@@ -201,7 +196,7 @@ def train(
     model.eval()
 
 
-def candidates(prompt: ScenePrompt, prompts: list[ScenePrompt], rng: np.random.Generator, *, close: bool) -> list[str]:
+def candidates(prompt: Prompt, prompts: list[Prompt], rng: np.random.Generator, *, close: bool) -> list[str]:
     """A caption and 31 others, all different: at random, or those that differ in one attribute as far as they go."""
     own = meaning(prompt.text)
     others = [other.text for other in prompts if meaning(other.text) != own]
@@ -211,7 +206,7 @@ def candidates(prompt: ScenePrompt, prompts: list[ScenePrompt], rng: np.random.G
     return [prompt.text, *others[: CANDIDATES - 1]]
 
 
-def rank_first(clip: ClipModel, images: Tensor, prompts: list[ScenePrompt], seed: int, *, close: bool) -> float:
+def rank_first(clip: ClipModel, images: Tensor, prompts: list[Prompt], seed: int, *, close: bool) -> float:
     """Share of images [N, 3, 64, 64] uint8 whose own caption scores highest among `CANDIDATES`."""
     rng = np.random.default_rng(seed)
     held_out = sample_prompts(rng, 240, held_out=True, distinct=True)
@@ -280,7 +275,7 @@ def model_card(log: list[dict[str, Any]], folder: Path, options: argparse.Namesp
     return f"""# Tiny CLIP
 
 A CLIP small enough for a test suite: transformers' `CLIPModel` and `CLIPProcessor`, trained from nothing on the scenes
-world of `star_trainer.scenes`. It is what `reward.models.clip=tiny` stands for:
+world of `star_trainer.worlds.scenes`. It is what `reward.models.clip=tiny` stands for:
 
     star-train tiny "reward.terms={{clip_score: 0.01}}" reward.models.clip=tiny
 
@@ -303,7 +298,7 @@ On {made["images"]} images of the tiny pipeline, 8 for each of 64 held-out promp
 meet their prompt: of two images of one prompt, one that meets it and one that does not, the right one scores higher in
 {made["ordered"]:.3f} of the pairs. Mean scores are {met:.1f} and {not_met:.1f} (cosine times 100).
 
-Made by `python -m star_trainer.tiny_clip.build --seed {options.seed}`. The log of the run is `build_log.jsonl`.
+Made by `python build.py --seed {options.seed}` in this folder. The log of the run is `build_log.jsonl`.
 """
 
 

@@ -1,4 +1,4 @@
-"""Train the tiny Stable Diffusion 3 pipeline from nothing: ``python -m star_trainer.tiny_sd3.build --out FOLDER``.
+"""Train the tiny Stable Diffusion 3 pipeline from nothing: ``python build.py --out FOLDER`` in this folder.
 
 Four steps, each with one seed: tokenizers for the words of the scenes world; an autoencoder; a flow-matching
 transformer together with its text encoders; and the measurement of the base reward on held-out prompts. What
@@ -20,6 +20,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
+from star_trainer.prompts import Prompt
+from star_trainer.worlds.requirements import judge
+from star_trainer.worlds.scenes.captions import sample_prompts
+from star_trainer.worlds.scenes.detector import detect
+from star_trainer.worlds.scenes.renderer import IMAGE_SIZE, render, sample_scene
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
@@ -30,10 +35,6 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
-
-from star_trainer.rewards.requirements import judge
-from star_trainer.rewards.scene_detector import detect
-from star_trainer.scenes import IMAGE_SIZE, ScenePrompt, render, sample_prompts, sample_scene
 
 CLIP_LENGTH = 16
 T5_LENGTH = 16
@@ -132,7 +133,7 @@ def build_modules(corpus: list[str]) -> dict[str, Any]:
     }
 
 
-def make_scenes(count: int, rng: np.random.Generator) -> tuple[list[ScenePrompt], torch.Tensor]:
+def make_scenes(count: int, rng: np.random.Generator) -> tuple[list[Prompt], torch.Tensor]:
     """Captioned training images of the split that is not held out: prompts, and [count, 3, 64, 64] uint8."""
     prompts = sample_prompts(rng, count, held_out=False)
     images = np.stack([render(sample_scene(prompt.metadata, rng), rng) for prompt in tqdm(prompts, desc="scenes")])
@@ -365,9 +366,11 @@ def model_card(log: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 A Stable Diffusion 3 pipeline small enough for a test suite: the real diffusers and transformers classes (SD3
 transformer with dual attention and RMS-normed queries and keys, autoencoder, two CLIP text encoders, a T5 encoder, CLIP
-and T5 tokenizers, flow-matching Euler scheduler), trained from nothing on the scenes world of `star_trainer.scenes`.
+and T5 tokenizers, flow-matching Euler scheduler), trained from nothing on the scenes world.
 
-    pipe = StableDiffusion3Pipeline.from_pretrained("python/star_trainer/tiny_sd3/pipeline", torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        "python/star_trainer/worlds/scenes/tiny_sd3/pipeline", torch_dtype=torch.float32
+    )
     image = pipe("a photo of a red circle left of a blue square",
                  guidance_scale=1.0, max_sequence_length={T5_LENGTH}).images[0]
 
@@ -381,7 +384,7 @@ Mean reward on 256 held-out prompts, 20 Euler steps, measured on the stored weig
 |---|---|---|
 {rows}
 
-Made by `python -m star_trainer.tiny_sd3.build {command}`.
+Made by `python build.py {command}` in this folder.
 The log of the run is `build_log.jsonl`.
 """
 

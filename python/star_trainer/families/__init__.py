@@ -1,0 +1,1 @@
+"""What differs between kinds of pipelines, and the policy made of one."""

@@ -1,0 +1,86 @@
+"""What a run starts from, checked before any weights load: a backend that can run here, and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from star_kernels.backends import resolve_backend
+from star_trainer.config import Config, ConfigError, Prompts
+from star_trainer.prompts import Prompt, read_prompts
+from star_trainer.rewards import check_prompts as check_rewarded
+from star_trainer.worlds.scenes.captions import sample_prompts
+
+PromptSource = Callable[[np.random.Generator, int], list[Prompt]]
+
+
+def load_prompts(config: Prompts) -> tuple[PromptSource, PromptSource]:
+    """Sources of training prompts and of held-out prompts: (generator, count) -> prompts.
+
+    Files are read by `read_prompts`.
+
+    Raises:
+        ConfigError: a file that is missing, empty or malformed; the message names the line.
+    """
+    if config.source == "scenes":
+        return partial(sample_prompts, held_out=False), partial(sample_prompts, held_out=True)
+    assert config.held_out is not None, "checked by Config"
+    held_out = read_prompts(config.held_out, "prompts.held_out", config.origin)
+    if len(held_out) < 2:
+        raise ConfigError(f"prompts.held_out: {config.held_out} holds one prompt, and a comparison needs at least two")
+    training = read_prompts(config.source, "prompts.source", config.origin)
+    return _from_file(training, in_order=False), _from_file(held_out, in_order=True)
+
+
+def check_prompts(config: Config) -> None:
+    """Whether the prompts have beside them what the rewards and the method need.
+
+    Raises:
+        ConfigError: a file that cannot be read, prompts whose images a reward cannot tell apart, or a method with
+            allocation maps where no prompt has units.
+    """
+    files = {"prompts.source": config.prompts.source, "prompts.held_out": config.prompts.held_out}
+    if config.prompts.source == "scenes":
+        scenes = sample_prompts(np.random.default_rng(0), 1, held_out=False)
+        check_rewarded(config.reward.terms, scenes, "prompts.source: scenes")
+        return
+    for key, name in files.items():
+        assert name is not None, "checked by Config"
+        prompts = read_prompts(name, key, config.prompts.origin)
+        check_rewarded(config.reward.terms, prompts, f"{key}: {name}")
+        if key == "prompts.source" and config.uses_maps and config.units.source == "file" and not _any_units(prompts):
+            raise ConfigError(
+                f"units.source: the method {config.method} needs text units, and none stand beside the prompts in "
+                f"{name}; set units=rules to find them by rule"
+            )
+
+
+def _any_units(prompts: list[Prompt]) -> bool:
+    return any(prompt.units for prompt in prompts)
+
+
+def _from_file(prompts: list[Prompt], *, in_order: bool) -> PromptSource:
+    def draw(rng: np.random.Generator, count: int) -> list[Prompt]:
+        if in_order:
+            return prompts[:count]
+        # As many passes over the file as it takes, each in its own order: no prompt twice before all came once.
+        passes = [rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))]
+        return [prompts[index] for index in np.concatenate(passes)[:count]]
+
+    return draw
+
+
+def check_backend(name: str) -> None:
+    """Refuse a backend that cannot run here before anything else is done.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolve_backend("the training", name, device, kernels=("triton", "cpu"))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,143 @@
+"""Denoising with everything the update needs: latents, per-position log-probs and allocation maps of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+import star_kernels as sk
+from star_trainer.config import Allocation, TrainerError
+from star_trainer.families.policy import Embeddings, Policy
+from star_trainer.prompts import Prompt
+
+
+class NonFiniteError(TrainerError, RuntimeError):
+    """NaN or infinity where training cannot go on."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One batch of denoising.
+
+    latents [T+1, B, C, H, W]; log_prob [S, B, H, W] of the first S steps, those with noise, or None; weights
+    [T, B, h, w], or None if attention was not recorded; coefficients of the T steps, one row each.
+    """
+
+    latents: Tensor
+    log_prob: Tensor | None
+    weights: Tensor | None
+    coefficients: list[sk.TransitionCoefficients]
+
+    def to(self, device: str | torch.device) -> Trajectory:
+        """The same with its tensors of the size of the batch on another device."""
+        log_prob = None if self.log_prob is None else self.log_prob.to(device)
+        weights = None if self.weights is None else self.weights.to(device)
+        return Trajectory(self.latents.to(device), log_prob, weights, self.coefficients)
+
+
+def text_units(policy: Policy, prompts: Sequence[Prompt]) -> sk.TextUnits:
+    """The prompts' units on the pipeline's text tokens."""
+    return sk.TextUnits.from_pipeline(
+        policy.pipeline,
+        [prompt.text for prompt in prompts],
+        [prompt.units for prompt in prompts],
+        max_sequence_length=policy.config.max_sequence_length,
+    ).to(policy.device)
+
+
+@torch.no_grad()
+def denoise(
+    policy: Policy,
+    embeddings: Embeddings,
+    *,
+    steps: int,
+    kind: str,
+    generator: torch.Generator | list[torch.Generator],
+    eta: float = 0.0,
+    sde_steps: int | None = None,
+    initial: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    units: sk.TextUnits | None = None,
+    allocation: Allocation | None = None,
+    backend: str = "auto",
+) -> Trajectory:
+    """Denoise B latents from noise drawn on the CPU by `generator`, so that results do not depend on the device.
+
+    With one generator per sample a sample does not depend on what else is in the batch, either.
+
+    The first `sde_steps` steps (by default all) are of `kind`, the others Euler's. `initial` [B, C, H, W] takes the
+    place of the noise that denoising starts from.
+
+    With `units` the transformer's attention is recorded and each step gets its allocation map; under guidance
+    both halves run in one call, as in diffusers' pipeline, and the conditional half is recorded.
+    """
+    batch, shape, device = len(embeddings.text), policy.latent_shape, policy.device
+    sigmas, timesteps = policy.schedule(steps)
+
+    def draw() -> Tensor:
+        return randn_tensor((batch, *shape), generator=generator, device=torch.device("cpu")).to(device)
+
+    guided = guidance_scale > 1.0
+    if guided:
+        empty = policy.encode([""]).expand(batch)
+        embeddings = Embeddings(torch.cat([empty.text, embeddings.text]), torch.cat([empty.pooled, embeddings.pooled]))
+    latents, log_probs, weights, coefficients = [draw() if initial is None else initial.to(device)], [], [], []
+    layers = None if allocation is None else allocation.layers
+    rows = slice(batch, None) if guided else None
+    recording = (
+        nullcontext()
+        if units is None
+        else sk.record_attention(policy.transformer, units, layers=layers, rows=rows, backend=backend)
+    )
+    with recording as recorder:
+        for step in range(steps):
+            current = latents[-1]
+            model_input = torch.cat([current, current]) if guided else current
+            velocity = policy.velocity(model_input, timesteps[step], embeddings)
+            unconditional, velocity = velocity.chunk(2) if guided else (None, velocity)
+            row = sk.transition_coefficients(
+                kind if sde_steps is None or step < sde_steps else "ode",
+                sigmas[step].cpu(),
+                sigmas[step + 1].cpu(),
+                eta=eta,
+                sigma_max=sigmas[1].cpu(),
+            ).to(device)
+            result = sk.transition_step(
+                velocity,
+                current,
+                row,
+                noise=draw() if row.stochastic else None,
+                unconditional_velocity=unconditional,
+                guidance_scale=guidance_scale,
+                backend=backend,
+            )
+            latents.append(result.next_sample)
+            coefficients.append(row)
+            if result.log_prob is not None:
+                log_probs.append(result.log_prob)
+            if recorder is not None:
+                assert allocation is not None, "maps are made as the allocation section says"
+                weights.append(
+                    sk.allocation_map(
+                        recorder.mass,
+                        policy.grid,
+                        backend=backend,
+                        **allocation.options(step),
+                    )
+                )
+                recorder.discard_step()
+    if not torch.isfinite(latents[-1]).all():
+        bad = [i for i in range(batch) if not torch.isfinite(latents[-1][i]).all()]
+        step = next(t for t, latent in enumerate(latents) if not torch.isfinite(latent).all()) - 1
+        raise NonFiniteError(f"denoising gave NaN or infinity, first at step {step}, in samples {bad[:8]}")
+    return Trajectory(
+        torch.stack(latents),
+        torch.stack(log_probs) if log_probs else None,
+        torch.stack(weights) if weights else None,
+        coefficients,
+    )

@@ -1,0 +1,1 @@
+"""Worlds whose truth is known: prompts, pictures, judges, and small models that were trained on them."""
