@@ -34,10 +34,11 @@ test: $(VENV)/.built-dev $(VENV)/.installed-triton-3.6 ## Run the tests
 bench: $(VENV)/.built-dev ## Measure the operators, a rollout and an update against their unfused baselines
 	$(BIN)/python -m pytest -q bench --benchmark-quiet $(BENCH_ARGS)
 
-lint: $(VENV)/.built-dev ## Check style, formatting and types
+lint: $(VENV)/.built-dev ## Check style, formatting, types and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 clean: ## Remove what was built and installed; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info star_kernels/_C*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

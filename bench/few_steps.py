@@ -19,7 +19,7 @@ from star_trainer.run.evaluation import evaluate
 from star_trainer.run.inputs import load_prompts
 from star_trainer.run.randomness import numpy_stream
 from star_trainer.run.state import build_state
-from star_trainer.studies.ablation.results import mean_over_seeds
+from star_trainer.run.statistics import student_mean
 from tqdm import tqdm
 
 from bench.harness import read_json, write_json
@@ -71,7 +71,7 @@ def table(rows: list[dict[str, float]]) -> str:
     lines = ["| model | steps | levels | seeds | " + " | ".join(scores) + " |", "|---" * (len(scores) + 4) + "|"]
     for place in dict.fromkeys((row["model"], row["steps"], row["levels"]) for row in rows):
         of = [row for row in rows if (row["model"], row["steps"], row["levels"]) == place]
-        means = [mean_over_seeds([row[score] for row in of]) for score in scores[:-1]]
+        means = [student_mean([row[score] for row in of]) for score in scores[:-1]]
         cells = [f"{mean.value:.3f} ± {mean.high - mean.value:.3f}" for mean in means]
         cells.append(f"{np.median([row['seconds_per_image'] for row in of]):.3f}")
         lines.append(f"| {' | '.join(map(str, place))} | {len(of)} | {' | '.join(cells)} |")

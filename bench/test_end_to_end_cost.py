@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import pytest
@@ -13,10 +12,9 @@ from star_trainer.algorithms.advantages import group_advantages
 from star_trainer.algorithms.policy_gradient import update
 from star_trainer.algorithms.rollout import Rollout
 from star_trainer.config import Config, load_config
-from star_trainer.families.policy import Embeddings
+from star_trainer.families.conditioning import Conditioning
 from star_trainer.prompts import Prompt
 from star_trainer.run.inputs import load_prompts
-from star_trainer.run.log import RunLog
 from star_trainer.run.randomness import numpy_stream, stream
 from star_trainer.run.state import TrainingState, build_state
 from star_trainer.sampling import Trajectory, denoise, text_units
@@ -38,15 +36,15 @@ SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The tiny pipeline with its adapters, some prompts, and the embeddings of each prompt's group of samples."""
+    """The tiny pipeline with its adapters, some prompts, and the conditioning of each prompt's group of samples."""
 
     state: TrainingState
     prompts: list[Prompt]
-    embeddings: Embeddings
+    conditioning: Conditioning
 
     @property
     def batch(self) -> int:
-        return len(self.embeddings.text)
+        return len(self.conditioning)
 
     def with_method(self, method: str, backend: str) -> TrainingState:
         config: Config = self.state.config.model_copy(update={"method": method, "backend": backend})
@@ -59,8 +57,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     state = build_state(load_config("tiny", [*SETTINGS, f"run.folder={folder}"]))
     draw_training, _ = load_prompts(state.config.prompts)
     prompts = draw_training(numpy_stream(0, "prompts"), state.config.rollout.prompts)
-    embeddings = state.policy.encode([prompt.text for prompt in prompts])
-    return Case(state, prompts, embeddings.repeat_interleave(state.config.rollout.samples))
+    conditioning = state.policy.encode([prompt.text for prompt in prompts])
+    return Case(state, prompts, conditioning.repeat_interleave(state.config.rollout.samples))
 
 
 def roll_out(case: Case, method: str, backend: str) -> Trajectory:
@@ -72,7 +70,7 @@ def roll_out(case: Case, method: str, backend: str) -> Trajectory:
         units = text_units(state.policy, case.prompts).repeat_interleave(section.samples)
     return denoise(
         state.policy,
-        case.embeddings,
+        case.conditioning,
         steps=section.steps,
         kind=section.sampler,
         generator=stream(0, "rollout"),
@@ -121,12 +119,10 @@ def test_update(measure: Callable[..., None], case: Case, precise: bool) -> None
     # An update does not look at rewards: the advantages are made from them before.
     samples = case.state.config.rollout.samples
     prompts = [prompt for prompt in case.prompts for _ in range(samples)]
-    rollout = Rollout(trajectory, timesteps, case.embeddings[::samples], rewards, prompts, seconds={})
-    # It writes to the log only to say that it was skipped, and fails here if it is.
-    no_log = cast(RunLog, None)
+    rollout = Rollout(trajectory, timesteps, case.conditioning[::samples], rewards, prompts, seconds={})
     advantages = group_advantages(rewards, case.state.config.rollout.samples)
 
     def make(method: str, backend: str) -> Callable[[], object]:
-        return functools.partial(update, case.with_method(method, backend), rollout, advantages, 0, no_log)
+        return functools.partial(update, case.with_method(method, backend), rollout, advantages, 0)
 
     measure_methods(measure, f"update on 2 steps, {describe(case)}", make, precise=precise)

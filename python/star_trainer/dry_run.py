@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 
 from star_trainer.config import Config, ConfigError
-from star_trainer.config.paths import TINY_PIPELINE, folder_or_name
-from star_trainer.families.architectures import ARCHITECTURES
+from star_trainer.families import read_shapes
+from star_trainer.families.family import Family
 from star_trainer.families.policy import add_adapter, check_against_model
 from star_trainer.prompts import read_prompts
 from star_trainer.rewards import check_differentiable, check_reward
@@ -73,11 +72,11 @@ def plan(config: Config, processes: int = 1) -> Plan:
             f"rollout.prompts: expected a multiple of the {processes} processes, each of which takes whole groups, "
             f"such as {near}, got {config.rollout.prompts}"
         )
-    shapes = configurations(config.model.pipeline)
+    family, shapes = read_shapes(config.model.pipeline)
     with torch.device("meta"):
-        transformer, vae, encoders = *build_models(shapes), _build_encoders(shapes)
+        transformer, vae, encoders = *family.build_models(shapes), family.build_encoders(shapes)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    check_against_model(config, transformer, scale)
+    check_against_model(config, family, transformer.config, scale)
     frozen = {
         "transformer": _count(transformer),
         "autoencoder": _count(vae),
@@ -86,23 +85,19 @@ def plan(config: Config, processes: int = 1) -> Plan:
     if config.model.lora is None:
         trainable = frozen["transformer"]
     else:
-        add_adapter(transformer, config.model.lora)
+        add_adapter(transformer, config.model, family)
         trainable = _count(transformer) - frozen["transformer"]
 
-    shape = transformer.config
-    side = shape.sample_size if config.model.resolution is None else config.model.resolution // scale
-    tokens = (
-        (side // shape.patch_size) ** 2
-        + shapes["text_encoder"].max_position_embeddings
-        + config.model.max_sequence_length
-    )
+    latent = family.latent_shape(config.model, transformer.config, scale)
+    grid = family.grid(config.model, transformer.config, scale)
+    tokens = grid[0] * grid[1] + family.num_text_tokens(config.model, shapes)
     samples = config.rollout.prompts // processes * config.rollout.samples
     calls = _reward_gradient_calls if config.trains_by_reward_gradient else _policy_gradient_calls
     return Plan(
         parameters=frozen,
         trainable=trainable,
-        memory=_memory(config, transformer, frozen, trainable, tokens, samples, side, processes),
-        latent=(shape.in_channels, side, side),
+        memory=_memory(config, family, transformer.config, frozen, trainable, tokens, samples, latent, grid, processes),
+        latent=latent,
         tokens=tokens,
         images=samples * processes,
         **calls(config, samples),
@@ -228,60 +223,20 @@ def _bytes(count: float) -> str:
     return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / _MIB:.0f} MiB"
 
 
-def configurations(pipeline: str) -> dict[str, Any]:
-    """The configuration of each part of a pipeline, from its folder, `ARCHITECTURES`, or a hub.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
-    from transformers import CLIPTextConfig, T5Config
-
-    classes = {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "text_encoder_3": T5Config}
-    if pipeline in ARCHITECTURES and not Path(pipeline).is_dir():
-        known = ARCHITECTURES[pipeline]
-        return {part: classes[part](**shape) if part in classes else shape for part, shape in known.items()}
-    source = str(TINY_PIPELINE) if pipeline == "tiny" else folder_or_name(pipeline, "model.pipeline")
-    readers: dict[str, Callable[..., Any]] = {
-        "transformer": SD3Transformer2DModel.load_config,
-        "vae": AutoencoderKL.load_config,
-        **{part: kind.from_pretrained for part, kind in classes.items()},
-    }
-    try:
-        return {part: read(source, subfolder=part) for part, read in readers.items()}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.pipeline: {pipeline!r} has no configurations that can be read: {error}") from error
-
-
-def build_models(shapes: dict[str, Any]) -> tuple[Any, Any]:
-    """Transformer and autoencoder with random weights, on PyTorch's default device; on meta, without any."""
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
-
-    return SD3Transformer2DModel.from_config(shapes["transformer"]), AutoencoderKL.from_config(shapes["vae"])
-
-
-def _build_encoders(shapes: dict[str, Any]) -> list[Any]:
-    from transformers import CLIPTextModelWithProjection, T5EncoderModel
-
-    return [
-        CLIPTextModelWithProjection(shapes["text_encoder"]),
-        CLIPTextModelWithProjection(shapes["text_encoder_2"]),
-        T5EncoderModel(shapes["text_encoder_3"]),
-    ]
-
-
 def _count(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _memory(
     config: Config,
-    transformer: Any,
+    family: Family,
+    shape: Any,
     frozen: dict[str, int],
     trainable: int,
     tokens: int,
     samples: int,
-    side: int,
+    latent: tuple[int, int, int],
+    grid: tuple[int, int],
     processes: int,
 ) -> Memory:
     itemsize = 4 if config.model.dtype == "float32" else 2
@@ -291,9 +246,8 @@ def _memory(
     weights = itemsize * (held / shares + frozen["autoencoder"] + (copies - 1) * frozen["transformer"])
     # In float32 whatever the model's dtype: weight, gradient, two moments of AdamW and the moving average.
     trained = 4 * 5 * trainable / shares
-    hidden = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    per_block = tokens * hidden * config.train.batch_size * itemsize
-    blocks = transformer.config.num_layers
+    per_block = tokens * math.prod(family.attention_heads(shape)) * config.train.batch_size * itemsize
+    blocks = family.num_layers(shape)
     if config.model.gradient_checkpointing:
         activations = per_block * (blocks + _ACTIVATION_COPIES)
     else:
@@ -304,18 +258,16 @@ def _memory(
         activations *= 1 if config.r0.checkpointing else (config.r0.gradient_steps or config.rollout.steps)
     else:
         kept = 0 if config.rollout.keep_on_host else samples
-    rollout = 4 * kept * _kept_numbers(config, transformer.config, side)
+    rollout = 4 * kept * _kept_numbers(config, math.prod(latent), math.prod(grid), latent[1] * latent[2])
     return Memory(weights, trained, rollout, activations, itemsize * frozen["text encoders"])
 
 
-def _kept_numbers(config: Config, shape: Any, side: int) -> int:
+def _kept_numbers(config: Config, numbers: int, tokens: int, positions: int) -> int:
     """Numbers of one sample that wait for the update, in float32: latents, log-probs and maps of its steps."""
     steps = config.rollout.steps
     if config.trains_by_reward_gradient:
         # Latents and noise of each step, what it predicts, and gradients.
-        maps = steps * (side // shape.patch_size) ** 2 if config.uses_maps else 0
-        return 4 * steps * shape.in_channels * side**2 + maps
-    latents = (steps + 1) * shape.in_channels * side**2
-    log_probs = min(config.rollout.sde_steps or steps, steps) * side**2
-    maps = steps * (side // shape.patch_size) ** 2 if config.uses_maps or config.method == "oracle" else 0
-    return latents + log_probs + maps
+        return 4 * steps * numbers + (steps * tokens if config.uses_maps else 0)
+    log_probs = min(config.rollout.sde_steps or steps, steps) * positions
+    maps = steps * tokens if config.uses_maps or config.method == "oracle" else 0
+    return (steps + 1) * numbers + log_probs + maps

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import star_kernels as sk
 from star_trainer.config import Allocation, TrainerError
-from star_trainer.families.policy import Embeddings, Policy
+from star_trainer.families.conditioning import Conditioning
+from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 
 
@@ -42,18 +43,13 @@ class Trajectory:
 
 def text_units(policy: Policy, prompts: Sequence[Prompt]) -> sk.TextUnits:
     """The prompts' units on the pipeline's text tokens."""
-    return sk.TextUnits.from_pipeline(
-        policy.pipeline,
-        [prompt.text for prompt in prompts],
-        [prompt.units for prompt in prompts],
-        max_sequence_length=policy.config.max_sequence_length,
-    ).to(policy.device)
+    return policy.text_units([prompt.text for prompt in prompts], [prompt.units for prompt in prompts])
 
 
 @torch.no_grad()
 def denoise(
     policy: Policy,
-    embeddings: Embeddings,
+    conditioning: Conditioning,
     *,
     steps: int,
     kind: str,
@@ -73,22 +69,19 @@ def denoise(
     The first `sde_steps` steps (by default all) are of `kind`, the others Euler's. `initial` [B, C, H, W] takes the
     place of the noise that denoising starts from.
 
-    With `units` the transformer's attention is recorded and each step gets its allocation map; under guidance
-    both halves run in one call, as in diffusers' pipeline, and the conditional half is recorded.
+    With `units` the transformer's attention is recorded and each step gets its allocation map; where guidance takes a
+    second prediction, both run in one call, as in diffusers' pipelines, and the conditional half is recorded.
     """
-    batch, shape, device = len(embeddings.text), policy.latent_shape, policy.device
+    batch, shape, device = len(conditioning), policy.latent_shape, policy.device
     sigmas, timesteps = policy.schedule(steps)
 
     def draw() -> Tensor:
         return randn_tensor((batch, *shape), generator=generator, device=torch.device("cpu")).to(device)
 
-    guided = guidance_scale > 1.0
-    if guided:
-        empty = policy.encode([""]).expand(batch)
-        embeddings = Embeddings(torch.cat([empty.text, embeddings.text]), torch.cat([empty.pooled, embeddings.pooled]))
+    guidance = policy.guidance(batch, guidance_scale, in_one_pass=True)
     latents, log_probs, weights, coefficients = [draw() if initial is None else initial.to(device)], [], [], []
     layers = None if allocation is None else allocation.layers
-    rows = slice(batch, None) if guided else None
+    rows = policy.family.conditional_rows(batch, guidance)
     recording = (
         nullcontext()
         if units is None
@@ -97,9 +90,7 @@ def denoise(
     with recording as recorder:
         for step in range(steps):
             current = latents[-1]
-            model_input = torch.cat([current, current]) if guided else current
-            velocity = policy.velocity(model_input, timesteps[step], embeddings)
-            unconditional, velocity = velocity.chunk(2) if guided else (None, velocity)
+            prediction = policy.predict(current, timesteps[step], conditioning, guidance)
             row = sk.transition_coefficients(
                 kind if sde_steps is None or step < sde_steps else "ode",
                 sigmas[step].cpu(),
@@ -108,12 +99,12 @@ def denoise(
                 sigma_max=sigmas[1].cpu(),
             ).to(device)
             result = sk.transition_step(
-                velocity,
+                prediction.velocity,
                 current,
                 row,
                 noise=draw() if row.stochastic else None,
-                unconditional_velocity=unconditional,
-                guidance_scale=guidance_scale,
+                unconditional_velocity=prediction.unconditional,
+                guidance_scale=prediction.scale,
                 backend=backend,
             )
             latents.append(result.next_sample)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from star_trainer.algorithms.advantages import group_advantages
-from star_trainer.algorithms.policy_gradient import update
-from star_trainer.algorithms.r0 import improve, load_supervision, stop_reason
-from star_trainer.algorithms.rollout import collect
+from star_trainer.algorithms.policy_gradient import policy_gradient_iteration
+from star_trainer.algorithms.r0 import load_supervision, reward_gradient_iteration, stop_reason
 from star_trainer.config import Config
 from star_trainer.prompts import Prompt
 from star_trainer.prompts.units import UnitExtractor
@@ -22,17 +19,18 @@ from star_trainer.prompts.units.cache import CacheError
 from star_trainer.prompts.units.chat import ChatError
 from star_trainer.rewards import (
     RewardError,
-    RewardFunction,
     check_differentiable,
     differentiable_terms,
+    held_out_scorers,
     load_terms,
     weighted_sum,
 )
 from star_trainer.run.checkpoint import set_aside
-from star_trainer.run.evaluation import evaluate
+from star_trainer.run.evaluation import HeldOut
+from star_trainer.run.export import export
 from star_trainer.run.inputs import check_backend, check_prompts, load_prompts
 from star_trainer.run.log import Iteration, RunLog
-from star_trainer.run.processes import alone_in, gather, gather_array, together
+from star_trainer.run.processes import fail_together, gather, locked_folder
 from star_trainer.run.randomness import numpy_stream
 from star_trainer.run.state import TrainingState, build_state
 
@@ -58,7 +56,7 @@ def train(config: Config) -> dict[str, object]:
     draw_training, draw_held_out = load_prompts(config.prompts)
     terms = load_terms(config.reward)
     reward = weighted_sum(config.reward, terms)
-    held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
+    prompts = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
     extractor = UnitExtractor(config.units) if config.uses_maps else None
     state = build_state(config)
     accelerator = state.accelerator
@@ -67,33 +65,33 @@ def train(config: Config) -> dict[str, object]:
         supervision = load_supervision(config, differentiable_terms(terms), state.policy)
     if extractor is not None:
         shown = config.evaluation.pictures
-        filled = together(accelerator, lambda: extractor.fill(held_out[:shown]), *OUTSIDE)
-        held_out = [*filled, *held_out[shown:]]
+        prompts[:shown] = fail_together(accelerator, lambda: extractor.fill(prompts[:shown]), *OUTSIDE)
+    held_out = HeldOut(state, prompts, held_out_scorers(config, reward))
     folder = Path(config.run.folder)
-    with alone_in(folder, accelerator):
+    # Whole groups, next to each other: sample i of the iteration is in process i // (samples per process).
+    count = config.rollout.prompts // accelerator.num_processes
+    first_prompt = count * accelerator.process_index
+
+    def own_prompts(iteration: int) -> list[Prompt]:
+        drawn = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
+        return drawn[first_prompt : first_prompt + count]
+
+    with locked_folder(folder, accelerator):
         if not config.run.resume and accelerator.is_main_process:
             set_aside(folder / "checkpoints")
         accelerator.wait_for_everyone()
-        resumed = state.restore(folder / "checkpoints")
-        # Whole groups, next to each other: sample i of the iteration is in process i // (samples per process).
-        count = config.rollout.prompts // accelerator.num_processes
-        first_prompt = count * accelerator.process_index
-
-        def own_prompts(iteration: int) -> list[Prompt]:
-            drawn = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
-            return drawn[first_prompt : first_prompt + count]
-
-        running, saving = (
-            RunLog(state, held_out, reward, resumed=resumed),
-            saved_on_failure(state, folder / "checkpoints"),
-        )
+        log = RunLog(state, resumed=state.restore(folder / "checkpoints"))
         # The log ends what connects the processes, which saving needs.
-        with running as log, saving, ThreadPoolExecutor(1) as worker:
+        with log, saved_on_failure(state, folder / "checkpoints"), ThreadPoolExecutor(1) as worker:
+            iterate: Callable[[list[Prompt], int], Iteration]
             if supervision is None:
-                iterate = partial(policy_gradient, state, reward, worker, first_prompt, log)
+                iterate = partial(policy_gradient_iteration, state, reward, worker, first_prompt)
             else:
-                iterate = partial(improve, state, supervision, first_prompt, log)
-            log.evaluated_base()
+                iterate = partial(reward_gradient_iteration, state, supervision, first_prompt)
+            if not held_out.take_up_base():
+                log.say(f"measuring the base model on {len(prompts)} held-out prompts")
+                held_out.evaluate_base()
+            log.evaluated_base(held_out)
             if state.stopped:
                 log.say(f"nothing left to train: it was stopped after {state.iteration} iterations, {state.stopped}")
             elif state.iteration >= config.train.iterations:
@@ -102,9 +100,10 @@ def train(config: Config) -> dict[str, object]:
                     f"{config.train.iterations} (run.resume=false starts anew)"
                 )
 
-            def measure(prompts: list[Prompt]) -> None:
+            def evaluate(count: int | None = None) -> None:
                 with state.averaged_weights():
-                    log.evaluated(evaluate(state.policy, config, prompts, log.scorers, accelerator))
+                    held_out.evaluate(count)
+                    log.evaluated(held_out)
 
             encoded = state.iteration
             for iteration in range(state.iteration, state.iteration if state.stopped else config.train.iterations):
@@ -113,10 +112,10 @@ def train(config: Config) -> dict[str, object]:
                     texts = [p.text for later in range(iteration, encoded) for p in own_prompts(later)]
                     # Guidance asks for the prediction without a prompt.
                     state.policy.encode_ahead([*texts, ""] if config.method == "r0_plus" else texts)
-                prompts = own_prompts(iteration)
+                own = own_prompts(iteration)
                 if extractor is not None:
-                    prompts = together(accelerator, partial(extractor.fill, prompts), *OUTSIDE)
-                done = iterate(prompts, iteration)
+                    own = fail_together(accelerator, partial(extractor.fill, own), *OUTSIDE)
+                done = iterate(own, iteration)
                 if extractor is not None and config.units.source == "llm":
                     done.metrics["units_by_rules_instead"] = float(extractor.replaced)
                 state.iteration = iteration + 1
@@ -124,9 +123,9 @@ def train(config: Config) -> dict[str, object]:
 
                 last = state.iteration == config.train.iterations
                 if last or state.iteration % config.evaluation.every == 0:
-                    measure(held_out[: None if last else config.evaluation.interim_prompts])
+                    evaluate(None if last else config.evaluation.interim_prompts)
                 if supervision is not None and not last:
-                    stopped = stop_reason(config, done.metrics, log)
+                    stopped = stop_reason(config, done.metrics, held_out.watched())
                     # Decided together: numbers that differ by rounding must not leave some processes behind.
                     if gather(accelerator, torch.tensor([stopped is not None])).any():
                         state.stopped = stopped or "another process says so"
@@ -135,33 +134,12 @@ def train(config: Config) -> dict[str, object]:
                 if state.stopped:
                     log.say(f"stopped after {state.iteration} iterations: {state.stopped}")
                     break
-            if log.latest is None or log.latest_iteration < state.iteration or len(log.latest) < len(held_out):
+            if not held_out.is_complete:
                 # Stopped early, or everything was done before this start: what is left is to measure it.
-                measure(held_out)
-            return log.finish()
-
-
-def policy_gradient(
-    state: TrainingState,
-    reward: RewardFunction,
-    worker: Executor,
-    first_prompt: int,
-    log: RunLog,
-    prompts: list[Prompt],
-    iteration: int,
-) -> Iteration:
-    """Sample, reward, compare within groups, and update; `first_prompt` is the place of this process's first one."""
-    config, accelerator = state.config, state.accelerator
-    sample = partial(collect, state.policy, config, prompts, reward, worker, iteration, first_prompt)
-    rollout = together(accelerator, sample, *OUTSIDE)
-    rewards = gather_array(accelerator, rollout.rewards)
-    advantages = group_advantages(
-        rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
-    )
-    start = time.perf_counter()
-    metrics = update(state, rollout, advantages, iteration, log)
-    rollout.seconds["update"] = time.perf_counter() - start
-    return Iteration(rewards, rollout.seconds, metrics, advantages)
+                evaluate()
+            with state.averaged_weights():
+                export(state, folder)
+            return log.finish(held_out)
 
 
 @contextmanager

@@ -35,19 +35,18 @@ def after_calls(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 def main() -> None:
     point, folder, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
-    import star_trainer.algorithms.policy_gradient as update
+    import star_trainer.algorithms.policy_gradient as policy_gradient
     import star_trainer.run.checkpoint as checkpoint
-    import star_trainer.train as loop
     from star_trainer import cli
 
     if int(os.environ.get("RANK", 0)) + 1 < int(os.environ.get("WORLD_SIZE", 1)):
         pass
     elif point == "rollout":
         # In the rollout of the third iteration, one iteration past the last checkpoint.
-        loop.collect = after_calls(loop.collect, 2)
+        policy_gradient.collect = after_calls(policy_gradient.collect, 2)
     elif point == "update":
         # Between the second and the third backward pass of an update: half of a gradient is there.
-        update.step_loss = after_calls(update.step_loss, 6)
+        policy_gradient.step_loss = after_calls(policy_gradient.step_loss, 6)
     elif point == "checkpoint":
         # The second checkpoint's files are written, its name is not.
         checkpoint.os.rename = after_calls(checkpoint.os.rename, 1)

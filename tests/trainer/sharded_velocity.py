@@ -7,7 +7,7 @@ import sys
 import torch
 from star_trainer.config import load_config
 from star_trainer.families.policy import load_policy
-from star_trainer.run.processes import is_sharded, is_spread
+from star_trainer.run.processes import is_distributed_tensor, is_sharded
 from star_trainer.run.state import build_state
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     rounded = whole.velocity(latents, timestep.bfloat16().float(), embeddings)
     found.square().mean().backward()
     gradients = [parameter.grad for parameter in policy.trainable().values() if parameter.grad is not None]
-    assert gradients and all(is_spread(gradient) and gradient.dtype == torch.float32 for gradient in gradients)
+    assert gradients and all(is_distributed_tensor(each) and each.dtype == torch.float32 for each in gradients)
     differences = [float((each - expected).detach().abs().max()) for each in (found, rounded)]
     print(f"difference {differences[0]} by rounding {differences[1]}")
     torch.distributed.destroy_process_group()

@@ -10,8 +10,8 @@ import torch
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
 from star_trainer.dry_run import plan
-from star_trainer.families.architectures import ARCHITECTURES
 from star_trainer.families.policy import load_policy
+from star_trainer.families.sd3 import StableDiffusion3
 
 from bench.gpu_model import SD35_MEDIUM as BENCHMARKED
 
@@ -34,11 +34,12 @@ def test_the_plan_has_the_numbers_of_the_loaded_model(overrides: list[str]) -> N
     encoders = (policy.pipeline.text_encoder, policy.pipeline.text_encoder_2, policy.pipeline.text_encoder_3)
     assert found.parameters["text encoders"] == sum(p.numel() for encoder in encoders for p in encoder.parameters())
     assert found.latent == policy.latent_shape
-    assert found.tokens == policy.grid[0] * policy.grid[1] + policy.encode(["a"]).text.shape[1]
+    assert found.tokens == policy.grid[0] * policy.grid[1] + policy.encode(["a"]).tensors["text"].shape[1]
 
 
 def test_calls_are_those_that_a_run_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from star_trainer import train
+    from star_trainer.algorithms import policy_gradient
     from star_trainer.families.policy import Policy
     from star_trainer.rewards import terms as rewards
 
@@ -56,7 +57,7 @@ def test_calls_are_those_that_a_run_makes(tmp_path: Path, monkeypatch: pytest.Mo
     calls = {"rollout": 0, "update": 0, "with gradient": 0, "reward": 0}
     inside = ["elsewhere"]
     kept: list[int] = []
-    velocity, collect, update = Policy.velocity, train.collect, train.update
+    velocity, collect, update = Policy.velocity, policy_gradient.collect, policy_gradient.update
 
     def counted(self: Policy, *arguments: object) -> torch.Tensor:
         if inside[0] in calls:
@@ -83,8 +84,8 @@ def test_calls_are_those_that_a_run_makes(tmp_path: Path, monkeypatch: pytest.Mo
         return [float(i) for i in range(len(prompts))]
 
     monkeypatch.setattr(Policy, "velocity", counted)
-    monkeypatch.setattr(train, "collect", within("rollout", collect))
-    monkeypatch.setattr(train, "update", within("update", update))
+    monkeypatch.setattr(policy_gradient, "collect", within("rollout", collect))
+    monkeypatch.setattr(policy_gradient, "update", within("update", update))
     monkeypatch.setattr(rewards, "_find", lambda name, models: distinct)
     train.train(config)
     assert calls["rollout"] == found.rollout_calls
@@ -107,7 +108,7 @@ def test_sd35_medium_is_known_without_its_files() -> None:
 
 def test_the_benchmark_on_a_gpu_measures_the_same_transformer() -> None:
     # It has a copy, because it runs where the trainer's packages are not installed.
-    known = ARCHITECTURES[SD35_MEDIUM]["transformer"]
+    known = StableDiffusion3.published[SD35_MEDIUM]["transformer"]
     assert {**known, "dual_attention_layers": tuple(known["dual_attention_layers"])} == BENCHMARKED
 
 

@@ -168,8 +168,8 @@ def test_odd_prompts_go_through_units_cache_tokens_and_encoders(kind: str, tmp_p
     assert all(unit in text for unit in filled.units)
     found = text_units(policy, [filled])
     embeddings = policy.encode([text])
-    assert found.weights.shape[1] == embeddings.text.shape[1]
-    assert torch.isfinite(embeddings.text).all() and torch.isfinite(embeddings.pooled).all()
+    assert found.weights.shape[1] == embeddings.tensors["text"].shape[1]
+    assert torch.isfinite(embeddings.tensors["text"]).all() and torch.isfinite(embeddings.tensors["pooled"]).all()
     assert time.perf_counter() - start < 20.0
 
 

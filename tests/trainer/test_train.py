@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
 from star_trainer.run.checkpoint import CheckpointError
-from star_trainer.run.evaluation import paired_difference
+from star_trainer.run.statistics import paired_difference
 from star_trainer.sampling import NonFiniteError
 from star_trainer.train import train
 
@@ -124,6 +125,25 @@ def test_a_killed_run_ends_in_the_same_weights_bit_for_bit(point: str, uninterru
     assert rewards(tmp_path) == rewards(uninterrupted)
 
 
+def test_a_run_that_an_earlier_version_left_goes_on_to_where_that_would_have_come(tmp_path: Path) -> None:
+    kept = Path(__file__).parent / "run_of_before"
+    shutil.copytree(kept, tmp_path / "run")
+    # What it was started with; its LoRA targets were said, and are the family's today unless they are.
+    settings = ["model.lora.rank=1", "model.lora.alpha=2", "model.lora.targets=[to_q]", "checkpoints.every=1"]
+    settings += ["rollout.prompts=2", "rollout.samples=2", "rollout.steps=4", "rollout.sde_steps=2"]
+    settings += ["evaluation.prompts=4", "evaluation.interim_prompts=2", "evaluation.pictures=1", "evaluation.steps=2"]
+    options = [f"run.folder={tmp_path / 'run'}", "run.progress=false", "train.iterations=2"]
+    assert main(["tiny", *settings, *options]) == 0
+    found, expected = final_weights(tmp_path / "run"), load_file(kept / "policy_after_2.safetensors")
+    before = load_file(kept / "checkpoints" / "iteration_000001" / "policy.safetensors")
+    for name, value in expected.items():
+        # To the rounding of another processor.
+        torch.testing.assert_close(found[f"policy/{name}"], value, rtol=0.0, atol=1e-5)
+    assert max(float((expected[name] - before[name]).abs().max()) for name in before) > 1e-3
+    records = [json.loads(line)["iteration"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records == [0, 1, 2, 2]
+
+
 @pytest.mark.parametrize("method", ["uniform", "uniform_position", "shuffled", "inverted", "oracle"])
 def test_methods_draw_the_same_random_numbers(method: str, uninterrupted: Path, tmp_path: Path) -> None:
     run(tmp_path, f"method={method}", "train.iterations=1")
@@ -175,9 +195,9 @@ def test_disagreement_with_the_rollout_is_measured_and_recomputing_removes_it(
     real = update_module.step_loss
 
     def watched(state, batch, step, rows):
-        result, velocities = real(state, batch, step, rows)
+        result, prediction = real(state, batch, step, rows)
         deviations.append(max(float(result.metrics["ratio_max"]) - 1.0, 1.0 - float(result.metrics["ratio_min"])))
-        return result, velocities
+        return result, prediction
 
     monkeypatch.setattr(update_module, "step_loss", watched)
     # Training passes with another attention than the rollout's, as in a trainer that records with hooks.
@@ -322,8 +342,8 @@ def test_one_bad_update_leaves_weights_and_optimiser_untouched(tmp_path: Path, m
         return states[-1]
 
     def bad_loss(*args):
-        result, velocities = real_loss(*args)
-        return result._replace(loss=result.loss * float("inf")), velocities
+        result, prediction = real_loss(*args)
+        return result._replace(loss=result.loss * float("inf")), prediction
 
     monkeypatch.setattr(loop, "build_state", build)
     monkeypatch.setattr(update_module, "step_loss", bad_loss)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import time
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,21 +18,56 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import star_kernels as sk
-from star_trainer.algorithms.advantages import Advantages, control_weights
-from star_trainer.algorithms.rollout import Rollout
-from star_trainer.run.log import RunLog
-from star_trainer.run.processes import gather, whole, without_synchronisation
+from star_trainer.algorithms.advantages import Advantages, control_weights, group_advantages
+from star_trainer.algorithms.rollout import Rollout, collect
+from star_trainer.families.conditioning import Prediction
+from star_trainer.prompts import Prompt
+from star_trainer.rewards import RewardError, RewardFunction
+from star_trainer.run.log import Iteration
+from star_trainer.run.processes import fail_together, full_tensor, gather, gather_array, without_synchronisation
 from star_trainer.run.randomness import numpy_stream
 from star_trainer.run.state import TrainingState
 from star_trainer.sampling import NonFiniteError
 
-# The policy's prediction, and the one without a prompt under guidance.
-Velocities = tuple[Tensor, Tensor | None]
+_log = logging.getLogger(__name__)
 
 
-def update(
-    state: TrainingState, rollout: Rollout, advantages: Advantages, iteration: int, log: RunLog
-) -> dict[str, float]:
+def policy_gradient_iteration(
+    state: TrainingState,
+    reward: RewardFunction,
+    worker: Executor,
+    first_prompt: int,
+    prompts: list[Prompt],
+    iteration: int,
+) -> Iteration:
+    """Sample, reward, compare within groups, and update.
+
+    Args:
+        state: what is trained.
+        reward: of images and prompts.
+        worker: computes it while the next batch is sampled.
+        first_prompt: the place of the first of `prompts` among those of all processes.
+        prompts: this process's.
+        iteration: its number.
+
+    Raises:
+        RewardError: a reward that cannot be had, in this or another process.
+        NonFiniteError: samples, or too many updates in a row, with NaN or infinity.
+    """
+    config, accelerator = state.config, state.accelerator
+    sample = partial(collect, state.policy, config, prompts, reward, worker, iteration, first_prompt)
+    rollout = fail_together(accelerator, sample, RewardError)
+    rewards = gather_array(accelerator, rollout.rewards)
+    advantages = group_advantages(
+        rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
+    )
+    start = time.perf_counter()
+    metrics = update(state, rollout, advantages, iteration)
+    rollout.seconds["update"] = time.perf_counter() - start
+    return Iteration(rewards, rollout.seconds, metrics, advantages.dropped)
+
+
+def update(state: TrainingState, rollout: Rollout, advantages: Advantages, iteration: int) -> dict[str, float]:
     """`train.updates` optimiser steps, each on its share of the samples and on the same chosen denoising steps.
 
     `advantages` are those of all processes' samples, `rollout` has this process's. What is drawn and how samples are
@@ -43,7 +82,7 @@ def update(
     weights = method_weights(state, rollout, numpy_stream(config.run.seed, "shuffle", iteration))
     kept = rng.permutation(len(advantages.kept))
     kept = kept[advantages.kept[kept]]
-    parts = [share_out(part, state) for part in np.array_split(kept, config.train.updates) if len(part) > 0]
+    parts = [divide_samples(part, state) for part in np.array_split(kept, config.train.updates) if len(part) > 0]
     own = len(rollout.rewards)
     batch = Batch(rollout, advantages.values[own * accelerator.process_index :][:own], weights, rollout.log_prob)
     consistency: list[Tensor] = []
@@ -61,13 +100,13 @@ def update(
             with without_synchronisation(accelerator, state.policy.transformer, active=more):
                 # A process that has no samples left goes along with one that weighs nothing.
                 taken = torch.from_numpy(rows if len(rows) else np.zeros(1, dtype=np.int64))
-                result, velocity = step_loss(state, batch, step, taken)
+                result, prediction = step_loss(state, batch, step, taken)
                 share = len(rows) * accelerator.num_processes / part.size / len(steps)
                 accelerator.backward(result.loss * share)
             if len(rows) == 0:
                 continue
             if on_policy:
-                consistency.append(log_ratio(state, batch, step, taken, velocity))
+                consistency.append(log_ratio(state, batch, step, taken, prediction))
             measured = {**result.metrics, "loss": result.loss.detach()}
             if config.train.kl_weight == 0.0:
                 # Without a weight the reference model is not run, and a KL of 0 would be no measurement.
@@ -75,7 +114,7 @@ def update(
             passes.append(Pass(step, rows, measured))
         state.policy.transformer.eval()
         parameters = list(state.policy.trainable().values())
-        norm = whole(accelerator.clip_grad_norm_(parameters, config.train.max_gradient_norm))
+        norm = full_tensor(accelerator.clip_grad_norm_(parameters, config.train.max_gradient_norm))
         summary = summarise(accelerator, passes, norm, with_kl=config.train.kl_weight > 0.0)
         if summary["non_finite"] or not math.isfinite(summary["loss"] + summary["gradient_norm"]):
             skipped += 1
@@ -85,13 +124,14 @@ def update(
                 f"loss {summary['loss']}, gradient norm {summary['gradient_norm']}, "
                 f"{summary['non_finite']:.0f} non-finite positions"
             )
-            skip_update(state, log, what, "; ".join(where))
+            skip_update(state, what, "; ".join(where))
         else:
             state.optimizer.step()
             state.average.step(parameters)
             state.skipped_in_a_row = 0
             totals.append(summary)
-    counts = {"updates": float(len(totals)), "skipped_updates": float(skipped)} | agreement(accelerator, consistency)
+    counts = {"updates": float(len(totals)), "skipped_updates": float(skipped)}
+    counts |= rollout_agreement(accelerator, consistency)
     if not totals:
         return counts
     return counts | {name: float(np.mean([t[name] for t in totals])) for name in totals[0]}
@@ -127,7 +167,7 @@ class Pass:
     metrics: dict[str, Tensor]
 
 
-def share_out(samples: np.ndarray, state: TrainingState) -> Part:
+def divide_samples(samples: np.ndarray, state: TrainingState) -> Part:
     """Divide some of all processes' samples: each process takes those that it has drawn."""
     section, accelerator = state.config.rollout, state.accelerator
     own = section.prompts * section.samples // accelerator.num_processes
@@ -162,35 +202,28 @@ def attention_of_the_rollout(state: TrainingState) -> Iterator[None]:
         yield
 
 
-def predict(state: TrainingState, rollout: Rollout, step: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The velocity of some samples at one denoising step, and under guidance the one without a prompt."""
-    policy, device = state.policy, state.policy.device
-    sample, timestep = rollout.trajectory.latents[step, rows].to(device), rollout.timesteps[step]
-    unconditional = None
-    if state.config.rollout.guidance_scale > 1.0:
-        with torch.no_grad():
-            unconditional = policy.velocity(sample, timestep, policy.encode([""]).expand(len(rows)))
-    return policy.velocity(sample, timestep, rollout.embeddings_of(rows)), unconditional
+def predict(state: TrainingState, rollout: Rollout, step: int, rows: Tensor, *, reference: bool = False) -> Prediction:
+    """What the policy, or the model that training started from, predicts for some samples at one denoising step."""
+    policy = state.policy
+    sample, timestep = rollout.trajectory.latents[step, rows].to(policy.device), rollout.timesteps[step]
+    guidance = policy.guidance(len(rows), state.config.rollout.guidance_scale, in_one_pass=False)
+    call = policy.predict_reference if reference else policy.predict
+    return call(sample, timestep, rollout.conditioning_of(rows), guidance)
 
 
-def step_loss(state: TrainingState, batch: Batch, step: int, rows: Tensor) -> tuple[sk.PolicyLoss, Velocities]:
-    """The clipped objective of one denoising step on some of the samples, and the velocities it was made of."""
-    config, policy, trajectory = state.config, state.policy, batch.rollout.trajectory
-    device, timestep = policy.device, batch.rollout.timesteps[step]
+def step_loss(state: TrainingState, batch: Batch, step: int, rows: Tensor) -> tuple[sk.PolicyLoss, Prediction]:
+    """The clipped objective of one denoising step on some of the samples, and the prediction it was made of."""
+    config, trajectory, device = state.config, batch.rollout.trajectory, state.policy.device
     sample = trajectory.latents[step, rows].to(device)
-    guidance_scale = config.rollout.guidance_scale
     reference = None
     with attention_of_the_rollout(state):
         if config.train.kl_weight > 0.0:
-            reference = policy.reference_velocity(sample, timestep, batch.rollout.embeddings_of(rows))
-            if guidance_scale > 1.0:
-                empty = policy.reference_velocity(sample, timestep, policy.encode([""]).expand(len(rows)))
-                reference = empty + guidance_scale * (reference - empty)
-        velocity, unconditional = predict(state, batch.rollout, step, rows)
+            reference = predict(state, batch.rollout, step, rows, reference=True).guided
+        prediction = predict(state, batch.rollout, step, rows)
     # An image's log-ratio averages H*W times as many numbers, so that its spread is sqrt(H*W) times smaller.
     widen = 1.0 if config.granularity == "image" else math.sqrt(sample.shape[-2] * sample.shape[-1])
     loss = sk.policy_loss(
-        velocity,
+        prediction.velocity,
         sample,
         trajectory.latents[step + 1, rows].to(device),
         batch.old_log_prob[step, rows].to(device),
@@ -202,31 +235,30 @@ def step_loss(state: TrainingState, batch: Batch, step: int, rows: Tensor) -> tu
         reference_velocity=reference,
         kl_weight=config.train.kl_weight,
         kl_scale=config.train.kl_scale,
-        unconditional_velocity=unconditional,
-        guidance_scale=guidance_scale,
+        unconditional_velocity=prediction.unconditional,
+        guidance_scale=prediction.scale,
         backend=config.backend,
     )
-    return loss, (velocity, unconditional)
+    return loss, prediction
 
 
-def log_prob(state: TrainingState, rollout: Rollout, step: int, rows: Tensor, velocities: Velocities) -> Tensor:
-    """The log-prob [B, H, W] of the rollout's transitions under the policy that predicts `velocities`."""
+def log_prob(state: TrainingState, rollout: Rollout, step: int, rows: Tensor, prediction: Prediction) -> Tensor:
+    """The log-prob [B, H, W] of the rollout's transitions under the policy that makes `prediction`."""
     trajectory, device = rollout.trajectory, state.policy.device
-    velocity, unconditional = velocities
     return sk.transition_log_prob(
-        velocity.detach(),
+        prediction.velocity.detach(),
         trajectory.latents[step, rows].to(device),
         trajectory.latents[step + 1, rows].to(device),
         trajectory.coefficients[step],
-        unconditional_velocity=unconditional,
-        guidance_scale=state.config.rollout.guidance_scale,
+        unconditional_velocity=prediction.unconditional,
+        guidance_scale=prediction.scale,
         backend=state.config.backend,
     )
 
 
-def log_ratio(state: TrainingState, batch: Batch, step: int, rows: Tensor, velocities: Velocities) -> Tensor:
+def log_ratio(state: TrainingState, batch: Batch, step: int, rows: Tensor, prediction: Prediction) -> Tensor:
     """|log-ratio| of the training passes to the rollout, mean and largest [2], at the method's granularity."""
-    new = log_prob(state, batch.rollout, step, rows, velocities)
+    new = log_prob(state, batch.rollout, step, rows, prediction)
     difference = new - batch.rollout.log_prob[step, rows].to(new.device)
     if state.config.granularity == "image":
         difference = difference.mean((-2, -1))
@@ -243,16 +275,16 @@ def recompute(state: TrainingState, batch: Batch, steps: list[int], parts: list[
         for rows, step in itertools.product(part.chunks, steps):
             taken = torch.from_numpy(rows if len(rows) else np.zeros(1, dtype=np.int64))
             with attention_of_the_rollout(state):
-                velocities = predict(state, batch.rollout, step, taken)
+                prediction = predict(state, batch.rollout, step, taken)
             if len(rows) == 0:
                 continue
-            differences.append(log_ratio(state, batch, step, taken, velocities))
-            old[step, taken] = log_prob(state, batch.rollout, step, taken, velocities).to(old.device)
+            differences.append(log_ratio(state, batch, step, taken, prediction))
+            old[step, taken] = log_prob(state, batch.rollout, step, taken, prediction).to(old.device)
     state.policy.transformer.eval()
     return replace(batch, old_log_prob=old), differences
 
 
-def agreement(accelerator: Accelerator, differences: list[Tensor]) -> dict[str, float]:
+def rollout_agreement(accelerator: Accelerator, differences: list[Tensor]) -> dict[str, float]:
     """How well training passes agree with the rollout before anything is updated, over all processes."""
     own = torch.stack(differences).float().cpu() if differences else torch.zeros(0, 2)
     values = torch.cat([own.sum(0)[:1], own.amax(0)[1:] if differences else torch.zeros(1), torch.tensor([len(own)])])
@@ -301,14 +333,15 @@ def summarise(accelerator: Accelerator, passes: list[Pass], norm: Tensor, *, wit
     }
 
 
-def skip_update(state: TrainingState, log: RunLog, what: str, where: str = "") -> None:
-    """Leave the weights as they are, say what was wrong and where, and end the run when it keeps happening.
+def skip_update(state: TrainingState, what: str, where: str = "") -> None:
+    """Leave the weights as they are, warn of what was wrong and where, and end the run when it keeps happening.
 
     `where` is what this process knows of it, and empty if that is nothing.
     """
     state.optimizer.zero_grad()
     state.skipped_in_a_row += 1
     message = f"update skipped ({state.skipped_in_a_row} in a row): {what}"
-    log.say(f"{message}; {where or 'every loss of this process was finite'}", everywhere=bool(where))
+    if where or state.accelerator.is_main_process:
+        _log.warning("%s; %s", message, where or "every loss of this process was finite")
     if state.skipped_in_a_row >= state.config.train.max_skipped_updates:
         raise NonFiniteError(f"{message}. Training ends here: lower train.learning_rate or use a wider model.dtype")

@@ -21,14 +21,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import star_kernels as sk
-from star_trainer.algorithms.policy_gradient import Part, share_out, skip_update
-from star_trainer.config import Config, ConfigError
-from star_trainer.config.paths import folder_or_name
-from star_trainer.families.policy import Embeddings, Policy
+from star_trainer.algorithms.policy_gradient import Part, divide_samples, skip_update
+from star_trainer.config import Config
+from star_trainer.families.conditioning import Conditioning
+from star_trainer.families.policy import Policy, load_small_decoder
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import DifferentiableReward, RewardError
-from star_trainer.run.log import Iteration, RunLog
-from star_trainer.run.processes import gather, gather_array, together, without_synchronisation
+from star_trainer.run.log import Iteration
+from star_trainer.run.processes import fail_together, gather, gather_array, without_synchronisation
 from star_trainer.run.randomness import numpy_stream, stream
 from star_trainer.run.state import TrainingState
 from star_trainer.sampling import NonFiniteError, text_units
@@ -57,34 +57,16 @@ def load_supervision(config: Config, rewards: Mapping[str, DifferentiableReward]
         policy.pipeline.vae.enable_gradient_checkpointing()
     decoder = None
     if config.r0.small_decoder is not None:
-        decoder = _load_decoder(config.r0.small_decoder, policy)
+        decoder = load_small_decoder(config.r0.small_decoder, policy)
         if config.r0.checkpointing:
             decoder.enable_gradient_checkpointing()
     return Supervision(rewards, config.reward.terms, decoder)
 
 
-def _load_decoder(name: str, policy: Policy) -> Any:
-    from diffusers import AutoencoderTiny
-
-    try:
-        source = folder_or_name(name, "r0.small_decoder")
-        decoder = AutoencoderTiny.from_pretrained(source, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"r0.small_decoder: {name!r} cannot be loaded: {error}") from error
-    channels = policy.latent_shape[0]
-    if decoder.config.latent_channels != channels:
-        raise ConfigError(
-            f"r0.small_decoder: expected a decoder of latents with {channels} channels, "
-            f"got one of {decoder.config.latent_channels}"
-        )
-    return decoder.requires_grad_(False).eval().to(policy.device)
-
-
-def improve(
+def reward_gradient_iteration(
     state: TrainingState,
     supervision: Supervision,
     first_prompt: int,
-    log: RunLog,
     prompts: Sequence[Prompt],
     iteration: int,
 ) -> Iteration:
@@ -96,7 +78,6 @@ def improve(
         state: what is trained.
         supervision: from `load_supervision`.
         first_prompt: the place of the first of `prompts` among those of all processes.
-        log: told about updates that are skipped.
         prompts: this process's.
         iteration: its number.
 
@@ -129,15 +110,15 @@ def improve(
     state.policy.transformer.train()
     for part in np.array_split(order, config.train.updates):
         state.optimizer.zero_grad()
-        shared = share_out(part, state)
+        shared = divide_samples(part, state)
         with without_synchronisation(accelerator, state.policy.transformer, active=True):
-            passes = together(accelerator, partial(run_all, shared), RewardError, NonFiniteError)
+            passes = fail_together(accelerator, partial(run_all, shared), RewardError, NonFiniteError)
         summary = _means(state, list(supervision.rewards), passes, shared.size) | _regularized(state, weight)
         updates += 1
         broken = [f"{name} is {value}" for name, value in summary.items() if not math.isfinite(value)]
         if broken:
             rows = np.concatenate(shared.chunks)
-            skip_update(state, log, ", ".join(broken), f"samples {rows.tolist()[:8]}")
+            skip_update(state, ", ".join(broken), f"samples {rows.tolist()[:8]}")
             continue
         state.optimizer.step()
         state.average.step(list(state.policy.trainable().values()))
@@ -164,7 +145,7 @@ def _regularized(state: TrainingState, weight: float) -> dict[str, float]:
     """Make the gradient that of all processes' samples and of the regulariser, clip it, and say what was found."""
     config = state.config
     parameters = list(state.policy.trainable().values())
-    _add_up(state, parameters)
+    _sum_over_processes(state, parameters)
     with torch.set_grad_enabled(weight > 0.0):
         distance, penalty = regularization(state.policy, config.r0.regularizer)
     if weight > 0.0:
@@ -230,7 +211,7 @@ class _Generator:
     """The generator on a batch; its noise and how much of it each trajectory takes are fixed."""
 
     policy: Policy
-    embeddings: Embeddings
+    conditioning: Conditioning
     timesteps: Tensor
     coefficients: list[sk.TransitionCoefficients]
     # From each noise level straight to the image.
@@ -244,7 +225,7 @@ class _Generator:
 
     def advance(self, step: int, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The next latents and the clean ones that the model predicts, both [B, C, H, W]; the last step's are one."""
-        velocity = self.policy.velocity(latents, self.timesteps[step], self.embeddings)
+        velocity = self.policy.velocity(latents, self.timesteps[step], self.conditioning)
         clean = sk.transition_step(velocity, latents, self.to_image[step], noise=None, backend=self.backend).next_sample
         if step + 1 == self.steps:
             return clean, clean
@@ -342,8 +323,8 @@ def _prepare(
         coefficients.append(row.to(device))
         noise.append(draw().to(device) if row.stochastic else None)
     to_image = [sk.transition_coefficients("ode", level, 0.0).to(device) for level in levels[:-1]]
-    embeddings = policy.encode([prompt.text for prompt in prompts])
-    generator = _Generator(policy, embeddings, timesteps, coefficients, to_image, noise, config.backend)
+    conditioning = policy.encode([prompt.text for prompt in prompts])
+    generator = _Generator(policy, conditioning, timesteps, coefficients, to_image, noise, config.backend)
     return generator, initial.to(device)
 
 
@@ -485,10 +466,9 @@ def _guidance(
     noise = randn_tensor(clean.shape, generator=generators, device=torch.device("cpu")).to(device)
     levels = level.view(-1, 1, 1, 1)
     noisy = (1 - levels) * clean.detach() + levels * noise
-    timesteps = level * policy.pipeline.scheduler.config.num_train_timesteps
-    empty = policy.encode([""]).expand(batch)
-    conditional = policy.reference_velocity(noisy, timesteps, generator.embeddings)
-    unconditional = policy.reference_velocity(noisy, timesteps, empty)
+    timesteps = policy.family.timesteps_at(policy.pipeline, level)
+    conditional = policy.reference_velocity(noisy, timesteps, generator.conditioning)
+    unconditional = policy.reference_velocity(noisy, timesteps, policy.encode([""]).repeat(batch))
     direction = -levels * (conditional - unconditional).float()
     if config.r0.normalize_gradients:
         length = direction.flatten(1).norm(dim=1).clamp(min=_SMALLEST_NORM)
@@ -496,7 +476,7 @@ def _guidance(
     return config.r0.guidance_weight * direction
 
 
-def _add_up(state: TrainingState, parameters: Sequence[torch.nn.Parameter]) -> None:
+def _sum_over_processes(state: TrainingState, parameters: Sequence[torch.nn.Parameter]) -> None:
     """Add the gradients of all processes."""
     if state.accelerator.num_processes == 1:
         return
@@ -514,12 +494,14 @@ def _means(state: TrainingState, names: Sequence[str], passes: Sequence[_Pass], 
     return {f"reward_{name}": float(value) for name, value in zip(names, sums, strict=True)}
 
 
-def stop_reason(config: Config, metrics: Mapping[str, float], log: RunLog) -> str | None:
-    """Why the run should end now, or None: weights too far from the first ones, or a watched score that has fallen."""
+def stop_reason(config: Config, metrics: Mapping[str, float], scores: tuple[float, float] | None) -> str | None:
+    """Why the run should end now, or None: weights too far from the first ones, or a held-out score that has fallen.
+
+    `scores` are that score of the first weights and now, if it was measured.
+    """
     far, drop = config.r0.stop_distance, config.r0.stop_drop
     if far is not None and metrics.get("distance", 0.0) > far:
         return f"the weights are {metrics['distance']:.3g} away from the first ones, beyond r0.stop_distance={far:g}"
-    scores = log.watched()
     if drop is not None and scores is not None and scores[1] < scores[0] - drop:
         return f"the held-out score fell from {scores[0]:.4f} to {scores[1]:.4f}, by more than r0.stop_drop={drop:g}"
     return None

@@ -13,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from star_trainer.config import Config
-from star_trainer.families.policy import Embeddings, Policy
+from star_trainer.families.conditioning import Conditioning
+from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardFunction
 from star_trainer.run.randomness import stream
@@ -25,19 +26,19 @@ from star_trainer.worlds.scenes.oracle import true_maps
 class Rollout:
     """All samples of one iteration on this process: groups of `group_size` rows per prompt.
 
-    `embeddings` has one row per prompt; `rewards` [B] and `prompts` have one entry per sample.
+    `conditioning` has one row per prompt; `rewards` [B] and `prompts` have one entry per sample.
     """
 
     trajectory: Trajectory
     timesteps: Tensor
-    embeddings: Embeddings
+    conditioning: Conditioning
     rewards: np.ndarray
     prompts: list[Prompt]
     seconds: dict[str, float]
 
     @property
     def group_size(self) -> int:
-        return len(self.prompts) // len(self.embeddings.text)
+        return len(self.prompts) // len(self.conditioning)
 
     @property
     def log_prob(self) -> Tensor:
@@ -45,9 +46,9 @@ class Rollout:
         assert self.trajectory.log_prob is not None, "rollouts are drawn with noise"
         return self.trajectory.log_prob
 
-    def embeddings_of(self, rows: Tensor) -> Embeddings:
-        """The embeddings of some samples, which are kept once per prompt."""
-        return self.embeddings[rows // self.group_size]
+    def conditioning_of(self, rows: Tensor) -> Conditioning:
+        """The conditioning of some samples, which is kept once per prompt."""
+        return self.conditioning[rows // self.group_size]
 
 
 def collect(
@@ -66,7 +67,7 @@ def collect(
     """
     section, seed = config.rollout, config.run.seed
     repeated = [prompt for prompt in prompts for _ in range(section.samples)]
-    embeddings = policy.encode([prompt.text for prompt in prompts])
+    conditioning = policy.encode([prompt.text for prompt in prompts])
     units = text_units(policy, prompts) if config.uses_maps else None
     trajectories: list[Trajectory] = []
     pending: list[Future[_Judged]] = []
@@ -77,7 +78,7 @@ def collect(
         groups = rows // section.samples
         trajectory = denoise(
             policy,
-            embeddings[groups],
+            conditioning[groups],
             steps=section.steps,
             kind=section.sampler,
             generator=[stream(seed, "rollout", iteration, first_sample + row) for row in rows.tolist()],
@@ -103,7 +104,7 @@ def collect(
     return Rollout(
         trajectory=trajectory,
         timesteps=timesteps,
-        embeddings=embeddings,
+        conditioning=conditioning,
         rewards=np.concatenate([judged.rewards for judged in judgements]),
         prompts=repeated,
         seconds={

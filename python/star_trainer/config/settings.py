@@ -31,10 +31,8 @@ class Lora(Section):
 
     rank: Positive = 16
     alpha: Positive = 32
-    targets: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"],
-        description="names of the linear layers that get an adapter",
-        min_length=1,
+    targets: list[str] | None = Field(
+        None, min_length=1, description="linear layers that get an adapter, or null for those of the pipeline's family"
     )
 
 

@@ -8,33 +8,19 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from star_trainer.config import Config, ConfigError, Lora, Model
-from star_trainer.config.paths import TINY_PIPELINE
-
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """What the transformer sees of B prompts: text tokens [B, N_text, D] and a pooled vector [B, P]."""
-
-    text: Tensor
-    pooled: Tensor
-
-    def __getitem__(self, rows: Any) -> Embeddings:
-        return Embeddings(self.text[rows], self.pooled[rows])
-
-    def repeat_interleave(self, repeats: int) -> Embeddings:
-        return Embeddings(self.text.repeat_interleave(repeats, 0), self.pooled.repeat_interleave(repeats, 0))
-
-    def expand(self, batch: int) -> Embeddings:
-        return Embeddings(self.text.expand(batch, -1, -1), self.pooled.expand(batch, -1))
+import star_kernels as sk
+from star_trainer.config import Config, ConfigError, Model
+from star_trainer.config.paths import folder_or_name
+from star_trainer.families import family_named, family_of, pipeline_source
+from star_trainer.families.conditioning import Conditioning, Guidance, Prediction
+from star_trainer.families.family import Family
 
 
 @dataclass
@@ -48,7 +34,12 @@ class Policy:
     # Where accelerate does not wrap the transformer's forward pass in it.
     autocast: bool = False
     # In host memory: a few megabytes per prompt at full size, and prompts come in the thousands.
-    _cache: OrderedDict[str, tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
+    _cache: OrderedDict[str, Conditioning] = field(default_factory=OrderedDict)
+
+    @cached_property
+    def family(self) -> Family:
+        """What depends on the kind of pipeline."""
+        return family_of(self.pipeline)
 
     @property
     def device(self) -> torch.device:
@@ -60,18 +51,32 @@ class Policy:
         return getattr(self.transformer, "module", self.transformer)
 
     @property
+    def vae_scale(self) -> int:
+        """Pixels of a latent position's side."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
-        size = self.model.config.sample_size
-        if self.config.resolution is not None:
-            size = self.config.resolution // self.pipeline.vae_scale_factor
-        return self.model.config.in_channels, size, size
+        return self.family.latent_shape(self.config, self.model.config, self.vae_scale)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Image tokens per column and row."""
-        _, height, width = self.latent_shape
-        return height // self.model.config.patch_size, width // self.model.config.patch_size
+        return self.family.grid(self.config, self.model.config, self.vae_scale)
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks whose attention can be recorded."""
+        return self.family.num_layers(self.model.config)
+
+    def check(self, config: Config) -> None:
+        """Refuse settings that do not suit the model.
+
+        Raises:
+            ConfigError: as of `check_against_model`.
+        """
+        check_against_model(config, self.family, self.model.config, self.vae_scale)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that are trained, by name."""
@@ -79,27 +84,12 @@ class Policy:
 
     def schedule(self, steps: int) -> tuple[Tensor, Tensor]:
         """Noise levels [steps + 1] and timesteps [steps] of `model.levels`, as the pipeline's scheduler sets them."""
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        options: dict[str, Any] = {"num_inference_steps": steps}
-        if self.config.levels == "even":
-            options = {"sigmas": np.linspace(1.0, 1.0 / steps, steps)}
-        if scheduler.config.get("use_dynamic_shifting"):
-            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+        return self.family.schedule(self.pipeline, self.config, steps, self.grid, self.device)
 
-            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            options["mu"] = calculate_shift(self.grid[0] * self.grid[1], *(scheduler.config[name] for name in names))
-        scheduler.set_timesteps(device=self.device, **options)
-        return scheduler.sigmas.to(self.device), scheduler.timesteps.to(self.device)
-
-    def encode(self, texts: Sequence[str]) -> Embeddings:
-        """Text embeddings. Each text is encoded by itself and kept, so that a result depends on nothing else."""
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Each text's conditioning, encoded by itself and kept, so that a result depends on nothing else."""
         self.encode_ahead(texts)
-        entries = [self._cache[text] for text in texts]
-        device = self.device
-        return Embeddings(
-            torch.stack([entry[0] for entry in entries]).to(device),
-            torch.stack([entry[1] for entry in entries]).to(device),
-        )
+        return Conditioning.joined([self._cache[text] for text in texts]).to(self.device)
 
     @torch.no_grad()
     def encode_ahead(self, texts: Sequence[str]) -> None:
@@ -114,51 +104,59 @@ class Policy:
         missing = [text for text in texts if text not in self._cache]
         if not missing:
             return
-        encoders = [getattr(self.pipeline, name) for name in TEXT_ENCODERS]
+        encoders = [getattr(self.pipeline, name) for name in self.family.encoder_parts]
         try:
             for encoder in encoders:
                 if encoder is not None:
                     encoder.to(self.device)
             for text in missing:
-                hidden, _, pooled, _ = self.pipeline.encode_prompt(
-                    text,
-                    None,
-                    None,
-                    device=self.device,
-                    do_classifier_free_guidance=False,
-                    max_sequence_length=self.config.max_sequence_length,
-                )
-                self._cache[text] = (hidden[0].cpu(), pooled[0].cpu())
+                self._cache[text] = self.family.encode(self.pipeline, self.config, text, self.device).to("cpu")
         finally:
             for encoder in encoders:
                 if encoder is not None:
                     encoder.to("cpu")
-        size = hidden.nbytes + pooled.nbytes
+        size = self._cache[missing[-1]].nbytes
         while len(self._cache) > max(int(self.config.embedding_cache * 2**30) // size, len(texts)):
             self._cache.popitem(last=False)
 
-    def velocity(self, latents: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
-        """The transformer's prediction [B, C, H, W] for latents at one timestep (0-d tensor)."""
+    def text_units(self, texts: Sequence[str], units: Sequence[Sequence[str]]) -> sk.TextUnits:
+        """The units of prompts on the model's text tokens."""
+        return self.family.text_units(self.pipeline, self.config, texts, units).to(self.device)
+
+    def guidance(self, batch: int, scale: float, *, in_one_pass: bool) -> Guidance | None:
+        """Guidance of `batch` samples; None where the scale is 1, at which it does nothing."""
+        if scale <= 1.0:
+            return None
+        return Guidance(scale, self.encode([""]).repeat(batch), in_one_pass)
+
+    def velocity(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """One call of the transformer: its prediction [B, C, H, W] at one timestep (0-d tensor, or [B])."""
         # Without gradients there is nothing that the wrapper of several processes would have to do.
         transformer = self.transformer if torch.is_grad_enabled() else self.model
         with torch.autocast(latents.device.type, torch.bfloat16) if self.autocast else nullcontext():
-            velocity: Tensor = transformer(
-                hidden_states=latents,
-                timestep=timestep.expand(len(latents)),
-                encoder_hidden_states=embeddings.text,
-                pooled_projections=embeddings.pooled,
-                return_dict=False,
-            )[0]
+            velocity = self.family.velocity(transformer, latents, timestep, conditioning)
         return velocity.float() if self.autocast else velocity
 
+    def predict(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, guidance: Guidance | None = None
+    ) -> Prediction:
+        """The prediction for latents [B, C, H, W], under guidance with the one without a prompt."""
+        return self.family.predict(self.velocity, latents, timestep, conditioning, guidance)
+
     @torch.no_grad()
-    def reference_velocity(self, latents: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
-        """The prediction of the model that training started from."""
+    def reference_velocity(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """`velocity` of the model that training started from."""
         if self.frozen_copy is not None:
             frozen = Policy(self.pipeline, self.frozen_copy, self.config)
-            return frozen.velocity(latents, timestep, embeddings)
+            return frozen.velocity(latents, timestep, conditioning)
         with self.without_adapters():
-            return self.velocity(latents, timestep, embeddings)
+            return self.velocity(latents, timestep, conditioning)
+
+    def predict_reference(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, guidance: Guidance | None = None
+    ) -> Prediction:
+        """`predict` of the model that training started from."""
+        return self.family.predict(self.reference_velocity, latents, timestep, conditioning, guidance)
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
@@ -194,26 +192,24 @@ class Policy:
 
         Another decoder, such as diffusers' AutoencoderTiny, must belong to the same latents.
         """
-        vae = self.pipeline.vae if decoder is None else decoder
-        return (vae.decode(self._unscaled(latents, vae), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-
-    @staticmethod
-    def _unscaled(latents: Tensor, vae: Any) -> Tensor:
-        """Latents as the autoencoder makes them."""
-        return latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        return self.family.pixels(self.pipeline, latents, decoder)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Images [B, H, W, 3] uint8 of latents [B, C, H, W]."""
-        vae = self.pipeline.vae
-        scaled = self._unscaled(latents, vae)
         # A convolution over many images at once is slower on a CPU than over a few.
-        images = [vae.decode(chunk, return_dict=False)[0] for chunk in scaled.split(16)]
-        pixels = self.pipeline.image_processor.postprocess(torch.cat(images).float(), output_type="np")
-        return np.ascontiguousarray(np.round(pixels * 255.0).astype(np.uint8))
+        pixels = torch.cat([self.pixels(chunk) for chunk in latents.split(16)])
+        images = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        return np.ascontiguousarray(np.round(images * 255.0).astype(np.uint8))
 
 
-def add_adapter(transformer: Any, config: Lora) -> None:
+def lora_targets(config: Model, family: Family) -> list[str]:
+    """The layers that get an adapter: those that are named, or the family's."""
+    assert config.lora is not None, "there are adapters"
+    return list(family.lora_targets if config.lora.targets is None else config.lora.targets)
+
+
+def add_adapter(transformer: Any, config: Model, family: Family) -> None:
     """Add low-rank adapters to a transformer.
 
     Raises:
@@ -221,8 +217,12 @@ def add_adapter(transformer: Any, config: Lora) -> None:
     """
     from peft import LoraConfig
 
+    assert config.lora is not None, "there are adapters"
     adapter = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), init_lora_weights="gaussian"
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        target_modules=lora_targets(config, family),
+        init_lora_weights="gaussian",
     )
     try:
         transformer.add_adapter(adapter)
@@ -230,22 +230,21 @@ def add_adapter(transformer: Any, config: Lora) -> None:
         raise ConfigError(f"model.lora.targets: {error}") from error
 
 
-def check_against_model(config: Config, transformer: Any, vae_scale: int) -> None:
-    """What of a configuration only the transformer (its configuration is enough) and the autoencoder's scale can tell.
+def check_against_model(config: Config, family: Family, shape: Any, vae_scale: int) -> None:
+    """What of a configuration only the transformer's configuration and the autoencoder's scale can tell.
 
     Raises:
-        ConfigError: a resolution, a layer or a clip range that does not suit them.
+        ConfigError: a resolution, a layer, a guidance scale or a clip range that does not suit them.
     """
-    shape = transformer.config
-    resolution = config.model.resolution
-    token = vae_scale * shape.patch_size
-    largest = token * shape.pos_embed_max_size
-    if resolution is not None and (resolution % token or resolution > largest):
-        raise ConfigError(f"model.resolution: expected a multiple of {token} up to {largest}, got {resolution}")
-    blocks = shape.num_layers
+    family.check(config.model, shape, vae_scale)
+    for key, scale in (("rollout", config.rollout.guidance_scale), ("evaluation", config.evaluation.guidance_scale)):
+        if scale > 1.0 and not family.has_guidance:
+            raise ConfigError(f"{key}.guidance_scale: expected 1 for a {family.pipeline_class}, got {scale}")
+    blocks = family.num_layers(shape)
     if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
         raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
-    side = shape.sample_size if resolution is None else resolution // vae_scale
+    _, height, width = family.latent_shape(config.model, shape, vae_scale)
+    side = (height * width) ** 0.5
     per_position = config.granularity == "position" and not config.trains_by_reward_gradient
     if per_position and config.train.clip_range * side >= 1.0:
         raise ConfigError(
@@ -258,25 +257,14 @@ def load_pipeline(config: Model) -> Any:
     """Load the pipeline with frozen weights.
 
     Raises:
-        ConfigError: it cannot be loaded, is not Stable Diffusion 3, or lacks some of its weights.
+        ConfigError: it cannot be loaded, is of no family that is known, or lacks some of its weights.
     """
-    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    source = str(TINY_PIPELINE) if config.pipeline == "tiny" else config.pipeline
-    dtype = getattr(torch, config.dtype)
+    family = family_named(config.pipeline)
     try:
         with warnings.catch_warnings():
-            # The name of this argument changed between the diffusers releases that are supported.
+            # The name of an argument changed between the diffusers releases that are supported.
             warnings.simplefilter("ignore", FutureWarning)
-            options = {"torch_dtype": dtype, "use_safetensors": True}
-            parts = {}
-            # The pipeline itself would only warn of missing weights, and go on with random ones.
-            for part, kind in (("transformer", SD3Transformer2DModel), ("vae", AutoencoderKL)):
-                parts[part], found = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **options)
-                if found["missing_keys"]:
-                    missing = sorted(found["missing_keys"])
-                    raise ValueError(f"its {part} has no weights for {missing[0]} and {len(missing) - 1} others")
-            pipeline = StableDiffusion3Pipeline.from_pretrained(source, **parts, **options)
+            pipeline = family.load(pipeline_source(config.pipeline), getattr(torch, config.dtype))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pipeline: {config.pipeline!r} cannot be loaded: {error}") from error
     freeze(pipeline)
@@ -286,7 +274,7 @@ def load_pipeline(config: Model) -> Any:
 def freeze(pipeline: Any) -> None:
     """Ready a pipeline for sampling: no gradients, no dropout, no progress bar."""
     pipeline.set_progress_bar_config(disable=True)
-    for part in ("vae", *TEXT_ENCODERS, "transformer"):
+    for part in ("vae", *family_of(pipeline).encoder_parts, "transformer"):
         module = getattr(pipeline, part)
         if module is not None:
             module.requires_grad_(False)
@@ -302,8 +290,8 @@ def load_policy(config: Model, *, keep_reference: bool = False, pipeline: Any = 
         pipeline: what takes the place of the one that `config` names, its weights frozen.
 
     Raises:
-        ConfigError: a pipeline that cannot be loaded or is not Stable Diffusion 3, or adapter targets
-            that match no layer.
+        ConfigError: a pipeline that cannot be loaded or is of no known family, or adapter targets that match no
+            layer.
     """
     pipeline = load_pipeline(config) if pipeline is None else pipeline
     transformer = pipeline.transformer
@@ -312,10 +300,32 @@ def load_policy(config: Model, *, keep_reference: bool = False, pipeline: Any = 
         frozen_copy = copy.deepcopy(transformer) if keep_reference else None
         transformer.requires_grad_(True)
     else:
-        add_adapter(transformer, config.lora)
+        add_adapter(transformer, config, family_of(pipeline))
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return Policy(pipeline, transformer, config, frozen_copy)
+
+
+def load_small_decoder(name: str, policy: Policy) -> Any:
+    """diffusers' AutoencoderTiny, which decodes in the place of the pipeline's autoencoder where gradients are wanted.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is for other latents.
+    """
+    from diffusers import AutoencoderTiny
+
+    try:
+        source = folder_or_name(name, "r0.small_decoder")
+        decoder = AutoencoderTiny.from_pretrained(source, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"r0.small_decoder: {name!r} cannot be loaded: {error}") from error
+    channels = policy.latent_shape[0]
+    if decoder.config.latent_channels != channels:
+        raise ConfigError(
+            f"r0.small_decoder: expected a decoder of latents with {channels} channels, "
+            f"got one of {decoder.config.latent_channels}"
+        )
+    return decoder.requires_grad_(False).eval().to(policy.device)

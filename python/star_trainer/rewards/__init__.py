@@ -8,6 +8,7 @@ from star_trainer.rewards.terms import check_differentiable as check_differentia
 from star_trainer.rewards.terms import check_prompts as check_prompts
 from star_trainer.rewards.terms import check_reward as check_reward
 from star_trainer.rewards.terms import differentiable_terms as differentiable_terms
+from star_trainer.rewards.terms import held_out_scorers as held_out_scorers
 from star_trainer.rewards.terms import load_reward as load_reward
 from star_trainer.rewards.terms import load_terms as load_terms
 from star_trainer.rewards.terms import weighted_sum as weighted_sum

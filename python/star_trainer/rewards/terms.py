@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from star_trainer.config import ConfigError, Reward
+from star_trainer.config import Config, ConfigError, Reward
 from star_trainer.prompts import Prompt
 from star_trainer.prompts.units.rules import quoted_texts
 from star_trainer.rewards.errors import RewardError
@@ -110,6 +110,19 @@ def load_reward(config: Reward) -> RewardFunction:
             numbers, or a prompt that the reward can tell nothing of; the message names the term.
     """
     return weighted_sum(config, load_terms(config))
+
+
+def held_out_scorers(config: Config, reward: RewardFunction) -> dict[str, RewardFunction]:
+    """What held-out images are scored by: in the scenes world by whether and how far they meet their prompt.
+
+    `reward`, what is trained on, is among them under its own name unless it is one of these two.
+    """
+    scorers: dict[str, RewardFunction] = {}
+    if config.prompts.source == "scenes":
+        scorers = {"strict": scene_strict, "graded": scene_graded}
+    if not scorers or list(config.reward.terms) not in (["scene_strict"], ["scene_graded"]):
+        scorers["reward"] = reward
+    return scorers
 
 
 def weighted_sum(config: Reward, terms: Mapping[str, RewardFunction]) -> RewardFunction:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,18 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from scipy import stats
 
 from star_trainer.config import Config
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardError, RewardFunction
 from star_trainer.run.files import write_atomically
-from star_trainer.run.processes import gather_array, together
+from star_trainer.run.pictures import before_after_sheet
+from star_trainer.run.processes import fail_together, gather, gather_array
 from star_trainer.run.randomness import stream
-from star_trainer.sampling import denoise
+from star_trainer.run.state import TrainingState
+from star_trainer.run.statistics import PairedDifference, paired_difference
+from star_trainer.sampling import denoise, text_units
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def evaluate(
         decoded = policy.decode(trajectory.latents[-1])
         images.append(decoded[: max(0, config.evaluation.pictures - first)])
         judge = partial(_score, decoded, batch, scorers)
-        for name, values in together(accelerator, judge, RewardError).items():
+        for name, values in fail_together(accelerator, judge, RewardError).items():
             scores[name].append(values)
     shown = gather_array(accelerator, np.concatenate(images))[: min(config.evaluation.pictures, len(prompts))]
     gathered = {name: gather_array(accelerator, np.concatenate(parts)) for name, parts in scores.items()}
@@ -103,31 +105,101 @@ def _score(images: np.ndarray, prompts: Sequence[Prompt], scorers: dict[str, Rew
     return {name: np.asarray(scorer(images, prompts), dtype=np.float64) for name, scorer in scorers.items()}
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """Mean of after − before over the same prompts, with its 95 % interval and p-value (paired t-test)."""
+def draw_comparison(prompts: Sequence[str], before: Evaluation, after: Evaluation, score: str, path: Path) -> None:
+    """Draw the first images of two evaluations of the same prompts side by side, with one of their scores, as PNG.
 
-    mean: float
-    low: float
-    high: float
-    p_value: float
-
-
-def paired_difference(before: np.ndarray, after: np.ndarray) -> PairedDifference:
-    """Compare two scores of the same N prompts.
-
-    Raises:
-        ValueError: fewer than two pairs, or lengths that differ.
+    As many as there are `prompts`; see `pictures.before_after_sheet`.
     """
-    if before.shape != after.shape or before.ndim != 1 or len(before) < 2:
-        raise ValueError(
-            f"after: expected the shape of before, [N >= 2], got {list(before.shape)}, {list(after.shape)}"
+    shown = len(prompts)
+    scores = (before.scores[score][:shown], after.scores[score][:shown])
+    before_after_sheet(prompts, before.images[:shown], after.images[:shown], *scores, path)
+
+
+class HeldOut:
+    """The held-out prompts of a run, and how the model that training started from and the present one do on them.
+
+    Attributes:
+        prompts: N prompts, whose order decides their noise.
+        scorers: what scores an image, by name.
+        base: of the first weights, on all prompts.
+        latest: of the newest weights that were evaluated, on as many of the first prompts, or None.
+        latest_iteration: the iteration of `latest`, or -1.
+    """
+
+    def __init__(self, state: TrainingState, prompts: Sequence[Prompt], scorers: dict[str, RewardFunction]) -> None:
+        self.prompts = list(prompts)
+        self.scorers = scorers
+        self.base: Evaluation | None = None
+        self.latest: Evaluation | None = None
+        self.latest_iteration = -1
+        self._state = state
+        self._path = Path(state.config.run.folder) / "base_evaluation.safetensors"
+
+    def take_up_base(self) -> bool:
+        """Read the base evaluation that an earlier start of this run has left; False if any process finds none."""
+        saved = Evaluation.load(self._path) if self._state.iteration > 0 else None
+        # To evaluate is the work of all processes: none may do it alone.
+        if gather(self._state.accelerator, torch.tensor([saved is not None])).all():
+            self.base = saved
+        return self.base is not None
+
+    def evaluate_base(self) -> Evaluation:
+        """Evaluate the weights that training started from on all prompts, and keep that in the run's folder."""
+        state = self._state
+        with nullcontext() if state.iteration == 0 else state.policy.base_weights():
+            self.base = self._evaluate(self.prompts)
+        if state.accelerator.is_main_process:
+            self.base.save(self._path)
+        return self.base
+
+    def evaluate(self, count: int | None = None) -> Evaluation:
+        """Evaluate the policy's present weights on the first `count` prompts, by default all."""
+        self.latest, self.latest_iteration = self._evaluate(self.prompts[:count]), self._state.iteration
+        return self.latest
+
+    def _evaluate(self, prompts: Sequence[Prompt]) -> Evaluation:
+        state = self._state
+        return evaluate(state.policy, state.config, prompts, self.scorers, state.accelerator)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the present weights were evaluated on all prompts."""
+        done = self.latest is not None and len(self.latest) == len(self.prompts)
+        return done and self.latest_iteration == self._state.iteration
+
+    def maps(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images [n, H, W, 3] of the first `count` prompts by the present weights, and their maps [n, T, h, w]."""
+        state, config = self._state, self._state.config
+        prompts = self.prompts[:count]
+        trajectory = denoise(
+            state.policy,
+            state.policy.encode([prompt.text for prompt in prompts]),
+            steps=config.rollout.steps,
+            kind="ode",
+            generator=[stream(config.run.seed, "pictures", place) for place in range(len(prompts))],
+            guidance_scale=config.evaluation.guidance_scale,
+            units=text_units(state.policy, prompts),
+            allocation=config.allocation,
+            backend=config.backend,
         )
-    difference = after.astype(np.float64) - before
-    if np.ptp(difference) == 0.0:
-        # Without any spread the t statistic is 0/0: nothing differs at all, or there is no telling how sure that is.
-        value = float(difference[0])
-        return PairedDifference(value, *((0.0, 0.0, 1.0) if value == 0.0 else (math.nan,) * 3))
-    result = stats.ttest_1samp(difference, 0.0)
-    interval = result.confidence_interval(0.95)
-    return PairedDifference(float(difference.mean()), float(interval.low), float(interval.high), float(result.pvalue))
+        assert trajectory.weights is not None, "units were given"
+        return state.policy.decode(trajectory.latents[-1]), trajectory.weights.transpose(0, 1).cpu().numpy()
+
+    def watched(self) -> tuple[float, float] | None:
+        """The held-out score that tells whether training helps, of the first weights and now, on the same prompts.
+
+        That is one that training does not see, if there is one; None before the first evaluation.
+        """
+        if self.base is None or self.latest is None:
+            return None
+        name = "graded" if "graded" in self.scorers else next(iter(self.scorers))
+        latest = self.latest.scores[name]
+        return float(self.base.scores[name][: len(latest)].mean()), float(latest.mean())
+
+    def comparison(self) -> dict[str, PairedDifference]:
+        """By scorer, the latest evaluation less the base on the same prompts."""
+        assert self.base is not None and self.latest is not None, "both were evaluated"
+        count = len(self.latest)
+        return {
+            name: paired_difference(self.base.scores[name][:count], self.latest.scores[name]) for name in self.scorers
+        }

@@ -31,7 +31,7 @@ def gather_array(accelerator: Accelerator, values: np.ndarray) -> np.ndarray:
     return gather(accelerator, torch.from_numpy(np.ascontiguousarray(values))).numpy()
 
 
-def together(accelerator: Accelerator, action: Callable[[], Result], *failures: type[Exception]) -> Result:
+def fail_together(accelerator: Accelerator, action: Callable[[], Result], *failures: type[Exception]) -> Result:
     """Run `action`; where it fails in one process, all fail, so that none waits for a process that is gone.
 
     Args:
@@ -53,7 +53,7 @@ def together(accelerator: Accelerator, action: Callable[[], Result], *failures: 
 
 
 @contextmanager
-def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+def locked_folder(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Keep other runs out of a run's folder, where they would overwrite each other's checkpoints and log.
 
     Raises:
@@ -70,7 +70,7 @@ def alone_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         except Timeout as error:
             raise ConfigError(f"run.folder: another process is training in {folder}") from error
 
-    together(accelerator, enter, ConfigError, OSError)
+    fail_together(accelerator, enter, ConfigError, OSError)
     try:
         yield
     finally:
@@ -90,21 +90,21 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_distributed_tensor(tensor: Tensor) -> bool:
     """Whether each process has only a part of `tensor`."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor's full value; where it is spread over the processes, all of them must ask."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def spread_like(value: Tensor, like: Tensor) -> Tensor:
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
     """`value`, which every process has whole, spread over the processes as `like` is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +21,10 @@ from pydantic import ValidationError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from star_trainer.config import Config, ConfigError
-from star_trainer.families.policy import Policy, check_against_model, load_policy
+from star_trainer.families.family import Family
+from star_trainer.families.policy import Policy, load_policy, lora_targets
 from star_trainer.run import checkpoint
-from star_trainer.run.processes import is_spread, spread_like, whole
+from star_trainer.run.processes import distribute_like, full_tensor, is_distributed_tensor
 from star_trainer.run.randomness import stream
 
 
@@ -72,9 +73,9 @@ class TrainingState:
             # All processes take part in putting a tensor together; one writes it.
             complete: dict[str, torch.Tensor] = {}
             for key, tensor in tensors.items():
-                value = whole(tensor.detach())
+                value = full_tensor(tensor.detach())
                 if main:
-                    complete[key] = value.cpu() if is_spread(tensor) else value
+                    complete[key] = value.cpu() if is_distributed_tensor(tensor) else value
             if main:
                 checkpoint.add(partial, name, complete)
         self.accelerator.wait_for_everyone()
@@ -100,7 +101,7 @@ class TrainingState:
         found = checkpoint.load_latest(root)
         if found is None:
             return False
-        _check_same_settings(found.values["config"], self.config.model_dump(mode="json"), root)
+        _check_same_settings(found.values["config"], self.config, self.policy.family, root)
         parameters = self.policy.trainable()
         _copy([found.tensors["policy"][name] for name in parameters], list(parameters.values()))
         _copy([found.tensors["average"][name] for name in parameters], self.average.shadow_params)
@@ -151,16 +152,25 @@ _FREE_KEYS = (
 )
 
 
-def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], root: Path) -> None:
+def _check_same_settings(saved: dict[str, Any], config: Config, family: Family, root: Path) -> None:
     def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix: tree}
         return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}.{key}".strip(".")).items()}
 
-    # A setting that did not exist yet had the effect of its default.
-    with suppress(ValidationError):
-        saved = Config.model_validate(saved).model_dump(mode="json")
-    old, new = flatten(saved), flatten(current)
+    def settled(config: Config) -> dict[str, Any]:
+        """The settings, with what null stands for where runs of before have said it."""
+        flat = flatten(config.model_dump(mode="json"))
+        if config.model.lora is not None:
+            flat["model.lora.targets"] = lora_targets(config.model, family)
+        return flat
+
+    try:
+        # A setting that did not exist yet had the effect of its default.
+        old = settled(Config.model_validate(saved))
+    except ValidationError:
+        old = flatten(saved)
+    new = settled(config)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     # More iterations of the same training is what resuming is for.
     changed = [key for key in keys if not key.startswith(_FREE_KEYS) or key == "run.seed"]
@@ -174,13 +184,13 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], root: P
 
 def _as_parameter(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """What an optimiser keeps of a parameter, spread over the processes as that is."""
-    return spread_like(value, parameter) if value.shape == parameter.shape else value
+    return distribute_like(value, parameter) if value.shape == parameter.shape else value
 
 
 def _copy(values: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
     with torch.no_grad():
         for value, parameter in zip(values, parameters, strict=True):
-            parameter.copy_(value if is_spread(value) else spread_like(value, parameter))
+            parameter.copy_(value if is_distributed_tensor(value) else distribute_like(value, parameter))
 
 
 def build_state(config: Config, pipeline: Any = None) -> TrainingState:
@@ -210,11 +220,11 @@ def build_state(config: Config, pipeline: Any = None) -> TrainingState:
         raise ConfigError("model.sharded: expected several processes to spread the weights over, got one")
     torch.manual_seed(config.run.seed)
     policy = load_policy(config.model, keep_reference=config.needs_first_weights, pipeline=pipeline)
-    check_against_model(config, policy.model, policy.pipeline.vae_scale_factor)
+    policy.check(config)
     policy.pipeline.vae.to(accelerator.device)
     policy.transformer.to(accelerator.device)
     if config.model.sharded:
-        _shard(policy.transformer)
+        _shard(policy)
         policy.autocast = config.model.dtype == "bfloat16"
     else:
         policy.transformer = accelerator.prepare_model(policy.transformer)
@@ -235,13 +245,13 @@ def build_state(config: Config, pipeline: Any = None) -> TrainingState:
     return TrainingState(config, accelerator, policy, optimizer, average)
 
 
-def _shard(transformer: Any) -> None:
+def _shard(policy: Policy) -> None:
     """Spread the weights over all processes, block by block, in place.
 
     Not through accelerate, whose FSDP is for GPUs alone. Precision is autocast's, as it is for a transformer in one
     piece: a policy that casts what goes in would round timesteps to bfloat16, which knows every fourth of them.
     """
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for module in (*transformer.transformer_blocks, transformer):
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for module in (*policy.family.blocks(policy.transformer), policy.transformer):
         # Said explicitly: the outermost module would keep its weights whole after a pass without gradients.
-        fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(module, mp_policy=precision, reshard_after_forward=True)

@@ -14,12 +14,11 @@ from tqdm import tqdm
 
 from star_kernels.text_units import TextUnits, stands_in
 from star_trainer.config import ConfigError, Units, check_section
-from star_trainer.config.command_line import positive
-from star_trainer.config.paths import TINY_PIPELINE, folder_or_name
+from star_trainer.config.command_line import positive, run_command
+from star_trainer.families import family_named, pipeline_source
+from star_trainer.families.family import TextAxis
 from star_trainer.prompts import Prompt, read_prompts
 from star_trainer.prompts.units import Extraction, UnitExtractor
-from star_trainer.prompts.units.cache import CacheError
-from star_trainer.prompts.units.chat import ChatError
 from star_trainer.run.files import write_atomically
 
 _WIDTH = 100
@@ -57,27 +56,24 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 0, or 2 with one line of explanation for what cannot be done."""
     options = _parser().parse_args(arguments)
-    try:
-        section = check_section(Units, {"source": "rules"}, options.set, "units")
-        if section.source == "llm" and section.model is None:
-            raise ConfigError("units.model: expected a chat model where source is llm")
-        prompts = read_prompts(options.prompts, "prompts")
-        tokenizers = None if options.pipeline is None else _tokenizers(options.pipeline)
-        extractor = UnitExtractor(section)
-        with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
-            extractions = _extractions(prompts, extractor, bar, keep=options.keep)
-        found = None
-        if tokenizers is not None:
-            found = _align(prompts, extractions, tokenizers, options.max_sequence_length)
-        if options.out is not None:
-            write_atomically(options.out, "".join(map(_line, prompts, extractions)).encode())
-    except (CacheError, ChatError, ConfigError, OSError) as error:
-        print(f"star-units: {error}", file=sys.stderr)
-        return 2
+    return run_command("star-units", lambda: _run(options), stopped="stopped; what was extracted is in the cache")
+
+
+def _run(options: argparse.Namespace) -> None:
+    section = check_section(Units, {"source": "rules"}, options.set, "units")
+    if section.source == "llm" and section.model is None:
+        raise ConfigError("units.model: expected a chat model where source is llm")
+    prompts = read_prompts(options.prompts, "prompts")
+    axis = None if options.pipeline is None else _text_axis(options.pipeline, options.max_sequence_length)
+    extractor = UnitExtractor(section)
+    with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
+        extractions = _extractions(prompts, extractor, bar, keep=options.keep)
+    found = None if axis is None else _align(prompts, extractions, axis)
+    if options.out is not None:
+        write_atomically(options.out, "".join(map(_line, prompts, extractions)).encode())
     _show(prompts[: options.show], extractions)
     _summarise(prompts, extractions)
     _report_coverage(prompts, extractions, found)
-    return 0
 
 
 def _extractions(prompts: Sequence[Prompt], extractor: UnitExtractor, bar: Any, *, keep: bool) -> list[Extraction]:
@@ -90,18 +86,12 @@ def _extractions(prompts: Sequence[Prompt], extractor: UnitExtractor, bar: Any, 
     return extractions
 
 
-def _tokenizers(pipeline: str) -> Any:
-    """A pipeline's parts that cut text into tokens; nothing else of it is loaded."""
-    from transformers import AutoTokenizer
-
-    source = str(TINY_PIPELINE) if pipeline == "tiny" else folder_or_name(pipeline, "--pipeline")
-    parts = []
-    for folder in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        try:
-            parts.append(AutoTokenizer.from_pretrained(source, subfolder=folder))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--pipeline: {pipeline} has no usable {folder}: {error}") from error
-    return parts
+def _text_axis(pipeline: str, max_sequence_length: int) -> TextAxis:
+    """A pipeline's text tokens; of its parts only those that cut text are loaded."""
+    try:
+        return family_named(pipeline).text_axis(pipeline_source(pipeline), max_sequence_length)
+    except ConfigError as error:
+        raise ConfigError(f"--pipeline: {pipeline}: {error}") from error
 
 
 def _line(prompt: Prompt, extraction: Extraction) -> str:
@@ -115,29 +105,25 @@ class _Coverage:
 
     missing: list[list[str]]
     cut: list[list[str]]
-    lengths: tuple[int, int]
+    lengths: str
 
 
-def _align(
-    prompts: Sequence[Prompt], extractions: Sequence[Extraction], tokenizers: Any, max_sequence_length: int
-) -> _Coverage:
+def _align(prompts: Sequence[Prompt], extractions: Sequence[Extraction], axis: TextAxis) -> _Coverage:
     """Where the units stand in the token sequence.
 
     Raises:
         ConfigError: a sequence too short for any text.
     """
-    clip, clip_2, t5 = tokenizers
-    lengths = (clip.model_max_length, max_sequence_length)
     try:
         units = TextUnits.from_prompts(
             [prompt.text for prompt in prompts],
             [extraction.units for extraction in extractions],
-            tokenizers=((clip, clip_2), t5),
-            max_lengths=lengths,
+            tokenizers=axis.tokenizers,
+            max_lengths=axis.max_lengths,
         )
     except ValueError as error:
         raise ConfigError(f"--max-sequence-length: {error}") from error
-    return _Coverage(units.missing, units.truncated, lengths)
+    return _Coverage(units.missing, units.truncated, axis.description)
 
 
 def _show(prompts: Sequence[Prompt], extractions: Sequence[Extraction]) -> None:
@@ -181,8 +167,7 @@ def _report_coverage(prompts: Sequence[Prompt], extractions: Sequence[Extraction
             print(f"    not in the prompt: {' | '.join(elsewhere)} in {text}")
         if behind:
             assert coverage is not None
-            clip, t5 = coverage.lengths
-            print(f"    cut off after {clip} tokens of CLIP and {t5} of T5: {' | '.join(behind)} in {text}")
+            print(f"    cut off after {coverage.lengths}: {' | '.join(behind)} in {text}")
 
 
 if __name__ == "__main__":

@@ -305,19 +305,14 @@ def test_other_precisions_and_parameters_have_their_gradient_and_learn(
         state.policy.model.disable_gradient_checkpointing()
         assert relative(gradient_of(state, prompts), kept) < 1e-5
         state.policy.model.enable_gradient_checkpointing()
-    rewards = [r0.improve(state, SMOOTH, 0, NoLog(), prompts, 0).rewards.mean() for _ in range(2)]  # type: ignore[arg-type]
+    rewards = [r0.reward_gradient_iteration(state, SMOOTH, 0, prompts, 0).rewards.mean() for _ in range(2)]
     assert rewards[1] > rewards[0] and r0.regularization(state.policy, "distance")[0] > 0
-
-
-class NoLog:
-    def say(self, *arguments: object, **options: object) -> None:
-        raise AssertionError(arguments)
 
 
 def test_an_update_raises_the_reward_of_its_own_samples(shared_state: TrainingState, prompts: list[Prompt]) -> None:
     state = with_settings(shared_state, "r0.eta=[0, 0.5]")
     before = [p.detach().clone() for p in state.policy.trainable().values()]
-    rewards = [r0.improve(state, SMOOTH, 0, NoLog(), prompts, 0).rewards.mean() for _ in range(3)]  # type: ignore[arg-type]
+    rewards = [r0.reward_gradient_iteration(state, SMOOTH, 0, prompts, 0).rewards.mean() for _ in range(3)]
     for parameter, value in zip(state.policy.trainable().values(), before, strict=True):
         parameter.data.copy_(value)
     assert rewards[0] < rewards[1] < rewards[2]
@@ -353,12 +348,8 @@ def test_a_run_that_goes_on_ends_in_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_a_fallen_score_stops_a_run() -> None:
-    class Log:
-        def watched(self) -> tuple[float, float]:
-            return 0.5, 0.39
-
     def reason(drop: float) -> str | None:
-        return r0.stop_reason(load_config("tiny_r0", [f"r0.stop_drop={drop}"]), {}, Log())  # type: ignore[arg-type]
+        return r0.stop_reason(load_config("tiny_r0", [f"r0.stop_drop={drop}"]), {}, (0.5, 0.39))
 
     assert reason(0.12) is None
     assert "0.3900" in str(reason(0.1))

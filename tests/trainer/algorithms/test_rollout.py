@@ -167,9 +167,9 @@ def test_recording_changes_the_samples_by_rounding_only(policy: Policy, prompts)
 
 def test_the_embedding_of_a_text_does_not_depend_on_the_others(policy: Policy, prompts) -> None:
     texts = [prompt.text for prompt in prompts]
-    together = policy.encode(texts).text.clone()
+    together = policy.encode(texts).tensors["text"].clone()
     policy._cache.clear()
-    assert torch.equal(policy.encode([texts[2]]).text[0], together[2])
+    assert torch.equal(policy.encode([texts[2]]).tensors["text"][0], together[2])
 
 
 def test_embeddings_are_kept_up_to_the_size_that_is_set(prompts) -> None:
@@ -206,7 +206,7 @@ def test_a_sample_depends_neither_on_its_batch_nor_on_the_other_processes(policy
 
 def test_nan_in_the_latents_ends_the_rollout_with_step_and_sample(policy: Policy, prompts) -> None:
     embeddings = policy.encode([prompt.text for prompt in prompts])
-    embeddings.text[1] = float("nan")
+    embeddings.tensors["text"][1] = float("nan")
     with pytest.raises(NonFiniteError, match=r"step 0, in samples \[1\]"):
         denoise(policy, embeddings, steps=2, kind="ode", generator=stream(0, "test"))
 

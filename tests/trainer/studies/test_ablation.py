@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from star_trainer.run.statistics import student_mean
 from star_trainer.studies.ablation import runs as runs_module
 from star_trainer.studies.ablation.cli import main
-from star_trainer.studies.ablation.results import Curve, compare, markdown, mean_over_seeds
+from star_trainer.studies.ablation.results import Curve, compare, markdown
 from star_trainer.studies.ablation.runs import Run, places, plan_runs, run_all
 from star_trainer.studies.arms import Arm
 
@@ -181,7 +182,7 @@ def test_runs_stay_on_the_gpus_that_they_were_given(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_single_seed_has_no_interval() -> None:
-    mean = mean_over_seeds([0.5])
+    mean = student_mean([0.5])
     assert mean.value == 0.5 and np.isnan(mean.low) and mean.n == 1
 
 

@@ -14,9 +14,10 @@ from PIL import Image
 from star_trainer.config import load_config
 from star_trainer.config.paths import TINY_PIPELINE
 from star_trainer.run.randomness import stream
+from star_trainer.run.statistics import bootstrap_mean
 from star_trainer.studies.evaluate import gallery as galleries
 from star_trainer.studies.evaluate.cli import main
-from star_trainer.studies.evaluate.tables import estimate, markdown, tabulate
+from star_trainer.studies.evaluate.tables import markdown, tabulate
 from star_trainer.train import train
 
 TRAINED = [
@@ -279,15 +280,15 @@ def test_what_cannot_be_done_is_named_with_its_option(
 def test_the_mean_over_tags_weighs_tags_alike_and_intervals_cover() -> None:
     rng = np.random.default_rng(0)
     few, many = rng.normal(0.0, 1.0, 20), rng.normal(4.0, 1.0, 200)
-    found = estimate([few, many])
-    assert found.mean == pytest.approx((few.mean() + many.mean()) / 2)
+    found = bootstrap_mean([few, many])
+    assert found.value == pytest.approx((few.mean() + many.mean()) / 2)
     # Of a mean of two independent means, the normal interval.
     half = 1.96 * np.sqrt(few.var() / 20 + many.var() / 200) / 2
-    assert found.low == pytest.approx(found.mean - half, abs=0.15 * half)
-    assert found.high == pytest.approx(found.mean + half, abs=0.15 * half)
-    alone = estimate([np.array([0.5])])
-    assert alone.mean == 0.5 and np.isnan([alone.low, alone.high]).all()
-    assert vars(estimate([np.ones(5)])) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert found.low == pytest.approx(found.value - half, abs=0.15 * half)
+    assert found.high == pytest.approx(found.value + half, abs=0.15 * half)
+    alone = bootstrap_mean([np.array([0.5])])
+    assert alone.value == 0.5 and np.isnan([alone.low, alone.high]).all()
+    assert vars(bootstrap_mean([np.ones(5)])) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 5}
 
 
 def test_samples_of_a_prompt_count_as_one_and_differences_are_paired() -> None:
@@ -298,7 +299,7 @@ def test_samples_of_a_prompt_count_as_one_and_differences_are_paired() -> None:
     (row,) = tabulate({"base": base, "adapter": adapter}, [None] * 50)
     found = row.estimates
     assert row.tag == "overall" and row.prompts == 50
-    assert found["base"] == estimate([of_prompt[:, 0]])
+    assert found["base"] == bootstrap_mean([of_prompt[:, 0]])
     assert found["difference"].low == pytest.approx(0.1) and found["difference"].high == pytest.approx(0.1)
     assert found["base"].high - found["base"].low > 0.3
     assert "+0.1000 [+0.1000, +0.1000]" in markdown([row])

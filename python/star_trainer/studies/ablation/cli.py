@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from star_trainer.config import REWARD_GRADIENT_METHODS, ConfigError, Method, load_config
-from star_trainer.config.command_line import add_config_arguments
+from star_trainer.config.command_line import add_config_arguments, run_command
 from star_trainer.run.files import write_atomically
 from star_trainer.studies.ablation.plot import plot_ablation
 from star_trainer.studies.ablation.results import as_json, compare, markdown, read_curve
@@ -59,24 +59,20 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; 0, 1 where a run failed, 2 with one line of explanation for arguments that cannot be used."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        arms = _arms(options.methods, options.arm)
-        seeds = _seeds(options.seeds)
-        baseline = options.baseline or ("uniform" if any(arm.name == "uniform" for arm in arms) else arms[0].name)
-        if baseline not in [arm.name for arm in arms]:
-            raise ConfigError(f"--baseline: expected one of {', '.join(arm.name for arm in arms)}, got {baseline!r}")
-        if options.jobs is not None and options.jobs < 1:
-            raise ConfigError(f"--jobs: expected at least 1, got {options.jobs}")
-        folder = Path(options.folder or f"runs/ablation_{Path(options.config).stem}")
-        runs = plan_runs(options.config, options.overrides, arms, seeds, folder)
-    except ConfigError as error:
-        print(f"star-ablate: {error}", file=sys.stderr)
-        return 2
-    try:
-        failures = run_all(runs, places(options.jobs))
-    except KeyboardInterrupt:
-        print("star-ablate: stopped; the same command goes on", file=sys.stderr)
-        return 130
+    return run_command("star-ablate", lambda: _run(options), stopped="stopped; the same command goes on")
+
+
+def _run(options: argparse.Namespace) -> int:
+    arms = _arms(options.methods, options.arm)
+    seeds = _seeds(options.seeds)
+    baseline = options.baseline or ("uniform" if any(arm.name == "uniform" for arm in arms) else arms[0].name)
+    if baseline not in [arm.name for arm in arms]:
+        raise ConfigError(f"--baseline: expected one of {', '.join(arm.name for arm in arms)}, got {baseline!r}")
+    if options.jobs is not None and options.jobs < 1:
+        raise ConfigError(f"--jobs: expected at least 1, got {options.jobs}")
+    folder = Path(options.folder or f"runs/ablation_{Path(options.config).stem}")
+    runs = plan_runs(options.config, options.overrides, arms, seeds, folder)
+    failures = run_all(runs, places(options.jobs))
     curves = [read_curve(run) for run in runs if run not in failures]
     if baseline not in {curve.arm for curve in curves}:
         print(f"star-ablate: every run of the baseline {baseline} failed, see {folder}", file=sys.stderr)

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from star_trainer.run.files import write_atomically
-from star_trainer.studies.ablation.results import Curve, mean_over_seeds
+from star_trainer.run.statistics import student_mean
+from star_trainer.studies.ablation.results import Curve
 
 # Colours that people who confuse red and green can tell apart (Okabe and Ito), and a line style for each of two rounds.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
@@ -41,7 +42,7 @@ def _panel(axes: Axes, curves: Sequence[Curve], score: str, kind: str) -> None:
         own = [curve for curve in curves if curve.arm == arm]
         points = min(len(curve.iterations) for curve in own)
         x = np.mean([getattr(curve, kind)[:points] for curve in own], axis=0)
-        means = [mean_over_seeds([curve.scores[score][point] for curve in own]) for point in range(points)]
+        means = [student_mean([curve.scores[score][point] for curve in own]) for point in range(points)]
         colour, style = _COLOURS[place % len(_COLOURS)], _STYLES[place // len(_COLOURS) % len(_STYLES)]
         axes.plot(x, [m.value for m in means], style, color=colour, label=arm, linewidth=1.6, marker="o", markersize=3)
         axes.fill_between(x, [m.low for m in means], [m.high for m in means], color=colour, alpha=0.12, linewidth=0)

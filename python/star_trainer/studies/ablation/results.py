@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import integrate, stats
+from scipy import integrate
 
-from star_trainer.run.evaluation import PairedDifference, paired_difference
+from star_trainer.run.statistics import Mean, PairedDifference, paired_difference, student_mean
 from star_trainer.studies.ablation.runs import Run, read_metrics
 
 
@@ -34,16 +34,6 @@ class Curve:
             return self.scores[score][0]
         span = self.iterations[-1] - self.iterations[0]
         return float(integrate.trapezoid(self.scores[score], self.iterations)) / span
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over n seeds with its 95 % interval (Student's t); NaN bounds for a single seed."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -83,16 +73,6 @@ def read_curve(run: Run) -> Curve:
     )
 
 
-def mean_over_seeds(values: Sequence[float]) -> Mean:
-    """Mean and 95 % interval of at least one value."""
-    data = np.asarray(values, dtype=np.float64)
-    center = float(data.mean())
-    if len(data) < 2:
-        return Mean(center, math.nan, math.nan, len(data))
-    half = float(stats.t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / math.sqrt(len(data)))
-    return Mean(center, center - half, center + half, len(data))
-
-
 def compare(curves: Sequence[Curve], baseline: str) -> list[Row]:
     """A row per arm and score, in the order in which arms come.
 
@@ -117,8 +97,8 @@ def compare(curves: Sequence[Curve], baseline: str) -> list[Row]:
                 Row(
                     arm,
                     score,
-                    mean_over_seeds(list(finals.values())),
-                    mean_over_seeds(list(areas.values())),
+                    student_mean(list(finals.values())),
+                    student_mean(list(areas.values())),
                     _paired({seed: c.final[score] for seed, c in reference.items()}, finals) if other else None,
                     _paired({seed: c.area(score) for seed, c in reference.items()}, areas) if other else None,
                     float(np.median(list(paces.values()))),

@@ -12,10 +12,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from transformers import AutoTokenizer
 
 import star_kernels as sk
 from star_kernels import recorder
@@ -24,13 +22,12 @@ from star_trainer.algorithms.policy_gradient import update
 from star_trainer.algorithms.rollout import Rollout, collect
 from star_trainer.config import Config, Model
 from star_trainer.config.paths import TINY_PIPELINE
-from star_trainer.dry_run import build_models, configurations
+from star_trainer.families import read_shapes
 from star_trainer.families.policy import freeze, load_policy
 from star_trainer.prompts import Prompt
 from star_trainer.prompts.units import UnitExtractor
 from star_trainer.rewards import RewardFunction, load_reward
 from star_trainer.run.inputs import load_prompts
-from star_trainer.run.log import RunLog
 from star_trainer.run.randomness import numpy_stream, stream
 from star_trainer.run.state import TrainingState, build_state
 from star_trainer.sampling import Trajectory, denoise, text_units
@@ -100,46 +97,21 @@ class Case:
         return min(section.prompts, max(1, self.state.config.train.batch_size // samples)), samples
 
 
-class RandomPipeline(StableDiffusion3Pipeline):
-    """A pipeline of a given shape with random weights, whose text encoders are replaced by random embeddings."""
-
-    def encode_prompt(self, prompt: str, *_: Any, max_sequence_length: int, **__: Any) -> tuple[Tensor, ...]:
-        """Embeddings [1, N_text, D] and [1, P] on the CPU, the same for the same text."""
-        shape, generator = self.transformer.config, torch.Generator().manual_seed(len(prompt))
-        tokens = self.tokenizer_max_length + max_sequence_length
-        hidden = torch.randn(1, tokens, shape.joint_attention_dim, generator=generator).to(self.transformer.dtype)
-        pooled = torch.randn(1, shape.pooled_projection_dim, generator=generator).to(self.transformer.dtype)
-        return hidden, hidden, pooled, pooled
-
-
-def random_pipeline(config: Model, device: torch.device, dtype: torch.dtype) -> RandomPipeline:
-    """The pipeline that `config` names, from its configuration alone.
+def random_pipeline(config: Model, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pipeline that `config` names, from its configuration alone, with random weights and embeddings.
 
     Raises:
         ConfigError: its configuration cannot be read.
     """
-    shapes = configurations(config.pipeline)
+    family, shapes = read_shapes(config.pipeline)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            transformer, vae = build_models(shapes)
+            # Which words a tokenizer knows changes no shape.
+            pipeline = family.random_pipeline(shapes, TINY_PIPELINE / "tokenizer")
     finally:
         torch.set_default_dtype(default)
-    # Which words a tokenizer knows changes no shape.
-    positions = shapes["text_encoder"].max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(str(TINY_PIPELINE / "tokenizer"), model_max_length=positions)
-    pipeline = RandomPipeline(
-        transformer=transformer,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        tokenizer_3=None,
-        text_encoder=None,
-        text_encoder_2=None,
-        text_encoder_3=None,
-    )
     freeze(pipeline)
     return pipeline
 
@@ -201,7 +173,7 @@ def roll_out(case: Case, arm: Arm, steps: int) -> Callable[[], Trajectory]:
     config, policy = case.of(arm).config, case.state.policy
     rows = torch.arange(case.rollout_batch) // config.rollout.samples
     prompts = case.prompts[: int(rows[-1]) + 1]
-    embeddings = policy.encode([prompt.text for prompt in prompts])[rows]
+    conditioning = policy.encode([prompt.text for prompt in prompts])[rows]
     # Once per batch, whatever the number of its steps.
     units = text_units(policy, prompts)[rows] if config.uses_maps else None
 
@@ -209,7 +181,7 @@ def roll_out(case: Case, arm: Arm, steps: int) -> Callable[[], Trajectory]:
         with attention_of(arm.variant):
             return denoise(
                 policy,
-                embeddings,
+                conditioning,
                 steps=steps,
                 kind=config.rollout.sampler,
                 generator=stream(config.run.seed, "rollout"),
@@ -241,15 +213,14 @@ def update_once(case: Case) -> Callable[[Arm], Callable[[], object]]:
     # The first step alone is trained on.
     trained = replace(trajectory, log_prob=trajectory.log_prob[:1], coefficients=trajectory.coefficients[:1])
     _, timesteps = small.state.policy.schedule(ROLLOUT_STEPS)
-    embeddings = small.state.policy.encode([prompt.text for prompt in small.prompts])
+    conditioning = small.state.policy.encode([prompt.text for prompt in small.prompts])
     repeated = [prompt for prompt in small.prompts for _ in range(section.samples)]
     rewards = np.random.default_rng(0).random(len(repeated))
-    rollout = Rollout(trained, timesteps, embeddings, rewards, repeated, seconds={})
+    rollout = Rollout(trained, timesteps, conditioning, rewards, repeated, seconds={})
     advantages = group_advantages(rewards, section.samples)
 
     def of(arm: Arm) -> Callable[[], object]:
-        # It writes to the log only to say that it was skipped, and fails here if it is.
-        call = functools.partial(update, small.of(arm), rollout, advantages, 0, cast(RunLog, None))
+        call = functools.partial(update, small.of(arm), rollout, advantages, 0)
         return lambda: _within(arm, call)
 
     return of
@@ -274,7 +245,7 @@ def iterate(case: Case, arm: Arm) -> Callable[[], object]:
         advantages = group_advantages(
             rollout.rewards, rollout.group_size, std=section.advantage_std, clip=section.advantage_clip
         )
-        return update(state, rollout, advantages, 0, cast(RunLog, None))
+        return update(state, rollout, advantages, 0)
 
     return lambda: _within(arm, iteration)
 
@@ -299,12 +270,13 @@ class LayerInputs:
 def layer_inputs(case: Case) -> LayerInputs:
     """Normal queries, keys and values in the dtype of the model, and the units of the prompts."""
     state, batch = case.state, case.rollout_batch
-    policy, shape = state.policy, state.policy.model.config
+    policy = state.policy
+    heads, head_dim = policy.family.attention_heads(policy.model.config)
     rows = torch.arange(batch) // state.config.rollout.samples
     units = text_units(policy, case.prompts[: int(rows[-1]) + 1])[rows]
     image = policy.grid[0] * policy.grid[1]
     total = batch * (2 if state.config.rollout.guidance_scale > 1.0 else 1)
-    sizes = (total, shape.num_attention_heads, image + units.weights.shape[1], shape.attention_head_dim)
+    sizes = (total, heads, image + units.weights.shape[1], head_dim)
     dtype = getattr(torch, state.config.model.dtype)
     query, key, value = (torch.randn(sizes, device=policy.device, dtype=dtype) for _ in range(3))
     return LayerInputs(query, key, value, units.weights, image, (total - batch, total))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from star_trainer.config import Config, ConfigError, load_config
-from star_trainer.config.command_line import add_config_arguments, quieten
+from star_trainer.config.command_line import add_config_arguments, quieten, run_command
 from star_trainer.run.files import write_atomically
 
 PARTS = ("operations", "rollout", "update", "iteration")
@@ -54,20 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; 0, 1 where the device's memory is not enough, or 2 with one line of explanation."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_intermixed_args(given)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    command = shlex.join(["star-cost", *given])
+    stopped = "stopped; the parts that were done are written"
+    return run_command("star-cost", lambda: _run(options, command), stopped=stopped)
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    config, parts = _check(options)
+    quieten()
     try:
-        config, parts = _check(options)
-        quieten()
-        report(config, parts, options, shlex.join(["star-cost", *given]))
-    except (ConfigError, OSError) as error:
-        print(f"star-cost: {error}", file=sys.stderr)
-        return 2
+        report(config, parts, options, command)
     except MemoryError as error:
         print(f"star-cost: not enough memory for {error}; smaller batch sizes need less", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("star-cost: stopped; the parts that were done are written", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -123,21 +123,20 @@ def _rollout_step(case: Case, arm: Arm) -> int:
     config, policy = case.of(arm).config, case.state.policy
     rows = torch.arange(case.rollout_batch) // config.rollout.samples
     prompts = case.prompts[: int(rows[-1]) + 1]
-    # Under guidance each sample runs twice, and the second half is recorded.
-    guided = config.rollout.guidance_scale > 1.0
-    embeddings = policy.encode([prompt.text for prompt in prompts])[rows.repeat(1 + guided)]
-    latents = torch.empty(len(embeddings.text), *policy.latent_shape, device="meta")
+    conditioning = policy.encode([prompt.text for prompt in prompts])[rows]
+    guidance = policy.guidance(len(rows), config.rollout.guidance_scale, in_one_pass=True)
+    latents = torch.empty(len(rows), *policy.latent_shape, device="meta")
     timestep = torch.empty((), device="meta")
 
     @torch.no_grad()
     def call() -> None:
         if not config.uses_maps:
-            policy.velocity(latents, timestep, embeddings)
+            policy.predict(latents, timestep, conditioning, guidance)
             return
-        units, captured = text_units(policy, prompts)[rows], slice(len(latents) - len(rows), None)
+        units, captured = text_units(policy, prompts)[rows], policy.family.conditional_rows(len(rows), guidance)
         options: dict[str, Any] = {"layers": config.allocation.layers, "rows": captured, "backend": config.backend}
         with attention_of(arm.variant), sk.record_attention(policy.transformer, units, **options):
-            policy.velocity(latents, timestep, embeddings)
+            policy.predict(latents, timestep, conditioning, guidance)
 
     return count(call)
 
@@ -154,15 +153,15 @@ def _update(case: Case, arm: Arm) -> int:
     row = sk.transition_coefficients(section.sampler, torch.tensor([0.8]), torch.tensor([0.7]), eta=section.eta)
     log_prob, weights = empty(1, samples, height, width), empty(1, samples, *policy.grid)
     trajectory = Trajectory(empty(2, samples, channels, height, width), log_prob, weights, [row.to("meta")])
-    embeddings = policy.encode([prompt.text for prompt in small.prompts])
+    conditioning = policy.encode([prompt.text for prompt in small.prompts])
     repeated = [prompt for prompt in small.prompts for _ in range(section.samples)]
-    rollout = Rollout(trajectory, empty(1), embeddings, np.zeros(samples), repeated, seconds={})
+    rollout = Rollout(trajectory, empty(1), conditioning, np.zeros(samples), repeated, seconds={})
     batch = Batch(rollout, np.zeros(samples), weights if state.config.uses_maps else None, log_prob)
 
     def call() -> None:
         with attention_of(arm.variant):
-            _, (velocity, _) = step_loss(state, batch, 0, torch.arange(samples))
+            _, prediction = step_loss(state, batch, 0, torch.arange(samples))
             # The loss is element-wise, its backward pass as well: what is counted comes before it.
-            velocity.backward(torch.empty_like(velocity))
+            prediction.velocity.backward(torch.empty_like(prediction.velocity))
 
     return count(call)

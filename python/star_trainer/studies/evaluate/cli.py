@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from star_trainer.config import Config, ConfigError, Prompts, check_section, load_config, preset_names
+from star_trainer.config.command_line import quieten, run_command
 
 if TYPE_CHECKING:
     from star_trainer.families.policy import Policy
@@ -72,27 +72,14 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 0, or 2 with one line of explanation for what cannot be done."""
     options = _parser().parse_intermixed_args(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        config, run, out = _settings(options)
-        # Imported late: a bad configuration is reported before torch and diffusers load.
-        from star_trainer.config.command_line import quieten
-        from star_trainer.rewards import RewardError
-        from star_trainer.run.checkpoint import CheckpointError
-        from star_trainer.sampling import NonFiniteError
-    except ConfigError as error:
-        print(f"star-eval: {error}", file=sys.stderr)
-        return 2
+    stopped = "stopped; the same command goes on with the pictures that are missing"
+    return run_command("star-eval", lambda: _run(options), stopped=stopped)
+
+
+def _run(options: argparse.Namespace) -> None:
+    config, run, out = _settings(options)
     quieten()
-    try:
-        evaluate(config, options, run, out)
-    except (CheckpointError, ConfigError, NonFiniteError, OSError, RewardError) as error:
-        print(f"star-eval: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("star-eval: stopped; the same command goes on with the pictures that are missing", file=sys.stderr)
-        return 130
-    return 0
+    evaluate(config, options, run, out)
 
 
 def _settings(options: argparse.Namespace) -> tuple[Config, Path | None, Path]:
@@ -144,7 +131,7 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
 
     from star_trainer.rewards import check_prompts, check_reward, load_terms
     from star_trainer.run.inputs import check_backend
-    from star_trainer.studies.evaluate.gallery import Gallery, fill
+    from star_trainer.studies.evaluate.gallery import Gallery, draw_missing
     from star_trainer.studies.evaluate.tables import markdown, tabulate
 
     check_backend(config.backend)
@@ -160,7 +147,7 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
     with tqdm(total=len(galleries) * len(prompts) * options.samples, unit="picture", disable=None) as bar:
         for model, gallery in galleries.items():
             with policy.base_weights() if model == "base" and digest is not None else nullcontext():
-                fill(gallery, policy, config, bar)
+                draw_missing(gallery, policy, config, bar)
     scores = {model: _score(gallery, scorers) for model, gallery in galleries.items()}
     rows = tabulate(scores, [prompt.metadata.get("tag") for prompt in prompts])
     table = markdown(rows)
@@ -234,8 +221,8 @@ def _write(
     table: str,
 ) -> None:
     """scores.jsonl (a line per picture), table.json, table.md, and sheet.png where there are two models."""
+    from star_trainer.run.evaluation import Evaluation, draw_comparison
     from star_trainer.run.files import write_atomically
-    from star_trainer.run.pictures import before_after_sheet
 
     lines = []
     for model, gallery in galleries.items():
@@ -255,8 +242,11 @@ def _write(
             "tag": row.tag,
             "prompts": row.prompts,
             **{
-                column: {name: None if math.isnan(value) else value for name, value in vars(estimate).items()}
-                for column, estimate in row.estimates.items()
+                column: {
+                    name: None if math.isnan(value) else value
+                    for name, value in (("mean", mean.value), ("low", mean.low), ("high", mean.high))
+                }
+                for column, mean in row.estimates.items()
             },
         }
         for row in rows
@@ -267,17 +257,14 @@ def _write(
     write_atomically(out / "table.json", json.dumps({"settings": settings, "rows": shown}, indent=2).encode())
     write_atomically(out / "table.md", table.encode())
     if len(galleries) == 2:
-        base, adapter = galleries.values()
+        base = galleries["base"]
         places = [(prompt, 0) for prompt in range(min(config.evaluation.pictures, len(base.prompts)))]
-        reward = next(iter(scores["base"]))
-        before_after_sheet(
-            [base.prompts[prompt].text for prompt, _ in places],
-            base.read(places),
-            adapter.read(places),
-            scores["base"][reward][: len(places), 0],
-            scores["adapter"][reward][: len(places), 0],
-            out / "sheet.png",
+        before, after = (
+            Evaluation(gallery.read(places), {name: values[:, 0] for name, values in scores[model].items()})
+            for model, gallery in galleries.items()
         )
+        texts = [base.prompts[prompt].text for prompt, _ in places]
+        draw_comparison(texts, before, after, next(iter(scores["base"])), out / "sheet.png")
 
 
 if __name__ == "__main__":

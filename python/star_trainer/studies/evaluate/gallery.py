@@ -99,7 +99,7 @@ class Gallery:
         return np.stack(images)
 
 
-def fill(gallery: Gallery, policy: Policy, config: Config, bar: tqdm) -> None:
+def draw_missing(gallery: Gallery, policy: Policy, config: Config, bar: tqdm) -> None:
     """Make the pictures that are missing, with the pipeline's own sampler.
 
     The noise of a picture depends on the seed, the place of its prompt and its sample alone: whatever model makes it,

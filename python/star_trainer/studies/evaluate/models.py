@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from star_trainer.config import Config, ConfigError, Lora
-from star_trainer.families.policy import Policy, check_against_model, load_pipeline, load_policy
+from star_trainer.families.policy import Policy, load_pipeline, load_policy
 from star_trainer.run.checkpoint import load_latest
 
 _WHOLE = "diffusion_pytorch_model.safetensors"
@@ -79,7 +79,7 @@ def _ready(policy: Policy, config: Config) -> Policy:
     accelerator = Accelerator(
         mixed_precision="no" if config.model.dtype == "float32" else "bf16", cpu=not torch.cuda.is_available()
     )
-    check_against_model(config, policy.model, policy.pipeline.vae_scale_factor)
+    policy.check(config)
     policy.pipeline.vae.to(accelerator.device)
     policy.transformer = accelerator.prepare_model(policy.transformer, evaluation_mode=True)
     if policy.frozen_copy is not None:

@@ -7,19 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+
+from star_trainer.run.statistics import Mean, bootstrap_mean
 
 OVERALL, DIFFERENCE = "overall", "difference"
-_RESAMPLES = 9999
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % bootstrap interval (percentiles), NaN where a tag has fewer than two prompts."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -29,30 +20,7 @@ class Row:
     reward: str
     tag: str
     prompts: int
-    estimates: dict[str, Estimate]
-
-
-def estimate(groups: Sequence[np.ndarray]) -> Estimate:
-    """The mean over groups of each group's mean, and its interval when prompts are drawn anew within each group.
-
-    Each group is [P] float, a score per prompt.
-    """
-
-    def mean_of_means(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.mean([values.mean(axis=axis) for values in resampled], axis=0)
-
-    mean = float(mean_of_means(*groups))
-    if min(map(len, groups)) < 2:
-        return Estimate(mean, math.nan, math.nan)
-    interval = stats.bootstrap(
-        tuple(groups),
-        mean_of_means,
-        n_resamples=_RESAMPLES,
-        batch=500,
-        method="percentile",
-        random_state=np.random.default_rng(0),
-    ).confidence_interval
-    return Estimate(mean, float(interval.low), float(interval.high))
+    estimates: dict[str, Mean]
 
 
 def tabulate(scores: Mapping[str, Mapping[str, np.ndarray]], tags: Sequence[str | None]) -> list[Row]:
@@ -75,9 +43,9 @@ def tabulate(scores: Mapping[str, Mapping[str, np.ndarray]], tags: Sequence[str 
             values[DIFFERENCE] = values[models[1]] - values[models[0]]
         if len(by_tag) > 1:
             for tag, places in by_tag.items():
-                estimates = {column: estimate([v[places]]) for column, v in values.items()}
+                estimates = {column: bootstrap_mean([v[places]]) for column, v in values.items()}
                 rows.append(Row(reward, tag or "without tag", len(places), estimates))
-        estimates = {column: estimate([v[places] for places in by_tag.values()]) for column, v in values.items()}
+        estimates = {column: bootstrap_mean([v[places] for places in by_tag.values()]) for column, v in values.items()}
         rows.append(Row(reward, OVERALL, len(tags), estimates))
     return rows
 
@@ -96,8 +64,8 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(f"{line} |" for line in shown) + "\n"
 
 
-def _cell(value: Estimate, *, signed: bool) -> str:
+def _cell(value: Mean, *, signed: bool) -> str:
     form = "+.4f" if signed else ".4f"
     if math.isnan(value.low):
-        return f"{value.mean:{form}}"
-    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
+        return f"{value.value:{form}}"
+    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from star_trainer.config import Allocation, Config, ConfigError, load_config
-from star_trainer.config.command_line import add_config_arguments, quieten
+from star_trainer.config.command_line import add_config_arguments, quieten, run_command
 from star_trainer.run.files import write_atomically
 from star_trainer.studies.arms import Arm
 
@@ -67,27 +67,14 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 0, or 2 with one line of explanation for what cannot be used."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        config, parts, arms = _check(options)
-        others = _others(options, config)
-        quieten()
-        from star_trainer.prompts.units.cache import CacheError
-        from star_trainer.prompts.units.chat import ChatError
-        from star_trainer.rewards import RewardError
-        from star_trainer.run.checkpoint import CheckpointError
-        from star_trainer.sampling import NonFiniteError
-    except ConfigError as error:
-        print(f"star-sensitivity: {error}", file=sys.stderr)
-        return 2
-    try:
-        report(config, parts, arms, others, options)
-    except (CacheError, ChatError, CheckpointError, ConfigError, NonFiniteError, OSError, RewardError) as error:
-        print(f"star-sensitivity: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("star-sensitivity: stopped before there were results", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("star-sensitivity", lambda: _run(options), stopped="stopped before there were results")
+
+
+def _run(options: argparse.Namespace) -> None:
+    config, parts, arms = _check(options)
+    others = _others(options, config)
+    quieten()
+    report(config, parts, arms, others, options)
 
 
 def _check(options: argparse.Namespace) -> tuple[Config, list[str], list[str]]:
@@ -135,7 +122,6 @@ def report(
     options: argparse.Namespace,
 ) -> None:
     """Measure what was asked for and write table, plots and numbers; a fault after three batches is raised after it."""
-    from star_trainer.families.policy import check_against_model
     from star_trainer.prompts.units import UnitExtractor
     from star_trainer.rewards import load_terms, weighted_sum
     from star_trainer.run.inputs import check_prompts, load_prompts
@@ -159,7 +145,7 @@ def report(
     for name, allocation in others.items():
         varied = config.model_copy(update={"allocation": allocation})
         try:
-            check_against_model(varied, state.policy.model, state.policy.pipeline.vae_scale_factor)
+            state.policy.check(varied)
         except ConfigError as error:
             raise ConfigError(f"--arm: {name}: {error}") from error
     scores = kept_scores
@@ -177,7 +163,9 @@ def report(
     signals = kept_signals
     failure: Exception | None = None
     if "gradients" in parts:
-        measured = gradients.measure(state, draw_training, reward, arms, options.batches, extractor.fill, others)
+        measured = gradients.measure_gradients(
+            state, draw_training, reward, arms, options.batches, extractor.fill, others
+        )
         signals, failure = measured.signals, measured.failure
     table = tables(scores, signals)
     content = {

@@ -33,7 +33,7 @@ from star_trainer.config import Allocation
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardFunction
 from star_trainer.run.inputs import PromptSource
-from star_trainer.run.processes import whole
+from star_trainer.run.processes import full_tensor
 from star_trainer.run.randomness import numpy_stream
 from star_trainer.run.state import TrainingState
 from star_trainer.sampling import text_units
@@ -174,7 +174,7 @@ class Measurement:
     failure: Exception | None
 
 
-def measure(
+def measure_gradients(
     state: TrainingState,
     draw: PromptSource,
     reward: RewardFunction,
@@ -279,7 +279,7 @@ def other_weights(state: TrainingState, rollout: Rollout, allocations: Mapping[s
             ) as recorder:
                 for step in range(steps):
                     latents = trajectory.latents[step, rows].to(policy.device)
-                    policy.velocity(latents, rollout.timesteps[step], rollout.embeddings_of(rows))
+                    policy.velocity(latents, rollout.timesteps[step], rollout.conditioning_of(rows))
                     for name, allocation in own.items():
                         maps[name][step, rows] = sk.allocation_map(
                             recorder.mass, policy.grid, backend=config.backend, **allocation.options(step)
@@ -306,11 +306,11 @@ def batch_gradients(
         rows = torch.arange(first, min(first + config.train.batch_size, samples))
         for step in steps:
             with attention_of_the_rollout(state):
-                velocity, unconditional = predict(state, rollout, step, rows)
+                prediction = predict(state, rollout, step, rows)
             # That of these very passes: all ratios are 1, and nothing is clipped.
-            old = log_prob(state, rollout, step, rows, (velocity, unconditional))
+            old = log_prob(state, rollout, step, rows, prediction)
             for index, (arm, maps) in enumerate(weights.items()):
-                leaf = velocity.detach().requires_grad_()
+                leaf = prediction.velocity.detach().requires_grad_()
                 result = sk.policy_loss(
                     leaf,
                     trajectory.latents[step, rows].to(device),
@@ -319,13 +319,14 @@ def batch_gradients(
                     torch.from_numpy(advantages).float()[rows].to(device),
                     trajectory.coefficients[step],
                     weights=None if maps is None else maps[step, rows].to(device),
-                    unconditional_velocity=unconditional,
-                    guidance_scale=config.rollout.guidance_scale,
+                    unconditional_velocity=prediction.unconditional,
+                    guidance_scale=prediction.scale,
                     backend=config.backend,
                 )
                 (upstream,) = torch.autograd.grad(result.loss, leaf)
-                found = torch.autograd.grad(velocity, parameters, upstream, retain_graph=index + 1 < len(weights))
-                flat = torch.cat([whole(part).flatten().float().cpu() for part in found])
+                more = index + 1 < len(weights)
+                found = torch.autograd.grad(prediction.velocity, parameters, upstream, retain_graph=more)
+                flat = torch.cat([full_tensor(part).flatten().float().cpu() for part in found])
                 gradients[arm, step] += flat * (len(rows) / samples)
     state.policy.transformer.eval()
     return gradients

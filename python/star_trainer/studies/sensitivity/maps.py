@@ -7,6 +7,7 @@ prompt` is the map of another image, `text-blind` the map's own values in random
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from star_trainer.prompts import Prompt
 from star_trainer.rewards import DifferentiableReward, RewardFunction
 from star_trainer.run.randomness import numpy_stream, stream
 from star_trainer.run.state import TrainingState
+from star_trainer.run.statistics import student_mean
 from star_trainer.sampling import denoise, text_units
 from star_trainer.worlds.scenes.oracle import true_mass
 
@@ -49,7 +51,7 @@ def sample_cases(state: TrainingState, prompts: Sequence[Prompt], *, layers: boo
     policy.encode_ahead([prompt.text for prompt in prompts])
     recorded = {"map": config.allocation}
     if layers:
-        for layer in range(policy.model.config.num_layers):
+        for layer in range(policy.num_layers):
             recorded[f"layer {layer}"] = config.allocation.model_copy(update={"layers": [layer]})
     maps: dict[str, np.ndarray] = {}
     latents: Tensor | None = None
@@ -97,12 +99,8 @@ class Score:
 
 def mean_score(what: str, name: str, step: int, values: np.ndarray) -> Score:
     """The mean of what is defined: cases with NaN have nothing to compare, and are left out."""
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return Score(what, name, step, float("nan"), float("nan"), float("nan"), len(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    mean = float(values.mean())
-    return Score(what, name, step, mean, mean - half, mean + half, len(values))
+    mean = student_mean(values[np.isfinite(values)])
+    return Score(what, name, step, mean.value if mean.n > 1 else math.nan, mean.low, mean.high, mean.n)
 
 
 def overlap(cases: Cases) -> list[Score]:

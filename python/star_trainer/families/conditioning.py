@@ -1,0 +1,101 @@
+"""What a model is told of prompts, and how guidance uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a model is told of B prompts: tensors [B, ...] by name, as text tokens and a pooled vector.
+
+    They are contiguous however they were made: a linear layer may round differently for a view that repeats a row.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        object.__setattr__(self, "tensors", contiguous)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Any) -> Conditioning:
+        return self._each(lambda tensor: tensor[rows])
+
+    def repeat(self, batch: int) -> Conditioning:
+        """Those of one prompt for `batch` samples."""
+        return self._each(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def repeat_interleave(self, repeats: int) -> Conditioning:
+        """Each prompt's for `repeats` samples next to each other."""
+        return self._each(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def to(self, device: str | torch.device) -> Conditioning:
+        return self._each(lambda tensor: tensor.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """The rows of all parts, one after the other."""
+        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning({name: change(tensor) for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance of B samples: its scale, and the conditioning of the empty prompt for each of them.
+
+    in_one_pass: both predictions come from one call on 2·B rows, the unconditional ones first, as diffusers' pipelines
+    make it; otherwise from two, of which the unconditional one carries no gradient.
+    """
+
+    scale: float
+    empty: Conditioning
+    in_one_pass: bool
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The velocity of B prompts [B, C, H, W], and under guidance the one without a prompt, and the scale of both."""
+
+    velocity: Tensor
+    unconditional: Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def guided(self) -> Tensor:
+        """v_u + g·(v_c − v_u) [B, C, H, W] (docs/method.md, section 2)."""
+        if self.unconditional is None:
+            return self.velocity
+        return self.unconditional + self.scale * (self.velocity - self.unconditional)
+
+
+# One call of the model: latents [B, C, H, W], timestep (0-d, or [B]) and conditioning to the velocity [B, C, H, W].
+VelocityFunction = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+def guided_by_two_predictions(
+    velocity: VelocityFunction, latents: Tensor, timestep: Tensor, conditioning: Conditioning, guidance: Guidance | None
+) -> Prediction:
+    """Classifier-free guidance, of families whose model knows nothing of the scale."""
+    if guidance is None:
+        return Prediction(velocity(latents, timestep, conditioning))
+    if guidance.in_one_pass:
+        both = Conditioning.joined([guidance.empty, conditioning])
+        unconditional, conditional = velocity(torch.cat([latents, latents]), timestep, both).chunk(2)
+        return Prediction(conditional, unconditional, guidance.scale)
+    with torch.no_grad():
+        unconditional = velocity(latents, timestep, guidance.empty)
+    return Prediction(velocity(latents, timestep, conditioning), unconditional, guidance.scale)

@@ -1,0 +1,287 @@
+"""Stable Diffusion 3 and 3.5: image tokens first, two CLIP encoders and a T5, a pooled vector, two-pass guidance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import star_kernels as sk
+from star_trainer.config import ConfigError, Model
+from star_trainer.families.conditioning import (
+    Conditioning,
+    Guidance,
+    Prediction,
+    VelocityFunction,
+    guided_by_two_predictions,
+)
+from star_trainer.families.family import Shapes, TextAxis
+
+_CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "vocab_size": 49408,
+}
+_CLIP_BIG_G = _CLIP_L | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+_T5_XXL = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}
+_AUTOENCODER = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_SD35_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+    "qk_norm": "rms_norm",
+}
+
+_SD3_MEDIUM = _SD35_MEDIUM | {"pos_embed_max_size": 192, "dual_attention_layers": [], "qk_norm": None}
+_TEXT_ENCODERS: dict[str, dict[str, Any]] = {
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": _CLIP_BIG_G,
+    "text_encoder_3": _T5_XXL,
+}
+
+# The shapes of published pipelines, by name on the model hub and part, for machines without their files or a network.
+_PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": {
+        "transformer": _SD3_MEDIUM,
+        "vae": _AUTOENCODER,
+        **_TEXT_ENCODERS,
+    },
+    "stabilityai/stable-diffusion-3.5-medium": {
+        "transformer": _SD35_MEDIUM,
+        "vae": _AUTOENCODER,
+        **_TEXT_ENCODERS,
+    },
+}
+
+
+class StableDiffusion3:
+    """`Family` of diffusers' StableDiffusion3Pipeline; its methods are described there."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    published: Mapping[str, Shapes] = _PUBLISHED
+    encoder_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    has_guidance = True
+
+    @property
+    def model_class(self) -> Any:
+        from diffusers import SD3Transformer2DModel
+
+        return SD3Transformer2DModel
+
+    def load(self, source: str, dtype: torch.dtype) -> Any:
+        from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+
+        options = {"torch_dtype": dtype, "use_safetensors": True}
+        parts = {}
+        # The pipeline itself would only warn of missing weights, and go on with random ones.
+        for part, kind in (("transformer", self.model_class), ("vae", AutoencoderKL)):
+            parts[part], found = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **options)
+            if found["missing_keys"]:
+                missing = sorted(found["missing_keys"])
+                raise ValueError(f"its {part} has no weights for {missing[0]} and {len(missing) - 1} others")
+        return StableDiffusion3Pipeline.from_pretrained(source, **parts, **options)
+
+    def shapes(self, source: str) -> Shapes:
+        from diffusers import AutoencoderKL
+        from transformers import CLIPTextConfig, T5Config
+
+        classes = {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "text_encoder_3": T5Config}
+        if source in self.published and not Path(source).is_dir():
+            known = self.published[source]
+            return {part: classes[part](**shape) if part in classes else shape for part, shape in known.items()}
+        found = {
+            "transformer": self.model_class.load_config(source, subfolder="transformer"),
+            "vae": AutoencoderKL.load_config(source, subfolder="vae"),
+        }
+        return found | {part: kind.from_pretrained(source, subfolder=part) for part, kind in classes.items()}
+
+    def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
+        from diffusers import AutoencoderKL
+
+        return self.model_class.from_config(shapes["transformer"]), AutoencoderKL.from_config(shapes["vae"])
+
+    def build_encoders(self, shapes: Shapes) -> list[Any]:
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+        return [
+            CLIPTextModelWithProjection(shapes["text_encoder"]),
+            CLIPTextModelWithProjection(shapes["text_encoder_2"]),
+            T5EncoderModel(shapes["text_encoder_3"]),
+        ]
+
+    def random_pipeline(self, shapes: Shapes, tokenizer: Path) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+        from transformers import AutoTokenizer
+
+        class RandomPipeline(StableDiffusion3Pipeline):
+            def encode_prompt(self, prompt: str, *_: Any, max_sequence_length: int, **__: Any) -> tuple[Tensor, ...]:
+                """Embeddings [1, N_text, D] and [1, P] on the CPU, the same for the same text."""
+                shape, generator = self.transformer.config, torch.Generator().manual_seed(len(prompt))
+                tokens = self.tokenizer_max_length + max_sequence_length
+                hidden = torch.randn(1, tokens, shape.joint_attention_dim, generator=generator)
+                pooled = torch.randn(1, shape.pooled_projection_dim, generator=generator)
+                hidden, pooled = hidden.to(self.transformer.dtype), pooled.to(self.transformer.dtype)
+                return hidden, hidden, pooled, pooled
+
+        transformer, vae = self.build_models(shapes)
+        positions = shapes["text_encoder"].max_position_embeddings
+        clip = AutoTokenizer.from_pretrained(str(tokenizer), model_max_length=positions)
+        return RandomPipeline(
+            transformer=transformer,
+            vae=vae,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            tokenizer=clip,
+            tokenizer_2=clip,
+            tokenizer_3=None,
+            text_encoder=None,
+            text_encoder_2=None,
+            text_encoder_3=None,
+        )
+
+    def check(self, config: Model, shape: Any, vae_scale: int) -> None:
+        token = vae_scale * shape.patch_size
+        largest = token * shape.pos_embed_max_size
+        resolution = config.resolution
+        if resolution is not None and (resolution % token or resolution > largest):
+            raise ConfigError(f"model.resolution: expected a multiple of {token} up to {largest}, got {resolution}")
+
+    def num_layers(self, shape: Any) -> int:
+        return int(shape.num_layers)
+
+    def attention_heads(self, shape: Any) -> tuple[int, int]:
+        return shape.num_attention_heads, shape.attention_head_dim
+
+    def latent_shape(self, config: Model, shape: Any, vae_scale: int) -> tuple[int, int, int]:
+        side = shape.sample_size if config.resolution is None else config.resolution // vae_scale
+        return shape.in_channels, side, side
+
+    def grid(self, config: Model, shape: Any, vae_scale: int) -> tuple[int, int]:
+        _, height, width = self.latent_shape(config, shape, vae_scale)
+        return height // shape.patch_size, width // shape.patch_size
+
+    def num_text_tokens(self, config: Model, shapes: Shapes) -> int:
+        return int(shapes["text_encoder"].max_position_embeddings) + config.max_sequence_length
+
+    def blocks(self, model: Any) -> Sequence[Any]:
+        blocks: Sequence[Any] = model.transformer_blocks
+        return blocks
+
+    def schedule(
+        self, pipeline: Any, config: Model, steps: int, grid: tuple[int, int], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        scheduler = copy.deepcopy(pipeline.scheduler)
+        options: dict[str, Any] = {"num_inference_steps": steps}
+        if config.levels == "even":
+            options = {"sigmas": np.linspace(1.0, 1.0 / steps, steps)}
+        if scheduler.config.get("use_dynamic_shifting"):
+            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            options["mu"] = calculate_shift(grid[0] * grid[1], *(scheduler.config[name] for name in names))
+        scheduler.set_timesteps(device=device, **options)
+        return scheduler.sigmas.to(device), scheduler.timesteps.to(device)
+
+    def timesteps_at(self, pipeline: Any, levels: Tensor) -> Tensor:
+        return levels * pipeline.scheduler.config.num_train_timesteps
+
+    def encode(self, pipeline: Any, config: Model, text: str, device: torch.device) -> Conditioning:
+        hidden, _, pooled, _ = pipeline.encode_prompt(
+            text,
+            None,
+            None,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=config.max_sequence_length,
+        )
+        return Conditioning({"text": hidden, "pooled": pooled})
+
+    def text_units(
+        self, pipeline: Any, config: Model, texts: Sequence[str], units: Sequence[Sequence[str]]
+    ) -> sk.TextUnits:
+        return sk.TextUnits.from_pipeline(pipeline, texts, units, max_sequence_length=config.max_sequence_length)
+
+    def text_axis(self, source: str, max_sequence_length: int) -> TextAxis:
+        from transformers import AutoTokenizer
+
+        parts = []
+        for folder in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            try:
+                parts.append(AutoTokenizer.from_pretrained(source, subfolder=folder))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"no usable {folder}: {error}") from error
+        clip, clip_2, t5 = parts
+        lengths = (clip.model_max_length, max_sequence_length)
+        return TextAxis(((clip, clip_2), t5), lengths, f"{lengths[0]} tokens of CLIP and {lengths[1]} of T5")
+
+    def velocity(self, model: Any, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        velocity: Tensor = model(
+            hidden_states=latents,
+            timestep=timestep.expand(len(latents)),
+            encoder_hidden_states=conditioning.tensors["text"],
+            pooled_projections=conditioning.tensors["pooled"],
+            return_dict=False,
+        )[0]
+        return velocity
+
+    def predict(
+        self,
+        velocity: VelocityFunction,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        guidance: Guidance | None,
+    ) -> Prediction:
+        return guided_by_two_predictions(velocity, latents, timestep, conditioning, guidance)
+
+    def conditional_rows(self, batch: int, guidance: Guidance | None) -> slice | None:
+        return None if guidance is None or not guidance.in_one_pass else slice(batch, None)
+
+    def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
+        vae = pipeline.vae if decoder is None else decoder
+        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        return (vae.decode(unscaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def save_adapter(self, pipeline: Any, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+        type(pipeline).save_lora_weights(
+            folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
+        )
