@@ -1,23 +1,22 @@
 """The least work that each operator can do, and the time that an H100 takes for it at best.
 
-``python -m bench.roofline`` prints bytes that have to move, operations of the tensor cores and exponentials per call
-and the time that each implies. From the static report that ``python -m bench.static_gpu`` wrote it adds how the
-attention kernel's loop over image keys divides the clock cycles of an SM, and what the other kernels request of memory.
+Per call: bytes that have to move, operations of the tensor cores and exponentials, and the time that each implies.
+From the reports of `bench.static_gpu`: how the attention kernel's loop over image keys divides the clock cycles of an
+SM, and what the other kernels request of memory. ``python -m bench.static_gpu`` prints all of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.attention_cases import Shape, sd35_medium
-from bench.static_gpu import KernelReport, LoopReport, calls_table, capture_table, load, markdown
 
-STATIC_REPORT = Path(__file__).parent / "results" / "static_gpu.json"
+if TYPE_CHECKING:
+    from bench.static_gpu import KernelReport, LoopReport
+
 # Iterations of a kernel's loop with the arguments that it was compiled for, where that is not one; 0: left out, as it
 # only adds up what another kernel left, or runs only where a gradient has to be scaled.
 TRIPS = {"mean over heads": 24 // 8, "mask": 64 * 64 // 2048, "metrics": 0, "scale": 0}
@@ -205,7 +204,8 @@ def work_table(machine: Machine) -> list[tuple[str, ...]]:
     return rows
 
 
-def loop_table(reports: list[KernelReport], machine: Machine) -> list[tuple[str, ...]]:
+def cycles_table(reports: list[KernelReport], machine: Machine) -> list[tuple[str, ...]]:
+    """Of the loop over image keys of each attention call, and the rates of a kernel that did nothing else."""
     rows: list[tuple[str, ...]] = [
         ("call on sm_90", "blocks/SM", "instructions", "tensor cores", "exp2", "issue", "side by side", "taking turns")
     ]
@@ -253,36 +253,3 @@ def traffic_table(reports: list[KernelReport], machine: Machine) -> list[tuple[s
             )
         )
     return rows
-
-
-def with_tables(page: str) -> str:
-    """The page with what stands between ``<!-- table: name -->`` and ``<!-- end -->`` brought up to date."""
-    reports = load(STATIC_REPORT)
-    tables: dict[str, Sequence[tuple[object, ...]]] = {
-        "work": work_table(H100),
-        "calls": calls_table(reports),
-        "capture": capture_table(reports),
-        "loops": loop_table(reports, H100),
-        "traffic": traffic_table(reports, H100),
-    }
-
-    def replace(block: re.Match[str]) -> str:
-        return f"{block[1]}\n\n{markdown(tables[block[2]])}\n\n<!-- end -->"
-
-    return re.sub(r"(<!-- table: (\w+) -->).*?<!-- end -->", replace, page, flags=re.DOTALL)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", type=Path, help="a page whose tables are to be brought up to date")
-    arguments = parser.parse_args()
-    print(f"{H100.name} at {H100.clock / 1e9:.2f} GHz\n\n{markdown(work_table(H100))}")
-    reports = load(STATIC_REPORT)
-    for rows in (loop_table(reports, H100), traffic_table(reports, H100)):
-        print(f"\n{markdown(rows)}")
-    if arguments.page:
-        arguments.page.write_text(with_tables(arguments.page.read_text()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,10 @@
 """What the compilers make of the Triton kernels, read from the machine code: no GPU is needed.
 
 ``python -m bench.static_gpu`` compiles every call that the operators list (``ahead_of_time_calls`` in their
-``triton_kernels.py``, one per row of their configuration tables) for its architecture with the installed Triton,
-prints tables and, with ``--json``, writes them to a file. Per call: registers, what is spilled, shared memory and how
-many blocks an SM holds. Per loop: instructions by the unit that they keep busy.
+``triton_kernels.py``, one per row of their configuration tables) for its architecture with the installed Triton, prints
+tables, and writes what it read to ``bench/results/static_gpu.json``. Per call: registers, what is spilled, shared
+memory and how many blocks an SM holds. Per loop: instructions by the unit that they keep busy. Beside them stand the
+floors of `bench.roofline` and what follows from both. docs/kernels.md says what to make of it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import roofline
 from bench.disassembly import KINDS, Instruction, Loop, count, find_loops, parse_amdgcn, parse_sass
 
 OPERATORS = ("attention", "allocation", "transition", "policy_loss")
 MEASURED = ("tensor", "special", "global", "shared", "local")  # what capture must not add to the loop over image keys
+REPORT = Path(__file__).parent / "results" / "static_gpu.json"
 SCRATCH = ("partials", "scratch")  # arguments that hold what a kernel leaves for the next one or for itself
 
 
@@ -404,7 +407,7 @@ def main() -> None:
     parser.add_argument("--architecture", nargs="+", choices=LIMITS, default=list(LIMITS))
     parser.add_argument("--operator", nargs="+", default=OPERATORS)
     parser.add_argument("--call", default="", help="only calls whose name matches this regular expression")
-    parser.add_argument("--json", type=Path, help="where to write the reports")
+    parser.add_argument("--json", type=Path, default=REPORT, help="where to write the reports (default: %(default)s)")
     arguments = parser.parse_args()
 
     os.environ.pop("TRITON_INTERPRET", None)
@@ -419,11 +422,20 @@ def main() -> None:
             if re.search(arguments.call, call.name)
         ]
     print(f"Triton {triton.__version__}")
-    for rows in (calls_table(reports), loops_table(reports), capture_table(reports)):
-        print(f"\n{markdown(rows)}")
-    if arguments.json:
-        content = {"triton": triton.__version__, "limits": LIMITS, "kernels": reports}
-        arguments.json.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
+    machine = roofline.H100
+    tables: dict[str, Sequence[tuple[object, ...]]] = {
+        f"Floors, {machine.name} at {machine.clock / 1e9:.2f} GHz": roofline.work_table(machine),
+        "Calls": calls_table(reports),
+        "Loops, instructions per warp and iteration": loops_table(reports),
+        "Attention without / with capture": capture_table(reports),
+        f"Cycles of an SM per iteration over image keys, {machine.name}": roofline.cycles_table(reports, machine),
+        f"Memory traffic, {machine.name}": roofline.traffic_table(reports, machine),
+    }
+    for title, rows in tables.items():
+        if len(rows) > 1:
+            print(f"\n{title}\n\n{markdown(rows)}")
+    content = {"triton": triton.__version__, "limits": LIMITS, "kernels": reports}
+    arguments.json.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
     if any(r.spills for r in reports):
         sys.exit("some calls spill registers")
 

@@ -36,3 +36,9 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def triton_cache(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """What one test has compiled, no other one compiles again; Triton lets several processes share such a folder."""
+    return made_once("triton_cache", lambda folder: None)

@@ -50,8 +50,8 @@ def python(*arguments: str, cache: Path, first: Path | None = None) -> subproces
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
-def test_the_report_sees_spills_and_loops(architecture: str, tmp_path: Path) -> None:
-    run = python("tests/known_kernels.py", architecture, cache=tmp_path)
+def test_the_report_sees_spills_and_loops(architecture: str, triton_cache: Path) -> None:
+    run = python("tests/known_kernels.py", architecture, cache=triton_cache)
     assert run.returncode == 0, run.stderr
     known: dict[str, Kernel] = {kernel["name"]: kernel for kernel in json.loads(run.stdout)["kernels"]}
     assert known["hungry"]["stack"] > 0
@@ -88,9 +88,10 @@ def test_every_row_of_the_attention_table_is_compiled_for_every_use(architecture
 
 
 @pytest.mark.parametrize("architecture", LIMITS)
-def test_the_kernels_are_what_their_tables_promise(architecture: str, tmp_path: Path) -> None:
+def test_the_kernels_are_what_their_tables_promise(architecture: str, tmp_path: Path, triton_cache: Path) -> None:
     wanted = to_compile(architecture)
-    reports = compile_all(architecture, tmp_path, f"^({'|'.join(re.escape(name) for _, name in wanted)})$")
+    names = f"^({'|'.join(re.escape(name) for _, name in wanted)})$"
+    reports = compile_all(architecture, tmp_path / "report.json", triton_cache, names)
     assert {(r.operator, r.name): r.settings for r in reports} == wanted
     assert len(capture_pairs(reports)) == len([name for _, name in wanted if re.match("forward, .* units$", name)])
     assert not complaints(reports)
@@ -112,8 +113,11 @@ def test_a_row_that_is_not_hoppers_is_compiled(architecture: str, monkeypatch: p
 
 @pytest.mark.skipif(not OLDEST_TRITON.exists(), reason=f"{OLDEST_TRITON} is not there; make test installs it")
 @pytest.mark.parametrize("architecture", LIMITS)
-def test_the_kernels_are_the_same_under_the_oldest_triton(architecture: str, tmp_path: Path) -> None:
-    reports = compile_all(architecture, tmp_path, UNDER_OLDEST[architecture], OLDEST_TRITON)
+def test_the_kernels_are_the_same_under_the_oldest_triton(
+    architecture: str, tmp_path: Path, triton_cache: Path
+) -> None:
+    names = UNDER_OLDEST[architecture]
+    reports = compile_all(architecture, tmp_path / "report.json", triton_cache, names, OLDEST_TRITON)
     compiled = {report.kernel for report in reports}
     if architecture in ("sm_90", "gfx942"):
         assert compiled == {call.kernel.__name__ for _, call in calls(OPERATORS, architecture)}
@@ -151,11 +155,12 @@ def to_compile(architecture: str) -> dict[tuple[str, str], dict[str, Any]]:
     }
 
 
-def compile_all(architecture: str, folder: Path, names: str = "", triton: Path | None = None) -> list[KernelReport]:
+def compile_all(
+    architecture: str, file: Path, cache: Path, names: str, triton: Path | None = None
+) -> list[KernelReport]:
     """The reports of the calls that match `names`, compiled for `architecture` by a Triton that may lie elsewhere."""
-    file = folder / "static_gpu.json"
     arguments = ("--architecture", architecture, "--call", names, "--json", str(file))
-    run = python("-m", "bench.static_gpu", *arguments, cache=folder / "cache", first=triton)
+    run = python("-m", "bench.static_gpu", *arguments, cache=cache, first=triton)
     assert file.exists(), run.stderr
     version = json.loads(file.read_text())["triton"]
     assert triton is None or version.startswith("3.6."), version

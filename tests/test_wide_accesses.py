@@ -35,7 +35,7 @@ TRAFFIC = {
 }
 
 
-def test_every_latent_is_read_and_written_once_in_accesses_of_16_bytes(tmp_path: Path) -> None:
-    run = python("-c", COUNT, cache=tmp_path)
+def test_every_latent_is_read_and_written_once_in_accesses_of_16_bytes(triton_cache: Path) -> None:
+    run = python("-c", COUNT, cache=triton_cache)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == TRAFFIC
