@@ -18,7 +18,7 @@ from star_trainer.studies.cost.flops import Counts, count
 from star_trainer.studies.cost.results import tables
 
 import star_kernels as sk
-from star_kernels import recorder
+from star_kernels.recorder import recorder
 
 SMALL = [
     "run.progress=false",

@@ -16,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 import star_kernels as sk
-from star_kernels import recorder
+from star_kernels.recorder import recorder
 from star_trainer.algorithms.advantages import group_advantages
 from star_trainer.algorithms.policy_gradient import update
 from star_trainer.algorithms.rollout import Rollout, collect

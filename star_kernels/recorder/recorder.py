@@ -1,17 +1,25 @@
-"""Recording attention mass while a diffusers transformer runs (docs/method.md, section 3)."""
+"""Recording attention mass while a model of a known family runs (docs/method.md, section 3)."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from star_kernels._checks import check_choice, check_tensor
 from star_kernels.attention import DIRECTIONS, joint_attention
+from star_kernels.recorder import sd3
+from star_kernels.recorder.family import Family, Layer
 from star_kernels.text_units import TextUnits
+
+# The family of a model, by the name of the model's class or of one that it derives from.
+FAMILIES: dict[str, Family] = {sd3.MODEL: sd3}
+
+_being_recorded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class AttentionRecorder:
@@ -70,7 +78,15 @@ class AttentionRecorder:
         self._captured = []
 
     def _attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, num_image_tokens: int, recomputing: bool
+        self,
+        layer: int,
+        name: str,
+        recomputing: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_image_tokens: int,
+        text_first: bool,
     ) -> Tensor:
         """Attention of one joint block, [B, heads, N, D] to the same; its mass joins the current step's.
 
@@ -78,11 +94,13 @@ class AttentionRecorder:
         expects, but its mass is dropped: it belongs to a step that is over or has this layer already.
         """
         if self._unit_weights is None:
-            out, _ = joint_attention(query, key, value, num_image_tokens=num_image_tokens, backend=self._backend)
+            out, _ = joint_attention(
+                query, key, value, num_image_tokens=num_image_tokens, text_first=text_first, backend=self._backend
+            )
             return out
         if layer in self._captured and not recomputing:
             raise RuntimeError(
-                f"{_name(layer)}: expected one forward pass per step, got a second one; call next_step() on the "
+                f"{name}: expected one forward pass per step, got a second one; call next_step() on the "
                 "recorder after each forward pass, or discard_step() where the last one is not wanted"
             )
         out, mass = joint_attention(
@@ -91,6 +109,7 @@ class AttentionRecorder:
             value,
             self._unit_weights_for(self._unit_weights, query, num_image_tokens),
             num_image_tokens=num_image_tokens,
+            text_first=text_first,
             mass=None if recomputing else self._sum,
             rows=self._row_range(query.shape[0], len(self._unit_weights)),
             direction=self._direction,
@@ -151,11 +170,12 @@ def record_attention(
 
     A second forward pass in the same step is an error. Blocks that gradient checkpointing runs again for the backward
     pass are not captured again, whether that happens in the step, after `next_step` or after the ``with`` block (there
-    only with checkpointing by ``enable_gradient_checkpointing``, called before the block). Leaving the block, also
-    through an exception, puts the transformer's own attention processors back; the recorder stays readable.
+    only with the model's own checkpointing, diffusers' ``enable_gradient_checkpointing``, called before the block).
+    Leaving the block, also through an exception, puts the transformer's own attention processors back; the recorder
+    stays readable.
 
     Args:
-        transformer: diffusers' SD3Transformer2DModel, with or without adapters, or a PeftModel, DistributedDataParallel
+        transformer: a model of a class in `FAMILIES`, with or without adapters, or a PeftModel, DistributedDataParallel
             or torch.compile wrapper around one.
         units: the prompts' TextUnits, or unit weights [rows, N_text, K], for as many batch rows as are recorded and as
             many text tokens as ``encoder_hidden_states`` has. Moved to the transformer's device when it first runs.
@@ -169,128 +189,125 @@ def record_attention(
 
     Raises:
         TypeError: `transformer` is none of the above; `units`, `layers` or `rows` of the wrong type; a block has
-            another attention processor than diffusers' JointAttnProcessor2_0, whose work the recorder does.
+            another attention processor than the one whose work the recorder does in its family.
         ValueError: layers or rows out of range, an unknown direction. The forward pass raises it where `units` do not
             fit its batch rows or text tokens.
         RuntimeError: `transformer` is being recorded already; a second forward pass in one step.
     """
-    model = _unwrap(transformer)
-    blocks: list[Any] = list(model.transformer_blocks)
+    model, family = _unwrap(transformer)
+    found = family.layers(model)
     recorder = AttentionRecorder(
         None if units is None else _unit_weights(units),
-        _check_layers(layers, len(blocks)),
+        _check_layers(layers, len(found)),
         _check_rows(rows),
         check_choice("direction", direction, DIRECTIONS),  # type: ignore[arg-type]
         backend,
     )
-    originals = {layer: block.attn.processor for layer, block in enumerate(blocks)}
-    if any(isinstance(processor, _CapturingProcessor) for processor in originals.values()):
+    if model in _being_recorded:
         raise RuntimeError("transformer: expected one that is not being recorded, got one inside record_attention")
-    for layer in recorder.layers:
-        _check_processor(layer, originals[layer])
+    recorded = [_recorded(family, found[i], recorder, i) for i in recorder.layers]
 
-    capturing = {layer: _CapturingProcessor(recorder, layer) for layer in recorder.layers}
-    checkpoint = model._gradient_checkpointing_func
-    wrapped = checkpoint and _keep_processors(checkpoint, {id(blocks[i]): new for i, new in capturing.items()})
     try:
-        for layer, processor in capturing.items():
-            blocks[layer].attn.set_processor(processor)
-        model._gradient_checkpointing_func = wrapped
-        yield recorder
+        _being_recorded.add(model)
+        for each in recorded:
+            each.layer.attention.set_processor(each.capturing)
+        with _keep_processors(model, family.checkpointing, recorded):
+            yield recorder
     finally:
-        for layer in capturing:
-            blocks[layer].attn.set_processor(originals[layer])
-        if model._gradient_checkpointing_func is wrapped:
-            model._gradient_checkpointing_func = checkpoint
+        for each in recorded:
+            each.layer.attention.set_processor(each.own)
+        _being_recorded.discard(model)
 
 
-class _CapturingProcessor:
-    """diffusers' JointAttnProcessor2_0 (SD3 joint attention, image tokens first) through `joint_attention`."""
+class _Attend:
+    """`Attend` for one layer of one recording."""
 
-    def __init__(self, recorder: AttentionRecorder, layer: int, recomputing: bool = False) -> None:
+    def __init__(self, recorder: AttentionRecorder, layer: int, name: str, recomputing: bool) -> None:
         self.recorder = recorder
         self.layer = layer
+        self.name = name
         self.recomputing = recomputing
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        num_image_tokens = hidden_states.shape[1]
-        image = [_heads(project(hidden_states), attn.heads) for project in (attn.to_q, attn.to_k, attn.to_v)]
-        projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text = [_heads(project(encoder_hidden_states), attn.heads) for project in projections]
-        for tensors, norms in ((image, (attn.norm_q, attn.norm_k)), (text, (attn.norm_added_q, attn.norm_added_k))):
-            for i, norm in enumerate(norms):
-                if norm is not None:
-                    tensors[i] = norm(tensors[i])
-        query, key, value = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True))
-
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, num_image_tokens: int, text_first: bool) -> Tensor:
         recomputing = self.recomputing or _runs_in_backward()
-        out = self.recorder._attend(self.layer, query, key, value, num_image_tokens, recomputing)
-        out = out.transpose(1, 2).flatten(2)
-        image_out, text_out = out[:, :num_image_tokens], out[:, num_image_tokens:]
-        for module in attn.to_out:
-            image_out = module(image_out)
-        return image_out, text_out if attn.context_pre_only else attn.to_add_out(text_out)
+        return self.recorder._attend(
+            self.layer, self.name, recomputing, query, key, value, num_image_tokens, text_first
+        )
 
 
-def _heads(tensor: Tensor, heads: int) -> Tensor:
-    """[B, N, heads * D] to [B, heads, N, D]."""
-    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+class _Recorded(NamedTuple):
+    """A layer with its own processor and those that record it: when it runs, and when it runs again."""
+
+    layer: Layer
+    own: Any
+    capturing: Any
+    recomputing: Any
 
 
-def _keep_processors(checkpoint: Callable[..., Any], processors: dict[int, _CapturingProcessor]) -> Callable[..., Any]:
-    """`checkpoint(block, *args)` such that the block runs with its recording processor also when it runs again.
+def _recorded(family: Family, layer: Layer, recorder: AttentionRecorder, index: int) -> _Recorded:
+    capturing, recomputing = (
+        family.processor(layer, _Attend(recorder, index, layer.name, recomputing)) for recomputing in (False, True)
+    )
+    return _Recorded(layer, layer.attention.processor, capturing, recomputing)
 
-    Its backward pass may come when the recording is over and the block has its own processor back, which saves other
-    tensors for autograd than the forward pass did. The processor of the second run is one that says so, because a
-    compiled block cannot ask whether it runs in a backward pass.
+
+@contextlib.contextmanager
+def _keep_processors(model: Any, checkpointing: str | None, recorded: list[_Recorded]) -> Iterator[None]:
+    """Within this context checkpointing keeps a block's recording processor for when the block runs again.
+
+    That may be when the recording is over and the block has its own processor back, which saves other tensors for
+    autograd than the forward pass did. The processor of the second run is one that says so, because a compiled block
+    cannot ask whether it runs in a backward pass.
     """
+    checkpoint = None if checkpointing is None else getattr(model, checkpointing)
+    if checkpointing is None or checkpoint is None:
+        yield
+        return
+    by_block = {id(each.layer.block): each for each in recorded}
 
     def checkpoint_with_processor(block: Any, *args: Any) -> Any:
-        processor = processors.get(id(block))
-        if processor is None:
+        each = by_block.get(id(block))
+        if each is None:
             return checkpoint(block, *args)
 
         def run(*block_args: Any) -> Any:
-            current = block.attn.processor
-            again = _CapturingProcessor(processor.recorder, processor.layer, recomputing=True)
-            block.attn.set_processor(again if _runs_in_backward() else processor)
+            attention = each.layer.attention
+            current = attention.processor
+            attention.set_processor(each.recomputing if _runs_in_backward() else each.capturing)
             try:
                 return block(*block_args)
             finally:
-                block.attn.set_processor(current)
+                attention.set_processor(current)
 
         return checkpoint(run, *args)
 
-    return checkpoint_with_processor
+    setattr(model, checkpointing, checkpoint_with_processor)
+    try:
+        yield
+    finally:
+        if getattr(model, checkpointing) is checkpoint_with_processor:
+            setattr(model, checkpointing, checkpoint)
 
 
 def _runs_in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _unwrap(transformer: Any) -> Any:
-    """The SD3Transformer2DModel inside wrappers that keep what they wrap in one of the usual attributes."""
-    from diffusers import SD3Transformer2DModel
-
+def _unwrap(transformer: Any) -> tuple[Any, Family]:
+    """The model of a known class inside wrappers that keep what they wrap in one of the usual attributes."""
     model = transformer
-    while isinstance(model, nn.Module) and not isinstance(model, SD3Transformer2DModel):
+    while isinstance(model, nn.Module):
+        # Also the bases: FSDP, and others, make a class of their own from the model's.
+        for base in type(model).__mro__:
+            if base.__name__ in FAMILIES:
+                return model, FAMILIES[base.__name__]
         # torch.compile; DistributedDataParallel and FSDP; PeftModel; the tuner inside it.
         inner = (getattr(model, name, None) for name in ("_orig_mod", "module", "base_model", "model"))
         model = next((module for module in inner if isinstance(module, nn.Module)), None)
-    if not isinstance(model, SD3Transformer2DModel):
-        raise TypeError(
-            "transformer: expected diffusers' SD3Transformer2DModel, or a PeftModel, DistributedDataParallel or "
-            f"torch.compile wrapper around one, got {type(transformer).__name__}"
-        )
-    return model
+    raise TypeError(
+        f"transformer: expected a model of class {', '.join(FAMILIES)}, or a PeftModel, DistributedDataParallel or "
+        f"torch.compile wrapper around one, got {type(transformer).__name__}"
+    )
 
 
 def _unit_weights(units: TextUnits | Tensor) -> Tensor:
@@ -340,20 +357,3 @@ def _check_rows(rows: slice | tuple[int, int] | None) -> slice | tuple[int, int]
     if not 0 <= first < end:
         raise ValueError(f"rows: expected 0 <= first < end, got {rows!r}")
     return first, end
-
-
-def _check_processor(layer: int, processor: Any) -> None:
-    from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
-
-    # Exactly this class: a subclass may compute something else.
-    if type(processor) is JointAttnProcessor2_0:
-        return
-    hint = "; call unfuse_qkv_projections() first" if isinstance(processor, FusedJointAttnProcessor2_0) else ""
-    raise TypeError(
-        f"{_name(layer)}: expected the attention processor JointAttnProcessor2_0, which recording replaces, got "
-        f"{type(processor).__name__}{hint}"
-    )
-
-
-def _name(layer: int) -> str:
-    return f"transformer_blocks.{layer}.attn"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from star_kernels import recorder
 from star_kernels.attention import joint_attention
+from star_kernels.recorder import recorder
 from tests.tiny_models import tiny_transformer
 
 IMAGE, TEXT, UNITS = 16, 7, 3

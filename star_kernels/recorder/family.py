@@ -1,0 +1,56 @@
+"""What the recorder asks about a family of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class Layer(NamedTuple):
+    """One attention that can be recorded.
+
+    Attributes:
+        name: what messages call it.
+        attention: the module that attends. Its ``processor`` does the work, called with the module first, and
+            ``set_processor`` puts another in its place, as in diffusers.
+        block: the module that gradient checkpointing runs again as a whole, which has no other layer in it.
+    """
+
+    name: str
+    attention: Any
+    block: nn.Module
+
+
+class Attend(Protocol):
+    """Softmax attention of one layer, recorded on the way."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, num_image_tokens: int, text_first: bool) -> Tensor:
+        """The attention's output [B, heads, N, D] for query, key and value of that shape, see `joint_attention`.
+
+        `num_image_tokens` of the N tokens are the image's, in one piece; the text stands before them with `text_first`
+        and else behind.
+        """
+
+
+class Family(Protocol):
+    """What the recorder must know of a family of models: an object with these members, or a module."""
+
+    @property
+    def checkpointing(self) -> str | None:
+        """The model's attribute with the function that it calls as ``f(layer.block, *args)`` to checkpoint a block.
+
+        The attribute may be None, as in diffusers while checkpointing is off. Without such an attribute (the name is
+        None) a block that runs again is recognised while the recording lasts, and no longer.
+        """
+
+    def layers(self, model: Any) -> list[Layer]:
+        """Every layer of `model` that can be recorded, in the order in which they run."""
+
+    def processor(self, layer: Layer, attend: Attend) -> Callable[..., Any]:
+        """What takes the place of the layer's own processor: it computes the same, its attention by `attend`.
+
+        Raises:
+            TypeError: the layer's own processor, which the message names, is not the one whose work this does.
+        """
