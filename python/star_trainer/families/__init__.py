@@ -15,27 +15,27 @@ from star_trainer.families.sd3 import StableDiffusion3
 FAMILIES: dict[str, Family] = {family.pipeline_class: family for family in (StableDiffusion3(),)}
 
 
-def pipeline_source(name: str) -> str:
-    """Where the pipeline that ``model.pipeline`` names is: a folder, or a name on a hub.
+def pipeline_source(name: str, key: str = "model.pipeline") -> str:
+    """Where a pipeline that the setting `key` names is: a folder, or a name on a hub.
 
     Raises:
         ConfigError: a path to a folder that is not there.
     """
-    return str(TINY_PIPELINE) if name == "tiny" else folder_or_name(name, "model.pipeline")
+    return str(TINY_PIPELINE) if name == "tiny" else folder_or_name(name, key)
 
 
-def family_named(name: str) -> Family:
-    """The family of the pipeline that ``model.pipeline`` names, by the class that its ``model_index.json`` says.
+def family_named(name: str, key: str = "model.pipeline") -> Family:
+    """The family of a pipeline that the setting `key` names, by the class that its ``model_index.json`` says.
 
     Raises:
         ConfigError: there is no such pipeline, or it is of a class that is not known.
     """
-    source = pipeline_source(name)
+    source = pipeline_source(name, key)
     if not Path(source).is_dir():
         for family in FAMILIES.values():
             if source in family.published:
                 return family
-    return _by_class([_class_name(source)], f"model.pipeline: {name!r}")
+    return _by_class([_class_name(source, key)], f"{key}: {name!r}")
 
 
 def read_shapes(name: str) -> tuple[Family, Shapes]:
@@ -67,7 +67,7 @@ def _by_class(names: list[str], what: str) -> Family:
     raise ConfigError(f"{what}: expected a pipeline of one of {', '.join(FAMILIES)}, got {names[0]}")
 
 
-def _class_name(source: str) -> str:
+def _class_name(source: str, key: str) -> str:
     path = Path(source) / "model_index.json"
     try:
         if path.parent.is_dir():
@@ -78,4 +78,4 @@ def _class_name(source: str) -> str:
             index = DiffusionPipeline.load_config(source)
         return str(index["_class_name"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"model.pipeline: {source!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"{key}: {source!r} cannot be loaded: {error}") from error

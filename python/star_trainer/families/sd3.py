@@ -243,13 +243,8 @@ class StableDiffusion3:
     def text_axis(self, source: str, max_sequence_length: int) -> TextAxis:
         from transformers import AutoTokenizer
 
-        parts = []
-        for folder in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-            try:
-                parts.append(AutoTokenizer.from_pretrained(source, subfolder=folder))
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"no usable {folder}: {error}") from error
-        clip, clip_2, t5 = parts
+        folders = ("tokenizer", "tokenizer_2", "tokenizer_3")
+        clip, clip_2, t5 = (AutoTokenizer.from_pretrained(source, subfolder=folder) for folder in folders)
         lengths = (clip.model_max_length, max_sequence_length)
         return TextAxis(((clip, clip_2), t5), lengths, f"{lengths[0]} tokens of CLIP and {lengths[1]} of T5")
 

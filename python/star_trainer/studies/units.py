@@ -88,10 +88,11 @@ def _extractions(prompts: Sequence[Prompt], extractor: UnitExtractor, bar: Any, 
 
 def _text_axis(pipeline: str, max_sequence_length: int) -> TextAxis:
     """A pipeline's text tokens; of its parts only those that cut text are loaded."""
+    family, source = family_named(pipeline, "--pipeline"), pipeline_source(pipeline, "--pipeline")
     try:
-        return family_named(pipeline).text_axis(pipeline_source(pipeline), max_sequence_length)
-    except ConfigError as error:
-        raise ConfigError(f"--pipeline: {pipeline}: {error}") from error
+        return family.text_axis(source, max_sequence_length)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--pipeline: {pipeline} has no usable tokenizers: {error}") from error
 
 
 def _line(prompt: Prompt, extraction: Extraction) -> str:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
-from star_trainer.algorithms.advantages import Advantages, group_advantages
 from star_trainer.run.log import _update
 
 MEASURED = {"updates": 2.0, "clip_fraction": 0.25, "gradient_norm": 0.5}
 
 
-def advantages(rewards: list[float]) -> Advantages:
-    return group_advantages(np.array(rewards), 2)
-
-
 def test_an_update_shows_what_it_measured() -> None:
-    some = advantages([0.0, 1.0, 1.0, 1.0])
-    assert _update(some, MEASURED) == "no spread  50% | clip 25.00% | grad 5.00e-01"
-    assert _update(some, MEASURED | {"kl": 0.001}) == "no spread  50% | clip 25.00% | kl 1.00e-03 | grad 5.00e-01"
+    assert _update(0.5, MEASURED) == "no spread  50% | clip 25.00% | grad 5.00e-01"
+    assert _update(0.5, MEASURED | {"kl": 0.001}) == "no spread  50% | clip 25.00% | kl 1.00e-03 | grad 5.00e-01"
     assert _update(None, {"distance": 0.03, "gradient_norm": 0.5}) == "distance 3.00e-02 | grad 5.00e-01"
 
 
 def test_without_spread_there_is_nothing_to_learn_from() -> None:
-    line = _update(advantages([1.0, 1.0, 0.5, 0.5]), {"updates": 0.0, "skipped_updates": 0.0})
+    line = _update(1.0, {"updates": 0.0, "skipped_updates": 0.0})
     assert "no group with spread" in line and "nan" not in line
 
 
 def test_skipped_updates_are_no_lack_of_spread() -> None:
-    line = _update(advantages([0.0, 1.0, 1.0, 1.0]), {"updates": 0.0, "skipped_updates": 2.0})
+    line = _update(0.5, {"updates": 0.0, "skipped_updates": 2.0})
     assert "every update skipped" in line and "nan" not in line
