@@ -31,6 +31,9 @@ from star_trainer.sampling import NonFiniteError
 
 _log = logging.getLogger(__name__)
 
+# Of the clip range: what training passes may differ from the rollout before that is said.
+_SMALL_DISAGREEMENT = 0.1
+
 
 def policy_gradient_iteration(
     state: TrainingState,
@@ -131,7 +134,9 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
             state.skipped_in_a_row = 0
             totals.append(summary)
     counts = {"updates": float(len(totals)), "skipped_updates": float(skipped)}
-    counts |= rollout_agreement(accelerator, consistency)
+    agreement = rollout_agreement(accelerator, consistency)
+    warn_of_disagreement(state, agreement)
+    counts |= agreement
     if not totals:
         return counts
     return counts | {name: float(np.mean([t[name] for t in totals])) for name in totals[0]}
@@ -220,8 +225,6 @@ def step_loss(state: TrainingState, batch: Batch, step: int, rows: Tensor) -> tu
         if config.train.kl_weight > 0.0:
             reference = predict(state, batch.rollout, step, rows, reference=True).guided
         prediction = predict(state, batch.rollout, step, rows)
-    # An image's log-ratio averages H*W times as many numbers, so that its spread is sqrt(H*W) times smaller.
-    widen = 1.0 if config.granularity == "image" else math.sqrt(sample.shape[-2] * sample.shape[-1])
     loss = sk.policy_loss(
         prediction.velocity,
         sample,
@@ -230,7 +233,7 @@ def step_loss(state: TrainingState, batch: Batch, step: int, rows: Tensor) -> tu
         torch.from_numpy(batch.advantages).float()[rows].to(device),
         trajectory.coefficients[step],
         weights=None if batch.weights is None else batch.weights[step, rows].to(device),
-        clip_range=config.train.clip_range * widen,
+        clip_range=clip_range(state),
         granularity=config.granularity,
         reference_velocity=reference,
         kl_weight=config.train.kl_weight,
@@ -240,6 +243,15 @@ def step_loss(state: TrainingState, batch: Batch, step: int, rows: Tensor) -> tu
         backend=config.backend,
     )
     return loss, prediction
+
+
+def clip_range(state: TrainingState) -> float:
+    """The clip range of the method's ratios, from that of an image's."""
+    if state.config.granularity == "image":
+        return state.config.train.clip_range
+    # An image's log-ratio averages H*W times as many numbers, so that its spread is sqrt(H*W) times smaller.
+    _, height, width = state.policy.latent_shape
+    return state.config.train.clip_range * math.sqrt(height * width)
 
 
 def log_prob(state: TrainingState, rollout: Rollout, step: int, rows: Tensor, prediction: Prediction) -> Tensor:
@@ -295,6 +307,25 @@ def rollout_agreement(accelerator: Accelerator, differences: list[Tensor]) -> di
         "log_ratio_mean": float(gathered[:, 0].sum() / gathered[:, 2].sum()),
         "log_ratio_max": float(gathered[:, 1].max()),
     }
+
+
+def warn_of_disagreement(state: TrainingState, agreement: dict[str, float]) -> None:
+    """Say once, at a start's first update, that ratios are not 1 before it where that is not small to the clip range.
+
+    Old log-probs that are computed again cannot disagree.
+    """
+    config, largest = state.config, agreement.get("log_ratio_max", 0.0)
+    if state.agreement_checked or config.train.old_log_prob == "recompute" or not agreement:
+        return
+    state.agreement_checked = True
+    limit = clip_range(state)
+    if largest > _SMALL_DISAGREEMENT * limit and state.accelerator.is_main_process:
+        _log.warning(
+            "before any update the log-ratio of training passes to the rollout reaches %.1e where the clip range is "
+            "%.1e: set train.old_log_prob=recompute, or rollout.batch_size to train.batch_size",
+            largest,
+            limit,
+        )
 
 
 def choose_steps(coefficients: list[sk.TransitionCoefficients], fraction: float, rng: np.random.Generator) -> list[int]:

@@ -115,7 +115,7 @@ class Family(Protocol):
         """The prompts' units on the text tokens that `encode` gives."""
 
     def text_axis(self, source: str, max_sequence_length: int) -> TextAxis:
-        """The text tokens of a pipeline of which only tokenizers are loaded; OSError or ValueError where one is missing."""
+        """The text tokens, from tokenizers alone; OSError or ValueError where one is missing."""
 
     def velocity(self, model: Any, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """One call of the model: the prediction [B, C, H, W] at a timestep (0-d, or [B])."""

@@ -39,6 +39,8 @@ class TrainingState:
     average: EMAModel
     iteration: int = 0
     skipped_in_a_row: int = 0
+    # Whether this start has compared its training passes with the rollout.
+    agreement_checked: bool = False
     # Why the run ended before its last iteration.
     stopped: str | None = None
     seconds_before: float = 0.0
