@@ -49,6 +49,8 @@ class Plan:
 
     parameters: dict[str, int]
     trainable: int
+    # Text encoders that the pipeline does without.
+    absent: list[str]
     memory: Memory
     latent: tuple[int, int, int]
     tokens: int
@@ -96,6 +98,7 @@ def plan(config: Config, processes: int = 1) -> Plan:
     return Plan(
         parameters=frozen,
         trainable=trainable,
+        absent=[part for part in family.encoder_parts if part not in shapes],
         memory=_memory(config, family, transformer.config, frozen, trainable, tokens, samples, latent, grid, processes),
         latent=latent,
         tokens=tokens,
@@ -168,6 +171,7 @@ def report(config: Config, processes: int = 1) -> str:
         *prompts,
         *((f"parameters, {name}", f"{count:,}") for name, count in found.parameters.items()),
         ("trainable parameters", f"{found.trainable:,}"),
+        *((f"without {part}", "as the pipeline's own index says") for part in found.absent),
         ("latent", f"{channels} x {height} x {width}; {found.tokens:,} tokens, text included"),
         ("images per iteration", images + (f", {found.images // processes:,}{each}" if each else "")),
         ("model calls, rollout", f"{found.rollout_calls:,} of up to {size} samples{each}"),

@@ -21,6 +21,7 @@ from star_trainer.families.conditioning import (
     guided_by_two_predictions,
 )
 from star_trainer.families.family import Shapes, TextAxis
+from star_trainer.families.loading import load_whole, read_config
 
 _CLIP_L = {
     "hidden_size": 768,
@@ -110,16 +111,43 @@ class StableDiffusion3:
 
     def load(self, source: str, dtype: torch.dtype) -> Any:
         from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
         options = {"torch_dtype": dtype, "use_safetensors": True}
-        parts = {}
+        kinds = {
+            "transformer": self.model_class,
+            "vae": AutoencoderKL,
+            "text_encoder": CLIPTextModelWithProjection,
+            "text_encoder_2": CLIPTextModelWithProjection,
+            "text_encoder_3": T5EncoderModel,
+        }
+        present = self._parts(source)
         # The pipeline itself would only warn of missing weights, and go on with random ones.
-        for part, kind in (("transformer", self.model_class), ("vae", AutoencoderKL)):
-            parts[part], found = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **options)
-            if found["missing_keys"]:
-                missing = sorted(found["missing_keys"])
-                raise ValueError(f"its {part} has no weights for {missing[0]} and {len(missing) - 1} others")
-        return StableDiffusion3Pipeline.from_pretrained(source, **parts, **options)
+        parts = {part: load_whole(kind, source, part, **options) for part, kind in kinds.items() if part in present}
+        # Those that are left out have to be said as well.
+        optional = (*self.encoder_parts, "tokenizer", "tokenizer_2", "tokenizer_3")
+        parts |= {part: None for part in optional if part not in present}
+        pipeline = StableDiffusion3Pipeline.from_pretrained(source, **parts, **options)
+        self._check_scheduler(pipeline.scheduler)
+        return pipeline
+
+    @staticmethod
+    def _parts(source: str) -> set[str]:
+        """The parts that the pipeline has: one of its text encoders may have been left out."""
+        from diffusers import StableDiffusion3Pipeline
+
+        index = StableDiffusion3Pipeline.load_config(source)
+        return {part for part, kind in index.items() if isinstance(kind, (list, tuple)) and all(kind)}
+
+    @staticmethod
+    def _check_scheduler(scheduler: Any) -> None:
+        """Refuse one whose steps are others than Euler's between the noise levels that it sets."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
+            raise ValueError(f"expected the scheduler FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}")
+        if scheduler.config.get("stochastic_sampling"):
+            raise ValueError("expected a scheduler without stochastic_sampling, which draws noise of its own")
 
     def shapes(self, source: str) -> Shapes:
         from diffusers import AutoencoderKL
@@ -129,11 +157,12 @@ class StableDiffusion3:
         if source in self.published and not Path(source).is_dir():
             known = self.published[source]
             return {part: classes[part](**shape) if part in classes else shape for part, shape in known.items()}
-        found = {
+        found: dict[str, Any] = {
             "transformer": self.model_class.load_config(source, subfolder="transformer"),
             "vae": AutoencoderKL.load_config(source, subfolder="vae"),
         }
-        return found | {part: kind.from_pretrained(source, subfolder=part) for part, kind in classes.items()}
+        present = self._parts(source)
+        return found | {part: read_config(kind, source, part) for part, kind in classes.items() if part in present}
 
     def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
         from diffusers import AutoencoderKL
@@ -143,11 +172,8 @@ class StableDiffusion3:
     def build_encoders(self, shapes: Shapes) -> list[Any]:
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-        return [
-            CLIPTextModelWithProjection(shapes["text_encoder"]),
-            CLIPTextModelWithProjection(shapes["text_encoder_2"]),
-            T5EncoderModel(shapes["text_encoder_3"]),
-        ]
+        kinds = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
+        return [kind(shapes[part]) for part, kind in zip(self.encoder_parts, kinds, strict=True) if part in shapes]
 
     def random_pipeline(self, shapes: Shapes, tokenizer: Path) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
@@ -164,8 +190,7 @@ class StableDiffusion3:
                 return hidden, hidden, pooled, pooled
 
         transformer, vae = self.build_models(shapes)
-        positions = shapes["text_encoder"].max_position_embeddings
-        clip = AutoTokenizer.from_pretrained(str(tokenizer), model_max_length=positions)
+        clip = AutoTokenizer.from_pretrained(str(tokenizer), model_max_length=self._clip_positions(shapes))
         return RandomPipeline(
             transformer=transformer,
             vae=vae,
@@ -200,7 +225,13 @@ class StableDiffusion3:
         return height // shape.patch_size, width // shape.patch_size
 
     def num_text_tokens(self, config: Model, shapes: Shapes) -> int:
-        return int(shapes["text_encoder"].max_position_embeddings) + config.max_sequence_length
+        return self._clip_positions(shapes) + config.max_sequence_length
+
+    @staticmethod
+    def _clip_positions(shapes: Shapes) -> int:
+        found = (shapes[part].max_position_embeddings for part in ("text_encoder", "text_encoder_2") if part in shapes)
+        # Without either the pipeline leaves as many positions empty.
+        return int(next(found, 77))
 
     def blocks(self, model: Any) -> Sequence[Any]:
         blocks: Sequence[Any] = model.transformer_blocks
