@@ -19,16 +19,16 @@ from bench.static_gpu import LIMITS, MEASURED, OPERATORS, KernelReport, calls, c
 from star_kernels.attention.triton_kernels import CONFIGURATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-OLDEST_TRITON = Path(sys.prefix) / "triton-3.6"  # where `make test` puts it
+OLDEST_TRITON = Path(sys.prefix) / "triton-3.6"  # where `make test-all` puts it
 pytestmark = pytest.mark.long
 Kernel = dict[str, Any]
 
-# Which calls are compiled under the oldest Triton, as compiling all takes minutes: attention at the head dimension of
-# Stable Diffusion 3.5, and for Hopper and AMD every other kernel once, in the variant with the most code; the other
-# NVIDIA architectures have Hopper's compiler. With that folder in PYTHONPATH, ``python -m bench.static_gpu`` compiles
-# all.
+# Which calls are compiled under the oldest Triton, and for Hopper by `make test`, as compiling all takes minutes:
+# attention at the head dimension of Stable Diffusion 3.5, and for Hopper and AMD every other kernel once, in the
+# variant with the most code; the other NVIDIA architectures have Hopper's compiler. With that folder in PYTHONPATH,
+# ``python -m bench.static_gpu`` compiles all.
 _EVERY_KERNEL = "^(?!.*(float32| float16|head dim (32|128)|channels last|^mean$|position, bf16))"
-UNDER_OLDEST = {
+REPRESENTATIVE = {
     "sm_80": "forward, bfloat16, head dim 64",
     "sm_90": _EVERY_KERNEL,
     "sm_100": "forward, bfloat16, head dim 64",
@@ -49,7 +49,7 @@ def python(*arguments: str, cache: Path, first: Path | None = None) -> subproces
     )
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.exhaustive)])
 def test_the_report_sees_spills_and_loops(architecture: str, triton_cache: Path) -> None:
     run = python("tests/known_kernels.py", architecture, cache=triton_cache)
     assert run.returncode == 0, run.stderr
@@ -87,6 +87,7 @@ def test_every_row_of_the_attention_table_is_compiled_for_every_use(architecture
     assert tiles.keys() == {f"forward, float16, head dim 64, {use}" for use in ("no capture", "8 units")}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", LIMITS)
 def test_the_kernels_are_what_their_tables_promise(architecture: str, tmp_path: Path, triton_cache: Path) -> None:
     wanted = to_compile(architecture)
@@ -111,13 +112,27 @@ def test_a_row_that_is_not_hoppers_is_compiled(architecture: str, monkeypatch: p
     }
 
 
-@pytest.mark.skipif(not OLDEST_TRITON.exists(), reason=f"{OLDEST_TRITON} is not there; make test installs it")
-@pytest.mark.parametrize("architecture", LIMITS)
-def test_the_kernels_are_the_same_under_the_oldest_triton(
-    architecture: str, tmp_path: Path, triton_cache: Path
+under_the_oldest_triton = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(not OLDEST_TRITON.exists(), reason=f"{OLDEST_TRITON} is not there; make test-all installs it"),
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "triton"),
+    [
+        pytest.param("sm_90", None, id="sm_90"),
+        *(
+            pytest.param(name, OLDEST_TRITON, id=f"{name}-oldest-triton", marks=under_the_oldest_triton)
+            for name in LIMITS
+        ),
+    ],
+)
+def test_every_kernel_is_what_its_table_promises(
+    architecture: str, triton: Path | None, tmp_path: Path, triton_cache: Path
 ) -> None:
-    names = UNDER_OLDEST[architecture]
-    reports = compile_all(architecture, tmp_path / "report.json", triton_cache, names, OLDEST_TRITON)
+    names = REPRESENTATIVE[architecture]
+    reports = compile_all(architecture, tmp_path / "report.json", triton_cache, names, triton)
     compiled = {report.kernel for report in reports}
     if architecture in ("sm_90", "gfx942"):
         assert compiled == {call.kernel.__name__ for _, call in calls(OPERATORS, architecture)}

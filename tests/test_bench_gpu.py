@@ -28,6 +28,7 @@ def report(tmp_path: Path) -> Report:
     return Report("made up", tmp_path / "part.json", torch.device("cpu"), toy=True, backend="auto", deadline=deadline)
 
 
+@pytest.mark.exhaustive
 def test_every_section_runs_and_every_check_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, content = run(tmp_path, "--in-process", backend="triton")
     shown = capsys.readouterr().out
@@ -45,6 +46,7 @@ def test_every_section_runs_and_every_check_holds(tmp_path: Path, capsys: pytest
     assert "time / baseline" in shown
 
 
+@pytest.mark.exhaustive
 def test_a_section_in_a_process_of_its_own_hands_its_findings_over(tmp_path: Path) -> None:
     code, content = run(tmp_path, "--sections", "attention correctness")
     assert code == 0

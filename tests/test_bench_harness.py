@@ -262,6 +262,7 @@ def test_baselines_on_latents_compute_what_they_stand_for(options: dict[str, Any
         torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.exhaustive
 def test_pytest_bench_measures_a_group_and_tells_pytest_benchmark(tmp_path: Path) -> None:
     results, theirs = tmp_path / "results.json", tmp_path / "benchmark.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/test_allocation_cost.py"]

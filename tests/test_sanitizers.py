@@ -17,6 +17,7 @@ OPERATORS = Path(__file__).parent / "sanitized_operators.py"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
 # Python brings -fwrapv, under which no signed overflow is an error and the AVX-512 tiles take minutes to compile.
 FLAGS = [*SANITIZERS, "-fno-wrapv", "-fno-omit-frame-pointer", "-g1", "-O1"]
+pytestmark = pytest.mark.exhaustive
 
 FAULTS = {
     "heap-buffer-overflow": """

@@ -226,6 +226,7 @@ def test_a_model_compiles_without_a_graph_break(dynamic: bool) -> None:
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_a_captured_layer_compiles_with_inductor() -> None:
     torch._dynamo.reset()
     tensors = leaves()

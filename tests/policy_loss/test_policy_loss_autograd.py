@@ -255,7 +255,7 @@ class Denoiser(torch.nn.Module):
         )
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 def test_a_model_that_trains_through_the_loss_compiles_without_a_graph_break(compiler: str) -> None:
     torch.manual_seed(0)
     model = Denoiser()

@@ -171,7 +171,7 @@ def test_what_is_not_finite_is_counted_and_adds_nothing(granularity: str) -> Non
 
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
-@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("with_reference", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 @pytest.mark.parametrize(("name", "bad"), SPOILED_COEFFICIENTS)
 def test_a_spoiled_coefficient_leaves_out_its_sample(
     granularity: str, with_reference: bool, name: str, bad: float

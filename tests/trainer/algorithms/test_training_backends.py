@@ -61,6 +61,7 @@ def agree(one: dict[str, list[float]], other: dict[str, list[float]]) -> dict[st
     return {name: one[name] == pytest.approx(other[name], **limits) for name, limits in TOLERANCES.items()}
 
 
+@pytest.mark.exhaustive
 def test_ten_updates_on_the_reference_and_on_the_kernels_differ_by_rounding(tmp_path: Path) -> None:
     fused = "triton" if torch.cuda.is_available() else "cpu"
     reference = curves(tmp_path / "reference", "backend=reference")

@@ -98,6 +98,7 @@ def two(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     return made_once("two_processes", run_with_torchrun)
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
     run_one(tmp_path)
     one, other = trained(tmp_path), trained(two)
@@ -117,6 +118,7 @@ def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
     assert not torch.equal(*states), "every process has random numbers of its own"
 
 
+@pytest.mark.exhaustive
 def test_rewards_are_back_propagated_as_in_one_process(tmp_path: Path) -> None:
     # Each update has one sample: one of the two processes has none.
     overrides = ["method=r0_plus", "rollout.samples=1", "rollout.prompts=2", "train.kl_weight=0", "train.iterations=2"]
@@ -146,6 +148,7 @@ def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_a
     assert records(tmp_path / "two")[1]["reward/groups_without_spread"] == 0.75
 
 
+@pytest.mark.exhaustive
 def test_a_sharded_transformer_in_bfloat16_sees_the_exact_timestep(tmp_path: Path) -> None:
     codes, printed = run_forked(sharded_velocity.main, [str(tmp_path)], processes=2)
     assert codes == [0, 0], printed
@@ -154,6 +157,7 @@ def test_a_sharded_transformer_in_bfloat16_sees_the_exact_timestep(tmp_path: Pat
         assert float(line[1]) == 0.0 < float(line[-1])
 
 
+@pytest.mark.exhaustive
 def test_a_fully_trained_sharded_transformer_is_exported_whole(tmp_path: Path) -> None:
     from diffusers import SD3Transformer2DModel
 
@@ -165,6 +169,7 @@ def test_a_fully_trained_sharded_transformer_is_exported_whole(tmp_path: Path) -
     assert all(torch.equal(exported[key], averages[key]) for key in averages)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint_sharded_as_copied(
     two: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +189,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint_sharded
     assert all(torch.allclose(adapters[0][key], adapters[1][key], atol=1e-6) for key in adapters[0])
 
 
+@pytest.mark.exhaustive
 def test_a_reward_that_fails_in_one_process_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
     failing = ["reward.terms={'reward_for_tests:fails_in_the_last_process': 1.0}"]
     codes, printed = run_forked(cli.main, ["tiny", f"run.folder={tmp_path}", *SMALL, *failing], processes=2)

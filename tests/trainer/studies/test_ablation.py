@@ -123,6 +123,7 @@ def test_stopping_leaves_no_process_behind(
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+@pytest.mark.exhaustive
 def test_the_command_trains_and_compares_for_real(tmp_path: Path) -> None:
     assert main(["tiny", *SMALL, "--methods", "star,uniform", "--seeds", "1", "--folder", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "ablation.json").read_text())

@@ -42,6 +42,7 @@ def test_all_weights_are_safetensors_of_at_most_8_mb() -> None:
     assert sum(path.stat().st_size for path in files) <= 8_000_000
 
 
+@pytest.mark.exhaustive
 def test_the_base_reward_is_what_the_log_says_and_leaves_room(pipeline) -> None:
     log = [json.loads(line) for line in (TINY_PIPELINE.parent / "build_log.jsonl").read_text().splitlines()]
     guidance_scale = load_config("tiny").rollout.guidance_scale
