@@ -10,26 +10,32 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
-# Byte code is made on first use: doing it for every module of every package takes longer than the download.
+# Byte code is made on first use: doing it for every module of every package takes longer than the download. Where the
+# environment forbids it, every process would compile PyTorch's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 --dist worksteal tests
 TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
 # The oldest Triton that the kernels must compile under, in a folder that only their tests look into.
 OLDEST_TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test test-all bench lint clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "PYTHON=python3.12 chooses the interpreter for a new $(VENV). PyTorch comes from where pip looks, on Linux with CUDA;"
 	@echo "PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU builds before the first run gets the smaller one."
 
 demo: $(VENV)/.built ## Post-train a small Stable Diffusion 3 pipeline with STAR and show what it gained
 	$(BIN)/star-train tiny $(DEMO_ARGS)
 
-test: $(VENV)/.built-dev $(VENV)/.installed-triton-3.6 ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 --dist worksteal tests
+test: $(VENV)/.built-dev ## Run the tests but the exhaustive ones
+	$(PYTEST) -m "not exhaustive"
+
+test-all: $(VENV)/.built-dev $(VENV)/.installed-triton-3.6 ## Run all tests
+	$(PYTEST)
 
 bench: $(VENV)/.built-dev ## Measure the operators, a rollout and an update against their unfused baselines
 	$(BIN)/python -m pytest -q bench --benchmark-quiet $(BENCH_ARGS)
