@@ -273,7 +273,7 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     clip = str(save_clip(tmp_path_factory.mktemp("clip")))
     detector = str(save_detector(tmp_path_factory.mktemp("detector")))
     models = {"clip": clip, "pickscore": clip, "pickscore_processor": clip, "detector": detector}
-    names = ("scene_graded", "geneval_graded", "ocr", "clip_score", "pickscore")
+    names = ("scene_graded", "geneval_graded", "geneval_flow_grpo", "ocr", "clip_score", "pickscore")
     return {name: load_reward(Reward(terms={name: 1.0}, models=models)) for name in names}
 
 

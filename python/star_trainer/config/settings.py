@@ -136,9 +136,12 @@ class Reward(Section):
 
     terms: dict[str, float] = Field(
         {"scene_graded": 1.0},
-        description="weight by name (scene_graded, scene_strict, geneval_graded, geneval_strict, ocr, pickscore, "
-        "clip_score, remote), or by module:function for one's own",
+        description="weight by name (scene_graded, scene_strict, geneval_flow_grpo, geneval_graded, geneval_strict, "
+        "ocr, pickscore, clip_score, remote), or by module:function for one's own",
         min_length=1,
+    )
+    extra_objects: Literal["punished", "ignored"] = Field(
+        "punished", description="whether more objects than asked for cost geneval_graded something"
     )
     models: RewardModels = RewardModels()
     remote: RemoteReward = RemoteReward()

@@ -6,7 +6,7 @@ MMDetection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn import functional
 from star_trainer.config import ConfigError
 from star_trainer.prompts import Prompt
 from star_trainer.rewards.clip import ClipModel
-from star_trainer.worlds.requirements import DetectedObject, Verdict, judge
+from star_trainer.worlds.requirements import DetectedObject
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MOST_OBJECTS = 16  # of one class
@@ -28,22 +28,20 @@ _NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "compute
 
 
 class GenEvalReward:
-    """Whether (strict) or how far (graded) images meet the requirements in their prompts' metadata.
+    """A score of what is detected in images and of the requirements in their prompts' metadata.
 
-    Called with images [B, H, W, 3] uint8 and their prompts; returns [B] float64 in [0, 1].
+    Called with images [B, H, W, 3] uint8 and their prompts; returns [B] float64.
     """
 
-    def __init__(self, detector: Detector, *, strict: bool) -> None:
+    def __init__(
+        self, detector: Detector, score: Callable[[Sequence[DetectedObject], Mapping[str, Any]], float]
+    ) -> None:
         self.detector = detector
-        self.strict = strict
+        self.score = score
 
     def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
-        verdicts = [self.verdict(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        return np.array([verdict.strict if self.strict else verdict.graded for verdict in verdicts])
-
-    def verdict(self, image: np.ndarray, prompt: Prompt) -> Verdict:
-        """What GenEval says of an image [H, W, 3] uint8."""
-        return judge(self.detector(image, prompt.metadata), prompt.metadata)
+        pairs = zip(images, prompts, strict=True)
+        return np.array([self.score(self.detector(image, prompt.metadata), prompt.metadata) for image, prompt in pairs])
 
 
 class Detector:

@@ -22,7 +22,7 @@ from star_trainer.prompts import Prompt
 from star_trainer.prompts.units.rules import quoted_texts
 from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.scenes import scene_graded, scene_strict
-from star_trainer.worlds.requirements import check_requirements
+from star_trainer.worlds.requirements import check_requirements, flow_grpo_score, judge
 
 if TYPE_CHECKING:
     from star_trainer.rewards.clip import ClipModel, ClipReward
@@ -41,6 +41,7 @@ class _Models:
     def __init__(self, config: Reward) -> None:
         self.names = config.models
         self.server = config.remote
+        self.punish_extras = config.extra_objects == "punished"
 
     @cached_property
     def clip(self) -> ClipModel:
@@ -54,10 +55,13 @@ class _Models:
 
         return Detector(self.names.detector, self.clip)
 
-    def geneval(self, *, strict: bool) -> RewardFunction:
+    def geneval(self, score: Callable[..., float]) -> RewardFunction:
         from star_trainer.rewards.geneval import GenEvalReward
 
-        return GenEvalReward(self.detector, strict=strict)
+        return GenEvalReward(self.detector, score)
+
+    def geneval_graded(self) -> RewardFunction:
+        return self.geneval(lambda found, metadata: judge(found, metadata, punish_extras=self.punish_extras).graded)
 
     def clip_score(self) -> ClipReward:
         from star_trainer.rewards.clip import ClipReward
@@ -84,8 +88,9 @@ class _Models:
 _BY_NAME: dict[str, Callable[[_Models], RewardFunction]] = {
     "scene_strict": lambda models: scene_strict,
     "scene_graded": lambda models: scene_graded,
-    "geneval_strict": lambda models: models.geneval(strict=True),
-    "geneval_graded": lambda models: models.geneval(strict=False),
+    "geneval_flow_grpo": lambda models: models.geneval(flow_grpo_score),
+    "geneval_graded": _Models.geneval_graded,
+    "geneval_strict": lambda models: models.geneval(lambda found, metadata: judge(found, metadata).strict),
     "ocr": _Models.ocr,
     "pickscore": _Models.pickscore,
     "clip_score": _Models.clip_score,
@@ -94,7 +99,7 @@ _BY_NAME: dict[str, Callable[[_Models], RewardFunction]] = {
 
 
 # What judges requirements, and so can tell nothing of a prompt without any.
-_OF_REQUIREMENTS = ("scene_strict", "scene_graded", "geneval_strict", "geneval_graded")
+_OF_REQUIREMENTS = ("scene_strict", "scene_graded", "geneval_flow_grpo", "geneval_graded", "geneval_strict")
 
 
 def load_reward(config: Reward) -> RewardFunction:
@@ -188,6 +193,8 @@ def unsuitable(name: str, prompt: Prompt) -> str | None:
             check_requirements(prompt.metadata)
         except ValueError as error:
             return f"the prompt {shown} has no usable requirements in its metadata: {error}"
+        if name == "geneval_flow_grpo" and not prompt.metadata.get("include"):
+            return f"expected 'include' in the metadata, 'exclude' alone is not scored, got none for {shown}"
     if name == "ocr" and not quoted_texts(prompt.text):
         return f"expected a prompt with a quoted text to render, got {shown}"
     return None

@@ -2,7 +2,8 @@
 
 The rules are those of GenEval (Ghosh et al. 2023, arXiv 2310.11513): enough objects of each class, the
 required colour on enough of them, every pair in the required relation, and not too many where a number
-is asked for. Detections come from outside, so that the same logic serves every detector.
+is asked for. Detections come from outside, so that the same logic serves every detector. What Flow-GRPO
+trains on is another score of the same detections.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class DetectedObject:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`strict` is 1.0 when every requirement is met, else 0.0; `graded` is the fraction that is met."""
+    """`strict` is 1.0 when every requirement is met, else 0.0; `graded` is the fraction that is met.
+
+    Where extra objects are punished `graded` can be below 1 for an image that meets everything.
+    """
 
     strict: float
     graded: float
@@ -81,17 +85,58 @@ def _check_position(position: Any, index: int) -> None:
     raise ValueError(f"expected a position like ['left of', 0] to an object further up, got {reprlib.repr(position)}")
 
 
-def judge(detections: Sequence[DetectedObject], metadata: Mapping[str, Any]) -> Verdict:
+def _by_class(detections: Sequence[DetectedObject]) -> dict[str, list[DetectedObject]]:
+    """The detections of each class, the most confident first."""
+    by_class: dict[str, list[DetectedObject]] = {}
+    for item in sorted(detections, key=lambda item: -item.score):
+        by_class.setdefault(item.name, []).append(item)
+    return by_class
+
+
+def flow_grpo_score(detections: Sequence[DetectedObject], metadata: Mapping[str, Any]) -> float:
+    """What Flow-GRPO's reward server gives an image in training (see docs/training.md): at most 1, below 0 with many
+    extras.
+
+    Every entry of `include` scores its count, 1 − |wanted − found|/wanted. Its colour, scored alike over the objects
+    found, and its position are looked at only where exactly as many as wanted were found, and the position only where
+    the colour is right; without the count both together score one 0. A wrong position is a 0 and a 1, both averaged
+    in; one whose target did not match is a 0. The result is the mean of all these; `exclude` is not read.
+    """
+    by_class = _by_class(detections)
+    scores: list[float] = []
+    groups: list[list[DetectedObject] | None] = []
+    for requirement in metadata.get("include", ()):
+        count, found = requirement["count"], by_class.get(requirement["class"], [])
+        scores.append(1.0 - abs(count - len(found)) / count)
+        matched = len(found) == count
+        if not matched and ("color" in requirement or "position" in requirement):
+            scores.append(0.0)
+        if matched and "color" in requirement:
+            coloured = sum(item.colour == requirement["color"] for item in found)
+            scores.append(1.0 - abs(count - coloured) / count)
+            matched = coloured == count
+        if matched and "position" in requirement:
+            relation, target = requirement["position"]
+            others = groups[target]
+            matched = others is not None and all(relation in relative_positions(a, b) for a in found for b in others)
+            if not matched:
+                scores.append(0.0)
+            if others is not None:
+                scores.append(1.0)
+        groups.append(found if matched else None)
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def judge(detections: Sequence[DetectedObject], metadata: Mapping[str, Any], *, punish_extras: bool = False) -> Verdict:
     """Compare detections with a prompt's `include` and `exclude` requirements.
 
     Of each class the most confident detections are taken, as many as are required. Graded credit: a
     requirement is split into its parts (count, colour, position, not too many), each worth the same; a
-    count that is not reached is credited with the share that was found.
+    count that is not reached is credited with the share that was found. With `punish_extras` every object
+    beyond the count takes as much from that credit as one that is missing, down to 0; the strict verdict,
+    GenEval's, stays.
     """
-    by_class: dict[str, list[DetectedObject]] = {}
-    for item in sorted(detections, key=lambda item: -item.score):
-        by_class.setdefault(item.name, []).append(item)
-
+    by_class = _by_class(detections)
     credits: list[float] = []
     unmet: list[str] = []
     groups: list[list[DetectedObject] | None] = []
@@ -103,9 +148,12 @@ def judge(detections: Sequence[DetectedObject], metadata: Mapping[str, Any]) -> 
 
     for requirement in metadata.get("include", ()):
         name, count = requirement["class"], requirement["count"]
-        found = by_class.get(name, [])[:count]
+        everything = by_class.get(name, [])
+        found = everything[:count]
         matched = len(found) == count
         score(matched, len(found) / count, f"expected {name}>={count}, found {len(found)}")
+        if punish_extras and matched:
+            credits[-1] = max(0.0, 1.0 - (len(everything) - count) / count)
         if "color" in requirement:
             coloured = sum(item.colour == requirement["color"] for item in found)
             right = matched and coloured == count

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from star_trainer.config import ConfigError
+from star_trainer.config import ConfigError, Reward
 from star_trainer.prompts import Prompt
-from star_trainer.rewards.geneval import COLOURS, Detector, GenEvalReward, box_of, masked_crop
-from star_trainer.worlds.requirements import DetectedObject, judge
+from star_trainer.rewards.geneval import COLOURS, Detector, box_of, masked_crop
+from star_trainer.rewards.terms import load_terms
+from star_trainer.worlds.requirements import DetectedObject, flow_grpo_score, judge
 
 from tests.tiny_models import DATA
 from tests.tiny_reward_models import save_detector
@@ -111,13 +113,26 @@ def test_colours_are_those_of_the_object_and_not_of_what_is_around_it(given) -> 
     assert found["tv"].colour is None
 
 
-@pytest.mark.parametrize(("asked", "strict", "graded"), [("blue", 1.0, 1.0), ("red", 0.0, 0.5)])
-def test_the_reward_is_the_verdict_on_what_was_seen(given, asked: str, strict: float, graded: float) -> None:
-    detector = given(("cat", 0.9, mask(10, 10, 30, 30)))
+@pytest.mark.parametrize(
+    ("cats", "asked", "values"),
+    [
+        (1, "blue", {"strict": 1.0, "graded": 1.0, "graded, extras ignored": 1.0, "flow_grpo": 1.0}),
+        (1, "red", {"strict": 0.0, "graded": 0.5, "graded, extras ignored": 0.5, "flow_grpo": 0.5}),
+        (3, "blue", {"strict": 1.0, "graded": 0.5, "graded, extras ignored": 1.0, "flow_grpo": -0.5}),
+    ],
+)
+def test_each_reward_is_its_score_of_what_was_seen(
+    given, monkeypatch: pytest.MonkeyPatch, cats: int, asked: str, values: dict[str, float]
+) -> None:
+    detector = given(*[("cat", 0.9, mask(10, 10, 30, 30))] * cats)
+    monkeypatch.setattr("star_trainer.rewards.terms._Models.detector", detector)
     metadata = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": asked}]}
     images, prompts = picture(blue=(10, 10, 30, 30))[None].repeat(2, 0), [Prompt("x", metadata)] * 2
-    assert GenEvalReward(detector, strict=True)(images, prompts).tolist() == [strict] * 2
-    assert GenEvalReward(detector, strict=False)(images, prompts).tolist() == [graded] * 2
+    for name, value in values.items():
+        term, _, ignored = name.partition(", ")
+        config = Reward(terms={f"geneval_{term}": 1.0}, extra_objects="ignored" if ignored else "punished")
+        (reward,) = load_terms(config).values()
+        assert reward(images, prompts).tolist() == [value] * 2, name
 
 
 def test_boxes_and_crops_of_masks() -> None:
@@ -159,6 +174,37 @@ def published_decision(found: list[DetectedObject], metadata: dict[str, Any]) ->
     return correct
 
 
+def published_training_score(found: list[DetectedObject], metadata: dict[str, Any]) -> float:
+    """What Flow-GRPO's reward server gives in training, said once more and without the library."""
+    parts: list[Fraction] = []
+    whole: list[bool] = []
+
+    def exactness(wanted: int, number: int) -> bool:
+        parts.append(1 - abs(Fraction(number - wanted, wanted)))
+        return number == wanted
+
+    for entry in metadata["include"]:
+        same = [item for item in found if item.name == entry["class"]]
+        if not exactness(entry["count"], len(same)):
+            parts += [Fraction(0)] * bool({"color", "position"} & set(entry))
+            whole.append(False)
+            continue
+        good = True
+        if "color" in entry:
+            good = exactness(entry["count"], [item.colour for item in same].count(entry["color"]))
+        if good and "position" in entry:
+            relation, target = entry["position"]
+            good = whole[target]
+            if good:
+                name = metadata["include"][target]["class"]
+                pairs = [(item, other) for item in same for other in found if other.name == name]
+                good = all(relation in published_relations(*pair) for pair in pairs)
+                parts.append(Fraction(1))
+            parts += [Fraction(0)] * (not good)
+        whole.append(good)
+    return float(sum(parts) / len(parts))
+
+
 def published_relations(a: DetectedObject, b: DetectedObject) -> set[str]:
     width = (a.box[2] - a.box[0]) + (b.box[2] - b.box[0])
     height = (a.box[3] - a.box[1]) + (b.box[3] - b.box[1])
@@ -197,7 +243,8 @@ def random_detections(generator: np.random.Generator, metadata: dict[str, Any]) 
     return [found[i] for i in generator.permutation(len(found))]
 
 
-def test_decisions_agree_with_genevals_published_evaluation() -> None:
+def test_decisions_and_training_scores_agree_with_the_published_ones() -> None:
+    # The 2,212 prompts that Flow-GRPO tests on are these 553, four times each.
     path = DATA / "geneval_metadata.jsonl"
     if not path.is_file():
         pytest.skip(f"{path.name} is not here")
@@ -205,11 +252,16 @@ def test_decisions_agree_with_genevals_published_evaluation() -> None:
     assert len(prompts) == 553
     generator = np.random.default_rng(0)
     decisions: dict[str, list[bool]] = {}
+    scores: dict[str, set[float]] = {}
     for metadata in prompts:
         for _ in range(20):
             found = random_detections(generator, metadata)
             expected = published_decision(found, metadata)
             assert judge(found, metadata).strict == float(expected), (metadata, found)
+            score = published_training_score(found, metadata)
+            assert flow_grpo_score(found, metadata) == pytest.approx(score, abs=1e-12), (metadata, found)
+            scores.setdefault(metadata["tag"], set()).add(round(score, 9))
             decisions.setdefault(metadata["tag"], []).append(expected)
     # Both decisions were met often, for every kind of prompt.
     assert all(0.05 < np.mean(made) < 0.95 for made in decisions.values())
+    assert all(len(seen) > 5 for seen in scores.values())

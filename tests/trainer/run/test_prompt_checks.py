@@ -34,7 +34,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "build_state", fail)
 
 
-@pytest.mark.parametrize("term", ["scene_strict", "scene_graded", "geneval_strict", "geneval_graded"])
+@pytest.mark.parametrize("term", ["scene_strict", "geneval_strict", "geneval_flow_grpo"])
 @pytest.mark.parametrize("where", ["source", "held_out"])
 def test_prompts_without_requirements_are_refused_for_rewards_of_requirements(
     term: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -44,6 +44,14 @@ def test_prompts_without_requirements_are_refused_for_rewards_of_requirements(
     assert main(arguments(*files, f"reward.terms={{{term}: 1.0}}")) == 2
     error = capsys.readouterr().err
     assert f"prompts.{where}: {bad}: 2 of 3 prompts do not suit the reward {term}: the prompt 'a cat'" in error
+
+
+def test_what_must_not_be_there_alone_is_nothing_for_flow_grpos_reward(tmp_path: Path) -> None:
+    only = {"prompt": "no dog", "exclude": BENCH["include"], "units": ["dog"]}
+    file = write(tmp_path / "prompts.jsonl", only, only)
+    check_prompts(load_config("tiny", arguments(file, file, "reward.terms={geneval_graded: 1.0}")[1:]))
+    with pytest.raises(ConfigError, match=r"2 of 2 prompts.*geneval_flow_grpo: .*'exclude' alone is not scored"):
+        check_prompts(load_config("tiny", arguments(file, file, "reward.terms={geneval_flow_grpo: 1.0}")[1:]))
 
 
 def test_prompts_without_quoted_text_are_refused_for_ocr(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from star_trainer.worlds.requirements import DetectedObject, Verdict, judge, relative_positions
+from star_trainer.worlds.requirements import DetectedObject, Verdict, flow_grpo_score, judge, relative_positions
 
 GENEVAL = Path(__file__).parents[4] / "shared" / "data" / "geneval_metadata.jsonl"
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -176,6 +176,89 @@ def test_large_boxes_need_more_distance() -> None:
     offset = (37.0, 32.0)
     assert relative_positions(seen("a", at=offset), seen("b")) == {"right of"}
     assert relative_positions(seen("a", at=offset, size=40.0), seen("b", size=40.0)) == set()
+
+
+@pytest.mark.parametrize(("found", "graded"), [(0, 0.0), (1, 0.5), (2, 1.0), (3, 0.5), (4, 0.0), (7, 0.0)])
+def test_extra_objects_cost_credit_where_they_are_punished(found: int, graded: float) -> None:
+    objects, metadata = [seen("cat", "red")] * found, {"include": [needs("cat", 2)]}
+    assert judge(objects, metadata, punish_extras=True).graded == graded
+    # Only the grade: what GenEval decides, and what is credited for the colour, stay.
+    assert judge(objects, metadata, punish_extras=True).strict == judge(objects, metadata).strict
+    coloured = {"include": [needs("cat", 2, color="red")]}
+    assert judge(objects, coloured, punish_extras=True).graded == (graded + min(found, 2) / 2) / 2
+
+
+BOWL, GLASS = [needs("bowl")], [needs("wine glass", 2)]
+CLOCKS, RED_CAR = [needs("clock", 4)], [needs("car", color="red")]
+THREE_RED_CARS = [needs("car", 3, color="red")]
+PAIR = [needs("bench"), needs("dog")]
+TWO_COLOURS = [needs("car", color="red"), needs("dog", color="blue")]
+LEFT = [needs("dog"), needs("cat", position=["left of", 0])]
+RED_LEFT = [needs("dog"), needs("cat", color="red", position=["left of", 0])]
+LEFT_OF_RED = [needs("dog", color="red"), needs("cat", position=["left of", 0])]
+CHAIN = [*LEFT, needs("cow", position=["left of", 1])]
+THERE, FAR_LEFT, RIGHT = (60.0, 32.0), (20.0, 32.0), (90.0, 32.0)
+DOG, CAT, WRONG_CAT = seen("dog", at=THERE), seen("cat", at=FAR_LEFT), seen("cat", at=RIGHT)
+
+
+@pytest.mark.parametrize(
+    ("include", "found", "value"),
+    [
+        # One part each: the count, 1 - |wanted - found| / wanted.
+        (BOWL, [], 0.0),
+        (BOWL, [seen("bowl")], 1.0),
+        (BOWL, [seen("cup")], 0.0),
+        (BOWL, [seen("bowl"), seen("cup")], 1.0),
+        (BOWL, [seen("bowl")] * 2, 0.0),
+        (BOWL, [seen("bowl")] * 3, -1.0),
+        (BOWL, [seen("bowl")] * 16, -14.0),
+        (GLASS, [], 0.0),
+        (GLASS, [seen("wine glass")], 0.5),
+        (GLASS, [seen("wine glass")] * 2, 1.0),
+        (GLASS, [seen("wine glass")] * 3, 0.5),
+        (GLASS, [seen("wine glass")] * 4, 0.0),
+        (CLOCKS, [seen("clock")] * 3, 0.75),
+        (CLOCKS, [seen("clock")] * 6, 0.5),
+        (PAIR, [seen("bench")], 0.5),
+        (PAIR, [seen("bench"), seen("dog"), seen("dog")], 0.5),
+        (PAIR, [seen("bench")] * 3 + [seen("dog")], 0.0),
+        # Count and colour: without the count the colour is worth 0, whatever it is.
+        (RED_CAR, [], 0.0),
+        (RED_CAR, [seen("car", "red")], 1.0),
+        (RED_CAR, [seen("car", "blue")], 0.5),
+        (RED_CAR, [seen("car", "red")] * 2, 0.0),
+        (RED_CAR, [seen("car", "red")] * 3, -0.5),
+        (THREE_RED_CARS, [seen("car", "red")] * 3, 1.0),
+        (THREE_RED_CARS, [seen("car", "red")] * 2 + [seen("car", "blue")], 5 / 6),
+        (THREE_RED_CARS, [seen("car", "red")] * 2, 1 / 3),
+        (TWO_COLOURS, [seen("car", "red"), seen("dog", "blue")], 1.0),
+        (TWO_COLOURS, [seen("car", "blue"), seen("dog", "red")], 0.5),
+        (TWO_COLOURS, [seen("car", "red")], 0.5),
+        # Positions: three parts where right, four where wrong, a 0 and a 1 among them.
+        (LEFT, [DOG, CAT], 1.0),
+        (LEFT, [DOG, WRONG_CAT], 3 / 4),
+        (LEFT, [DOG], 1 / 3),
+        (LEFT, [DOG, CAT, CAT], 1 / 3),
+        (LEFT, [CAT], 1 / 3),
+        (LEFT, [DOG, DOG, CAT], 1 / 3),
+        (LEFT, [], 0.0),
+        # Without its count, one 0 for both colour and position; in the wrong colour, no position.
+        (RED_LEFT, [DOG, seen("cat", "red", at=FAR_LEFT)], 1.0),
+        (RED_LEFT, [DOG, seen("cat", "red", at=RIGHT)], 4 / 5),
+        (RED_LEFT, [DOG, seen("cat", "blue", at=FAR_LEFT)], 2 / 3),
+        (RED_LEFT, [DOG], 1 / 3),
+        # A target in the wrong colour is none.
+        (LEFT_OF_RED, [seen("dog", "blue", at=THERE), CAT], 2 / 4),
+        (CHAIN, [seen("dog", at=RIGHT), seen("cat", at=THERE), seen("cow", at=FAR_LEFT)], 1.0),
+        (CHAIN, [DOG, WRONG_CAT, seen("cow", at=FAR_LEFT)], 4 / 6),
+    ],
+)
+def test_flow_grpos_score_has_the_values_worked_out_by_hand(
+    include: list[dict[str, Any]], found: list[DetectedObject], value: float
+) -> None:
+    assert flow_grpo_score(found, {"include": include}) == pytest.approx(value)
+    # What must not be there is not looked at.
+    assert flow_grpo_score(found, {"include": include, "exclude": [needs("bowl")]}) == pytest.approx(value)
 
 
 def perfect(metadata: dict[str, Any]) -> list[DetectedObject]:
