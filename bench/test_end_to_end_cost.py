@@ -75,7 +75,7 @@ def roll_out(case: Case, method: str, backend: str) -> Trajectory:
         kind=section.sampler,
         generator=stream(0, "rollout"),
         eta=section.eta,
-        sde_steps=section.sde_steps,
+        noisy=range(section.noisy_steps),
         units=units,
         allocation=state.config.allocation,
         backend=backend,

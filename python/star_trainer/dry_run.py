@@ -117,8 +117,7 @@ def _batches(config: Config, samples: int) -> list[int]:
 def _policy_gradient_calls(config: Config, samples: int) -> dict[str, int]:
     guided = config.rollout.guidance_scale > 1.0
     batches = len(_batches(config, samples))
-    noisy = min(config.rollout.sde_steps or config.rollout.steps, config.rollout.steps)
-    trained_steps = max(1, round(config.train.step_fraction * noisy))
+    trained_steps = max(1, round(config.train.step_fraction * config.rollout.noisy_steps))
     # Guidance runs the unconditional half by itself, and the KL asks the model without adapters for each of the two.
     forward = (2 if guided else 1) * (2 if config.train.kl_weight > 0.0 else 1)
     if config.train.old_log_prob == "recompute":
@@ -244,10 +243,11 @@ def _memory(
     processes: int,
 ) -> Memory:
     itemsize = 4 if config.model.dtype == "float32" else 2
+    of_vae = 4 if config.model.dtype_of_vae == "float32" else 2
     copies = 2 if config.model.lora is None and config.needs_first_weights else 1
     held = 0 if config.model.lora is None else frozen["transformer"]
     shares = processes if config.model.sharded else 1
-    weights = itemsize * (held / shares + frozen["autoencoder"] + (copies - 1) * frozen["transformer"])
+    weights = itemsize * (held / shares + (copies - 1) * frozen["transformer"]) + of_vae * frozen["autoencoder"]
     # In float32 whatever the model's dtype: weight, gradient, two moments of AdamW and the moving average.
     trained = 4 * 5 * trainable / shares
     per_block = tokens * math.prod(family.attention_heads(shape)) * config.train.batch_size * itemsize
@@ -272,6 +272,6 @@ def _kept_numbers(config: Config, numbers: int, tokens: int, positions: int) -> 
     if config.trains_by_reward_gradient:
         # Latents and noise of each step, what it predicts, and gradients.
         return 4 * steps * numbers + (steps * tokens if config.uses_maps else 0)
-    log_probs = min(config.rollout.sde_steps or steps, steps) * positions
+    log_probs = config.rollout.noisy_steps * positions
     maps = steps * tokens if config.uses_maps or config.method == "oracle" else 0
     return (steps + 1) * numbers + log_probs + maps

@@ -25,14 +25,19 @@ class NonFiniteError(TrainerError, RuntimeError):
 class Trajectory:
     """One batch of denoising.
 
-    latents [T+1, B, C, H, W]; log_prob [S, B, H, W] of the first S steps, those with noise, or None; weights
-    [T, B, h, w], or None if attention was not recorded; coefficients of the T steps, one row each.
+    latents [T+1, B, C, H, W]; log_prob [S, B, H, W] of the S steps with noise, which follow each other, or None;
+    weights [T, B, h, w], or None if attention was not recorded; coefficients of the T steps, one row each.
     """
 
     latents: Tensor
     log_prob: Tensor | None
     weights: Tensor | None
     coefficients: list[sk.TransitionCoefficients]
+
+    @property
+    def first_noisy(self) -> int:
+        """The step whose log-prob is the first."""
+        return next(step for step, row in enumerate(self.coefficients) if row.stochastic)
 
     def to(self, device: str | torch.device) -> Trajectory:
         """The same with its tensors of the size of the batch on another device."""
@@ -55,7 +60,7 @@ def denoise(
     kind: str,
     generator: torch.Generator | list[torch.Generator],
     eta: float = 0.0,
-    sde_steps: int | None = None,
+    noisy: range | None = None,
     initial: Tensor | None = None,
     guidance_scale: float = 1.0,
     units: sk.TextUnits | None = None,
@@ -66,7 +71,7 @@ def denoise(
 
     With one generator per sample a sample does not depend on what else is in the batch, either.
 
-    The first `sde_steps` steps (by default all) are of `kind`, the others Euler's. `initial` [B, C, H, W] takes the
+    The steps in `noisy` (by default all) are of `kind`, the others Euler's. `initial` [B, C, H, W] takes the
     place of the noise that denoising starts from.
 
     With `units` the transformer's attention is recorded and each step gets its allocation map; where guidance takes a
@@ -92,7 +97,7 @@ def denoise(
             current = latents[-1]
             prediction = policy.predict(current, timesteps[step], conditioning, guidance)
             row = sk.transition_coefficients(
-                kind if sde_steps is None or step < sde_steps else "ode",
+                kind if noisy is None or step in noisy else "ode",
                 sigmas[step].cpu(),
                 sigmas[step + 1].cpu(),
                 eta=eta,

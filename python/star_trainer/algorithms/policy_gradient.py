@@ -144,7 +144,10 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
 
 @dataclass(frozen=True)
 class Batch:
-    """What updates are made of: this process's samples, their advantages [B], maps and old log-probs [S, B, H, W]."""
+    """What updates are made of: this process's samples, their advantages [B], maps and old log-probs [S, B, H, W].
+
+    The first of the S is that of `rollout.trajectory.first_noisy`.
+    """
 
     rollout: Rollout
     advantages: np.ndarray
@@ -229,7 +232,7 @@ def step_loss(state: TrainingState, batch: Batch, step: int, rows: Tensor) -> tu
         prediction.velocity,
         sample,
         trajectory.latents[step + 1, rows].to(device),
-        batch.old_log_prob[step, rows].to(device),
+        batch.old_log_prob[step - trajectory.first_noisy, rows].to(device),
         torch.from_numpy(batch.advantages).float()[rows].to(device),
         trajectory.coefficients[step],
         weights=None if batch.weights is None else batch.weights[step, rows].to(device),
@@ -271,7 +274,8 @@ def log_prob(state: TrainingState, rollout: Rollout, step: int, rows: Tensor, pr
 def log_ratio(state: TrainingState, batch: Batch, step: int, rows: Tensor, prediction: Prediction) -> Tensor:
     """|log-ratio| of the training passes to the rollout, mean and largest [2], at the method's granularity."""
     new = log_prob(state, batch.rollout, step, rows, prediction)
-    difference = new - batch.rollout.log_prob[step, rows].to(new.device)
+    place = step - batch.rollout.trajectory.first_noisy
+    difference = new - batch.rollout.log_prob[place, rows].to(new.device)
     if state.config.granularity == "image":
         difference = difference.mean((-2, -1))
     return torch.stack([difference.abs().mean(), difference.abs().max()])
@@ -291,7 +295,8 @@ def recompute(state: TrainingState, batch: Batch, steps: list[int], parts: list[
             if len(rows) == 0:
                 continue
             differences.append(log_ratio(state, batch, step, taken, prediction))
-            old[step, taken] = log_prob(state, batch.rollout, step, taken, prediction).to(old.device)
+            place = step - batch.rollout.trajectory.first_noisy
+            old[place, taken] = log_prob(state, batch.rollout, step, taken, prediction).to(old.device)
     state.policy.transformer.eval()
     return replace(batch, old_log_prob=old), differences
 

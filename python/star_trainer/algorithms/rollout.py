@@ -12,12 +12,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from star_trainer.config import Config
+from star_trainer.config import Config, RolloutConfig
 from star_trainer.families.conditioning import Conditioning
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardFunction
-from star_trainer.run.randomness import stream
+from star_trainer.run.randomness import numpy_stream, stream
 from star_trainer.sampling import Trajectory, denoise, text_units
 from star_trainer.worlds.scenes.oracle import true_maps
 
@@ -42,7 +42,7 @@ class Rollout:
 
     @property
     def log_prob(self) -> Tensor:
-        """[S, B, H, W] of the steps with noise."""
+        """[S, B, H, W] of the steps with noise, from `trajectory.first_noisy` on."""
         assert self.trajectory.log_prob is not None, "rollouts are drawn with noise"
         return self.trajectory.log_prob
 
@@ -71,6 +71,7 @@ def collect(
     units = text_units(policy, prompts) if config.uses_maps else None
     trajectories: list[Trajectory] = []
     pending: list[Future[_Judged]] = []
+    noisy = noisy_steps(section, seed, iteration)
     first_sample = first_prompt * section.samples
     start = time.perf_counter()
     for first in range(0, len(repeated), section.batch_size):
@@ -83,7 +84,7 @@ def collect(
             kind=section.sampler,
             generator=[stream(seed, "rollout", iteration, first_sample + row) for row in rows.tolist()],
             eta=section.eta,
-            sde_steps=section.sde_steps,
+            noisy=noisy,
             initial=_group_noise(policy, config, iteration, first_prompt + groups) if section.shared_noise else None,
             guidance_scale=section.guidance_scale,
             units=None if units is None else units[groups],
@@ -113,6 +114,18 @@ def collect(
             "reward_wait": end - sampled,
         },
     )
+
+
+def noisy_steps(config: RolloutConfig, seed: int, iteration: int) -> range:
+    """The denoising steps of an iteration that draw noise, the same for all its samples.
+
+    Where a window begins has a random stream of its own.
+    """
+    if config.sde_window is None:
+        return range(config.noisy_steps)
+    size, (first, end) = config.sde_window.size, config.sde_window.range
+    start = int(numpy_stream(seed, "window", iteration).integers(first, end - size, endpoint=True))
+    return range(start, start + size)
 
 
 def _group_noise(policy: Policy, config: Config, iteration: int, prompts: Tensor) -> Tensor:

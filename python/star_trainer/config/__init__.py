@@ -15,4 +15,6 @@ from star_trainer.config.settings import Model as Model
 from star_trainer.config.settings import Prompts as Prompts
 from star_trainer.config.settings import RemoteReward as RemoteReward
 from star_trainer.config.settings import Reward as Reward
+from star_trainer.config.settings import RolloutConfig as RolloutConfig
+from star_trainer.config.settings import SdeWindow as SdeWindow
 from star_trainer.config.settings import Units as Units

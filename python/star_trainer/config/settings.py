@@ -11,6 +11,7 @@ Method = Literal["star", "uniform", "uniform_position", "shuffled", "inverted", 
 REWARD_GRADIENT_METHODS = ("r0", "r0_plus")
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -41,6 +42,10 @@ class Model(Section):
 
     pipeline: str = Field("tiny", description="'tiny' (comes with the package), a folder, or a name on a model hub")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights, and of autocast")
+    vae_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of the autoencoder, or null for that of the other weights"
+    )
+    tf32: bool = Field(False, description="let a GPU round what goes into float32 matrix products to TF32")
     max_sequence_length: Positive = Field(256, description="T5 positions; the tiny pipeline was trained with 16")
     resolution: Positive | None = Field(None, description="pixels of an image's side, or null for the pipeline's own")
     levels: Literal["pipeline", "even"] = Field(
@@ -52,6 +57,11 @@ class Model(Section):
     gradient_checkpointing: bool = False
     sharded: bool = Field(False, description="spread the transformer over the processes (FSDP) instead of copying it")
     embedding_cache: float = Field(8.0, gt=0.0, description="GiB of host memory for prompt embeddings, per process")
+
+    @property
+    def dtype_of_vae(self) -> str:
+        """The name of the autoencoder's dtype."""
+        return self.vae_dtype or self.dtype
 
 
 class Prompts(Section):
@@ -87,6 +97,15 @@ class Units(Section):
         return {"source": value} if isinstance(value, str) else value
 
 
+class SdeWindow(Section):
+    """Successive denoising steps that draw noise and are trained on; where they begin is drawn for every iteration."""
+
+    size: Positive = Field(description="how many steps")
+    range: tuple[Annotated[int, Field(ge=0)], Positive] = Field(
+        description="first step that may be among them, and the first one after it that may not"
+    )
+
+
 class RolloutConfig(Section):
     """How samples are drawn for training."""
 
@@ -100,10 +119,18 @@ class RolloutConfig(Section):
         None,
         description="how many of the first steps draw noise and are trained on, or null for all; the rest is Euler",
     )
+    sde_window: SdeWindow | None = Field(
+        None, description="in the place of sde_steps: steps in a row, at another place in every iteration"
+    )
     shared_noise: bool = Field(False, description="start all samples of a group from the same noise, as DanceGRPO does")
     guidance_scale: float = Field(1.0, ge=1.0, description="classifier-free guidance; 1 is without")
     keep_on_host: bool = Field(False, description="keep samples in host memory between rollout and update")
     encode_ahead: Positive = Field(16, description="iterations whose prompts are encoded at a time")
+
+    @property
+    def noisy_steps(self) -> int:
+        """How many steps of a trajectory draw noise (with cps, up to one less)."""
+        return self.sde_window.size if self.sde_window else min(self.sde_steps or self.steps, self.steps)
 
 
 class RewardModels(Section):
@@ -182,6 +209,7 @@ class Train(Section):
     batch_size: Positive = Field(64, description="samples per backward pass")
     step_fraction: float = Field(0.5, gt=0.0, le=1.0, description="share of the denoising steps that is trained on")
     learning_rate: float = Field(3e-4, gt=0.0, description="of AdamW; train.lr for short")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="of AdamW: decay of its first and second moment")
     weight_decay: float = Field(0.0, ge=0.0)
     max_gradient_norm: float = Field(1.0, gt=0.0)
     clip_range: float = Field(
@@ -330,6 +358,7 @@ class Config(Section):
             raise ValueError("rollout.steps: expected at least 2 for the sampler cps, whose last step has no noise")
         if (self.rollout.sde_steps or 0) > self.rollout.steps:
             raise ValueError(f"rollout.sde_steps: expected at most the {self.rollout.steps} of rollout.steps")
+        self._check_window()
         if self.train.kl_scale == "std_dev" and self.rollout.sampler == "cps":
             raise ValueError("train.kl_scale: expected 'variance' for the sampler cps, which has no noise rate")
         if compares and self.rollout.samples < 2:
@@ -341,8 +370,11 @@ class Config(Section):
             raise ValueError("rollout.prompts: expected at least 2 for the method shuffled, which exchanges maps")
         if self.method == "oracle" and self.prompts.source != "scenes":
             raise ValueError("method: oracle is for prompts.source=scenes, where it is known what an image shows")
-        limited_by = "sde_steps" if compares and self.rollout.sde_steps else "steps"
-        most: int = getattr(self.rollout, limited_by)
+        limited_by, most = "steps", self.rollout.steps
+        if compares and self.rollout.sde_window:
+            limited_by, most = "sde_window.range", self.rollout.sde_window.range[1]
+        elif compares and self.rollout.sde_steps:
+            limited_by, most = "sde_steps", self.rollout.sde_steps
         if len(self.allocation.strength) > most:
             raise ValueError(
                 f"allocation.strength: expected at most {most} entries (rollout.{limited_by}), "
@@ -362,6 +394,24 @@ class Config(Section):
         if self.trains_by_reward_gradient:
             self._check_reward_gradient()
         return self
+
+    def _check_window(self) -> None:
+        window, steps = self.rollout.sde_window, self.rollout.steps
+        if window is None:
+            return
+        first, end = window.range
+        if end > steps or end - first < window.size:
+            raise ValueError(
+                f"rollout.sde_window.range: expected [first, end] with at least the {window.size} steps of the window "
+                f"between them and end at most the {steps} of rollout.steps, got {list(window.range)}"
+            )
+        if self.rollout.sde_steps is not None:
+            raise ValueError("rollout.sde_window: expected null where rollout.sde_steps says which steps draw noise")
+        if self.rollout.sampler == "cps" and window.size == 1 and end == steps:
+            raise ValueError(
+                f"rollout.sde_window.range: expected an end below {steps} for one step of the sampler cps, whose last "
+                f"step has no noise, got {list(window.range)}"
+            )
 
     def _check_reward_gradient(self) -> None:
         steps = self.rollout.steps

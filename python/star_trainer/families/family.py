@@ -59,8 +59,11 @@ class Family(Protocol):
     def model_class(self) -> Any:
         """The class of the transformer."""
 
-    def load(self, source: str, dtype: torch.dtype) -> Any:
-        """The pipeline; OSError or ValueError where it, or some of its weights, cannot be had."""
+    def load(self, source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
+        """The pipeline, its autoencoder in a precision of its own.
+
+        OSError or ValueError where it, or some of its weights, cannot be had.
+        """
 
     def shapes(self, source: str) -> Shapes:
         """Configurations alone, from files, `published` or a hub; OSError or ValueError where there are none."""

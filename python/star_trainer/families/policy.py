@@ -264,7 +264,8 @@ def load_pipeline(config: Model) -> Any:
         with warnings.catch_warnings():
             # The name of an argument changed between the diffusers releases that are supported.
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = family.load(pipeline_source(config.pipeline), getattr(torch, config.dtype))
+            dtypes = (getattr(torch, name) for name in (config.dtype, config.dtype_of_vae))
+            pipeline = family.load(pipeline_source(config.pipeline), *dtypes)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pipeline: {config.pipeline!r} cannot be loaded: {error}") from error
     freeze(pipeline)

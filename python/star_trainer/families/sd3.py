@@ -100,7 +100,11 @@ class StableDiffusion3:
     pipeline_class = "StableDiffusion3Pipeline"
     published: Mapping[str, Shapes] = _PUBLISHED
     encoder_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    # Of the joint attention alone: the image-only attention of dual blocks is attn2.
+    lora_targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
     has_guidance = True
 
     @property
@@ -109,11 +113,11 @@ class StableDiffusion3:
 
         return SD3Transformer2DModel
 
-    def load(self, source: str, dtype: torch.dtype) -> Any:
+    def load(self, source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
         from diffusers import AutoencoderKL, StableDiffusion3Pipeline
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-        options = {"torch_dtype": dtype, "use_safetensors": True}
+        options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
         kinds = {
             "transformer": self.model_class,
             "vae": AutoencoderKL,
@@ -123,7 +127,11 @@ class StableDiffusion3:
         }
         present = self._parts(source)
         # The pipeline itself would only warn of missing weights, and go on with random ones.
-        parts = {part: load_whole(kind, source, part, **options) for part, kind in kinds.items() if part in present}
+        parts = {
+            part: load_whole(kind, source, part, **options | ({"torch_dtype": vae_dtype} if part == "vae" else {}))
+            for part, kind in kinds.items()
+            if part in present
+        }
         # Those that are left out have to be said as well.
         optional = (*self.encoder_parts, "tokenizer", "tokenizer_2", "tokenizer_3")
         parts |= {part: None for part in optional if part not in present}

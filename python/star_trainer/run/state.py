@@ -167,8 +167,12 @@ def _check_same_settings(saved: dict[str, Any], config: Config, family: Family, 
             flat["model.lora.targets"] = lora_targets(config.model, family)
         return flat
 
+    # A setting that did not exist yet had the effect of its default, but for these.
+    earlier: dict[str, dict[str, Any]] = {"train": {"betas": [0.9, 0.99]}}
+    if "geneval_graded" in saved.get("reward", {}).get("terms", {}):
+        earlier["reward"] = {"extra_objects": "ignored"}
+    saved = saved | {name: values | saved.get(name, {}) for name, values in earlier.items()}
     try:
-        # A setting that did not exist yet had the effect of its default.
         old = settled(Config.model_validate(saved))
     except ValidationError:
         old = flatten(saved)
@@ -212,6 +216,7 @@ def build_state(config: Config, pipeline: Any = None) -> TrainingState:
             InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         ],
     )
+    torch.backends.cuda.matmul.allow_tf32 = config.model.tf32
     processes = accelerator.num_processes
     if config.rollout.prompts % processes:
         raise ConfigError(
@@ -235,7 +240,7 @@ def build_state(config: Config, pipeline: Any = None) -> TrainingState:
             list(policy.trainable().values()),
             lr=config.train.learning_rate,
             weight_decay=config.train.weight_decay,
-            betas=(0.9, 0.99),
+            betas=config.train.betas,
         )
     )
     if policy.frozen_copy is not None:

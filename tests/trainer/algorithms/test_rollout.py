@@ -11,7 +11,7 @@ import pytest
 import star_trainer.algorithms.rollout as rollout_module
 import torch
 from star_trainer.algorithms.policy_gradient import choose_steps
-from star_trainer.algorithms.rollout import collect
+from star_trainer.algorithms.rollout import collect, noisy_steps
 from star_trainer.config import Config, Model, Reward, load_config
 from star_trainer.families.policy import Policy, load_policy
 from star_trainer.rewards import load_reward
@@ -20,6 +20,8 @@ from star_trainer.sampling import NonFiniteError, denoise, text_units
 from star_trainer.worlds.scenes.captions import sample_prompts
 
 LORA = load_config("tiny").model
+# In the first iteration it begins at step 1.
+WINDOW = ["rollout.sde_steps=null", "rollout.sde_window={size: 2, range: [0, 3]}"]
 
 
 @pytest.fixture(scope="module")
@@ -233,13 +235,40 @@ def test_collecting_in_batches_keeps_groups_in_order_and_uses_the_worker(policy:
     np.testing.assert_array_equal(rollout.rewards, real(images, rollout.prompts))
 
 
-def test_only_the_first_steps_draw_noise_where_sde_steps_says_so(policy: Policy, prompts) -> None:
-    embeddings = policy.encode([prompt.text for prompt in prompts])
-    options = {"steps": 4, "kind": "flow_sde", "eta": 0.7, "sde_steps": 2}
-    trajectory = denoise(policy, embeddings, generator=stream(0, "test"), **options)
-    assert [row.stochastic for row in trajectory.coefficients] == [True, True, False, False]
+@pytest.mark.parametrize("sampler", ["flow_sde", "cps"])
+@pytest.mark.parametrize("overrides", [["rollout.sde_steps=2"], WINDOW], ids=["first steps", "window"])
+def test_the_steps_that_draw_noise_are_those_that_are_trained_on(
+    sampler: str, overrides: list[str], policy: Policy
+) -> None:
+    small = ["rollout.prompts=1", "rollout.samples=2", "rollout.steps=4", f"rollout.sampler={sampler}"]
+    config, reward = load_config("tiny", [*small, *overrides]), load_reward(Reward(terms={"scene_graded": 1.0}))
+    prompts = sample_prompts(numpy_stream(0, "prompts"), 1, held_out=False)
+    with ThreadPoolExecutor(1) as worker:
+        trajectory = collect(policy, config, prompts, reward, worker, iteration=0).trajectory
+    expected = [1, 2] if overrides is WINDOW else [0, 1]
+    assert [step for step, row in enumerate(trajectory.coefficients) if row.stochastic] == expected
+    assert choose_steps(trajectory.coefficients, 1.0, np.random.default_rng(0)) == expected
+    assert trajectory.first_noisy == expected[0]
     assert trajectory.log_prob is not None and trajectory.log_prob.shape[0] == 2
-    assert set(choose_steps(trajectory.coefficients, 1.0, np.random.default_rng(0))) == {0, 1}
+    # The others are Euler's.
+    sigmas, timesteps = policy.schedule(4)
+    embeddings = policy.encode([prompts[0].text]).expand(2)
+    for step in {0, 1, 2, 3} - set(expected):
+        before, after = trajectory.latents[step], trajectory.latents[step + 1]
+        with torch.no_grad():
+            euler = before + (sigmas[step + 1] - sigmas[step]) * policy.velocity(before, timesteps[step], embeddings)
+        torch.testing.assert_close(after, euler, rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_wanders_over_its_range_and_depends_on_seed_and_iteration_alone() -> None:
+    config = load_config("tiny", [*WINDOW[:1], "rollout.sde_window={size: 3, range: [1, 6]}"]).rollout
+    drawn = [noisy_steps(config, 0, iteration) for iteration in range(300)]
+    starts = [steps.start for steps in drawn]
+    assert all(len(steps) == config.noisy_steps == 3 for steps in drawn)
+    # Each of the three places a third of the time: 100 of 300, standard deviation 8.
+    assert set(starts) == {1, 2, 3} and all(70 < starts.count(start) < 130 for start in (1, 2, 3))
+    assert drawn == [noisy_steps(config, 0, iteration) for iteration in range(300)]
+    assert drawn != [noisy_steps(config, 1, iteration) for iteration in range(300)]
 
 
 def test_groups_start_from_the_same_noise_where_shared_noise_says_so(policy: Policy) -> None:

@@ -93,12 +93,12 @@ class TextFirst:
     has_guidance = False
     model_class = TextFirstTransformer
 
-    def load(self, source: str, dtype: torch.dtype) -> Any:
+    def load(self, source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
         transformer, vae = self.build_models({})
         scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
         tokenizer = tiny_clip_tokenizer(model_max_length=TEXT)
-        return TextFirstPipeline(transformer.to(dtype), vae.to(dtype), scheduler, tokenizer)
+        return TextFirstPipeline(transformer.to(dtype), vae.to(vae_dtype), scheduler, tokenizer)
 
     def shapes(self, source: str) -> Shapes:
         return {}
@@ -112,7 +112,7 @@ class TextFirst:
         return []
 
     def random_pipeline(self, shapes: Shapes, tokenizer: Path) -> Any:
-        return self.load("", torch.float32)
+        return self.load("", torch.float32, torch.float32)
 
     def check(self, config: Model, shape: Any, vae_scale: int) -> None:
         pass

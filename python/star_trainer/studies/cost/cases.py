@@ -125,6 +125,7 @@ def load_case(config: Config, device: torch.device) -> Case:
     if config.model.pipeline == "tiny":
         return Case(build_state(config), draw_prompts(config), load_reward(config.reward))
     pipeline = random_pipeline(config.model, device, getattr(torch, config.model.dtype))
+    pipeline.vae.to(dtype=getattr(torch, config.model.dtype_of_vae))
     return Case(build_state(config, pipeline), draw_prompts(config), _random_reward)
 
 
@@ -198,7 +199,8 @@ def roll_out(case: Case, arm: Arm, steps: int) -> Callable[[], Trajectory]:
 def one_pass(case: Case) -> Case:
     """The case with no more samples than a backward pass takes, in one optimiser step."""
     config, (prompts, samples) = case.state.config, case.update_groups
-    rollout = {"prompts": prompts, "samples": samples, "batch_size": prompts * samples, "sde_steps": 1}
+    size = {"prompts": prompts, "samples": samples, "batch_size": prompts * samples}
+    rollout = size | {"sde_steps": 1, "sde_window": None}
     train = {"updates": 1, "step_fraction": 1.0}
     sections = {"rollout": config.rollout.model_copy(update=rollout), "train": config.train.model_copy(update=train)}
     return replace(case.under(config.model_copy(update=sections)), prompts=case.prompts[:prompts])

@@ -105,8 +105,7 @@ class Counts:
         config, policy = self._case.state.config, self._case.state.policy
         section, latent = config.rollout, torch.empty(1, *policy.latent_shape, device="meta")
         samples = section.prompts * section.samples
-        noisy = min(section.sde_steps or section.steps, section.steps)
-        trained_steps = max(1, round(config.train.step_fraction * noisy))
+        trained_steps = max(1, round(config.train.step_fraction * section.noisy_steps))
         decode = torch.no_grad()(lambda: policy.pipeline.vae.decode(latent))
         decoding = samples * self._once("decoding", UNIFORM, lambda: count(decode))
         sampling = samples * section.steps * self.rollout_step(arm) // self._case.rollout_batch
