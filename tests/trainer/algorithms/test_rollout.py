@@ -252,7 +252,7 @@ def test_the_steps_that_draw_noise_are_those_that_are_trained_on(
     assert trajectory.log_prob is not None and trajectory.log_prob.shape[0] == 2
     # The others are Euler's.
     sigmas, timesteps = policy.schedule(4)
-    embeddings = policy.encode([prompts[0].text]).expand(2)
+    embeddings = policy.encode([prompts[0].text]).repeat(2)
     for step in {0, 1, 2, 3} - set(expected):
         before, after = trajectory.latents[step], trajectory.latents[step + 1]
         with torch.no_grad():

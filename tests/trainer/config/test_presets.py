@@ -10,7 +10,8 @@ import pytest
 import torch
 from star_trainer.cli import main
 from star_trainer.config import Config, SdeWindow, load_config, preset_names
-from star_trainer.dry_run import build_models, configurations, plan
+from star_trainer.dry_run import plan
+from star_trainer.families import read_shapes
 from star_trainer.families.policy import add_adapter
 
 FULL = ("sd35m_geneval", "sd35m_ocr", "sd35m_pickscore")
@@ -120,9 +121,10 @@ def test_the_average_decays_as_one_that_is_moved_twice_at_every_eighth_update() 
 )
 def test_adapters_are_where_the_published_ones_are(targets: str, layers: int, parameters: int) -> None:
     config = load_config("sd35m_geneval", [] if "preset" in targets else [f"model.lora.targets={targets.split()}"])
+    family, shapes = read_shapes(config.model.pipeline)
     with torch.device("meta"):
-        transformer, _ = build_models(configurations(config.model.pipeline))
-    add_adapter(transformer, config.model.lora)
+        transformer, _ = family.build_models(shapes)
+    add_adapter(transformer, config.model, family)
     adapters = {name: weight for name, weight in transformer.named_parameters() if ".lora_" in name}
     assert len(adapters) == 2 * layers and sum(weight.numel() for weight in adapters.values()) == parameters
     assert any(".attn2." in name for name in adapters) == (layers == 243)

@@ -206,6 +206,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps({"_class_name": "TextFirstPipeline"}))
     return [
         *(f"model.pipeline={tmp_path / 'pipeline'}", f"run.folder={tmp_path / 'run'}", "run.progress=false"),
+        "model.lora.targets=null",
         *("train.iterations=2", "train.batch_size=4", "train.kl_weight=0.01", "rollout.prompts=2", "rollout.samples=4"),
         *("rollout.batch_size=4", "rollout.steps=3", "rollout.sde_steps=2", "evaluation.prompts=2"),
         *("evaluation.interim_prompts=2", "evaluation.steps=2", "evaluation.pictures=1"),
