@@ -354,14 +354,15 @@ def _word_goes_on(text: str, boundary: int) -> bool:
     if not 0 < boundary < len(text):
         return False
     sides = text[boundary - 1], text[boundary]
-    return all(side.isalnum() or _is_mark(side) for side in sides) and not any(map(_is_unspaced, sides))
+    return all(side.isalnum() or _is_mark(side) for side in sides) and not any(map(is_unspaced, sides))
 
 
 def _is_mark(character: str) -> bool:
     return unicodedata.category(character).startswith("M")
 
 
-def _is_unspaced(character: str) -> bool:
+def is_unspaced(character: str) -> bool:
+    """Whether a character belongs to a script that sets no spaces between words."""
     block = bisect_right(_UNSPACED_SCRIPTS, (ord(character), 0x110000)) - 1
     return block >= 0 and ord(character) <= _UNSPACED_SCRIPTS[block][1]
 

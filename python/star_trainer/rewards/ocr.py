@@ -10,7 +10,7 @@ from rapidfuzz.distance import Levenshtein
 
 from star_trainer.config import ConfigError
 from star_trainer.prompts import Prompt
-from star_trainer.prompts.units.rules import quoted_texts
+from star_trainer.prompts.quotes import quoted_texts
 from star_trainer.rewards.errors import RewardError
 
 _LONGEST = 8  # times the shorter side: RapidOCR enlarges that one to 736 pixels, whatever becomes of the longer one

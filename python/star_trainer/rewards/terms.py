@@ -19,7 +19,7 @@ import torch
 
 from star_trainer.config import Config, ConfigError, Reward
 from star_trainer.prompts import Prompt
-from star_trainer.prompts.units.rules import quoted_texts
+from star_trainer.prompts.quotes import quoted_texts
 from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.scenes import scene_graded, scene_strict
 from star_trainer.worlds.requirements import check_requirements, flow_grpo_score, judge

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from star_trainer.prompts.units.rules import noun_phrases, quoted_texts, units_by_rule
+from star_trainer.prompts.quotes import quoted_texts
+from star_trainer.prompts.units.rules import noun_phrases, units_by_rule
 
 from star_kernels import TextUnits
 from star_kernels.text_units import stands_in

@@ -7,14 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from star_kernels.text_units import stands_in
+from star_trainer.prompts.quotes import CLOSING_MARKS, quoted_texts
 
 VERSION = 1
 
-_QUOTED = re.compile(
-    r'"([^"]+)"|“([^”]+)”|«([^»]+)»|‘((?:[^’]|’(?=\w))+)’'
-    # A straight single quote is an apostrophe where letters stand on both sides of it.
-    r"|(?<!\w)'((?:[^'\n]|'(?=\w))+?)'(?!\w)"
-)
 _WORD = re.compile(r"\w+(?:[-'’.&]\w+)*|[^\w\s]")
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -99,19 +95,6 @@ def _mention(prompt: str, requirement: Mapping[str, Any], taken: list[tuple[int,
     return None
 
 
-def quoted_texts(prompt: str) -> list[tuple[int, int]]:
-    """Where text stands in quotation marks, without the marks and white space inside them."""
-    spans = []
-    for match in _QUOTED.finditer(prompt):
-        begin, end = match.span(match.lastindex or 0)
-        content = prompt[begin:end]
-        begin += len(content) - len(content.lstrip())
-        end = begin + len(content.strip())
-        if any(character.isalnum() for character in content):
-            spans.append((begin, end))
-    return spans
-
-
 def rendered_text_units(prompt: str) -> list[str]:
     """Quoted texts, each followed by its carrier: the noun phrase around it, or else the last one before it."""
     quotes = quoted_texts(prompt)
@@ -136,7 +119,7 @@ def _blank(prompt: str, spans: list[tuple[int, int]]) -> str:
 def _follows(prompt: str, quote_end: int, begin: int) -> bool:
     """Whether a phrase stands directly behind a quoted text, as in: a "closed" sign."""
     between = prompt[quote_end:begin]
-    return begin > quote_end and len(between) <= 3 and not between.strip("\"'”’» ")
+    return begin > quote_end and len(between) <= 3 and not between.strip(f"{CLOSING_MARKS} ")
 
 
 def noun_phrases(prompt: str) -> list[Phrase]:
