@@ -10,8 +10,8 @@ from rapidfuzz.distance import Levenshtein
 
 from star_trainer.config import ConfigError
 from star_trainer.prompts import Prompt
-from star_trainer.prompts.quotes import quoted_texts
 from star_trainer.rewards.errors import RewardError
+from star_trainer.rewards.spelling import spellings, wanted
 
 _LONGEST = 8  # times the shorter side: RapidOCR enlarges that one to 736 pixels, whatever becomes of the longer one
 _MOST_ORDERS = 4  # texts of which every order is tried: 24 comparisons
@@ -24,7 +24,8 @@ class OcrReward:
 
     Raises:
         ConfigError: RapidOCR is not installed.
-        RewardError: when called: a prompt that quotes no text, or an image more than 8 times as long as wide.
+        RewardError: when called: a prompt that quotes no text or one in letters that the reader does not know, or an
+            image more than 8 times as long as wide.
     """
 
     def __init__(self) -> None:
@@ -50,28 +51,19 @@ class OcrReward:
         return [text for _, text, _ in lines or ()]
 
 
-def wanted(prompt: str) -> list[str]:
-    """The texts that a prompt quotes.
-
-    Raises:
-        RewardError: there are none.
-    """
-    texts = [prompt[begin:end] for begin, end in quoted_texts(prompt)]
-    if not texts:
-        raise RewardError(f"reward ocr: expected a prompt with a quoted text to render, got {prompt[:80]!r}")
-    return texts
-
-
 def text_score(texts: Sequence[str], lines: Sequence[str]) -> float:
     """1 - (edit distance from what was read to the wanted texts) / (their length), between 0 and 1.
 
-    Letter case and white space do not count. A text that stands in what was read costs nothing, and neither does what
-    stands around it. What is left over is compared with the texts that were not found, in the order that fits best; its
-    distance is at most their length, so that any amount of other text costs no more than no text at all. For one text
-    this is the reward of Flow-GRPO.
+    What the reader cannot tell apart does not count (`spellings`); the better of the two spellings does. A text that
+    stands in what was read costs nothing, and neither does what stands around it. What is left over is compared with
+    the texts that were not found, in the order that fits best; its distance is at most their length, so that any amount
+    of other text costs no more than no text at all. For one text of ASCII characters this is the reward of Flow-GRPO.
     """
-    targets = [_fold(text) for text in texts]
-    read = _fold("".join(lines))
+    wanted_spellings = zip(*map(spellings, texts), strict=True)
+    return max(map(_score, wanted_spellings, spellings("".join(lines))))
+
+
+def _score(targets: Sequence[str], read: str) -> float:
     missing = []
     # The longest first, so that "Go" does not take the letters out of "Go home".
     for index in sorted(range(len(targets)), key=lambda i: -len(targets[i])):
@@ -85,7 +77,3 @@ def text_score(texts: Sequence[str], lines: Sequence[str]) -> float:
     orders = permutations(missing) if len(missing) <= _MOST_ORDERS else [sorted(missing)]
     distance = min(Levenshtein.distance(read, "".join(targets[index] for index in order)) for order in orders)
     return 1.0 - min(distance, left) / sum(map(len, targets))
-
-
-def _fold(text: str) -> str:
-    return "".join(text.casefold().split())

@@ -19,9 +19,9 @@ import torch
 
 from star_trainer.config import Config, ConfigError, Reward
 from star_trainer.prompts import Prompt
-from star_trainer.prompts.quotes import quoted_texts
 from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.scenes import scene_graded, scene_strict
+from star_trainer.rewards.spelling import wanted
 from star_trainer.worlds.requirements import check_requirements, flow_grpo_score, judge
 
 if TYPE_CHECKING:
@@ -195,8 +195,11 @@ def unsuitable(name: str, prompt: Prompt) -> str | None:
             return f"the prompt {shown} has no usable requirements in its metadata: {error}"
         if name == "geneval_flow_grpo" and not prompt.metadata.get("include"):
             return f"expected 'include' in the metadata, 'exclude' alone is not scored, got none for {shown}"
-    if name == "ocr" and not quoted_texts(prompt.text):
-        return f"expected a prompt with a quoted text to render, got {shown}"
+    if name == "ocr":
+        try:
+            wanted(prompt.text)
+        except RewardError as error:
+            return str(error)
     return None
 
 

@@ -50,7 +50,7 @@ def test_what_a_prompt_quotes(prompt: str, texts: list[str]) -> None:
     assert [prompt[begin:end] for begin, end in quoted_texts(prompt)] == texts
 
 
-@pytest.mark.parametrize("piece", ['"', "'", "'a ", "“‘«", "'as' b", '"1" ', "“a\" ", "'s' s"])
+@pytest.mark.parametrize("piece", ['"', "'", "'a ", "“‘«", "'as' b", '"1" ', '“a" ', "'s' s"])
 def test_many_marks_take_no_longer_than_their_number(piece: str) -> None:
     start = time.perf_counter()
     quoted_texts(piece * 5000)

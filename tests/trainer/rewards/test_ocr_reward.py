@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
@@ -69,6 +72,26 @@ def test_a_prompt_without_quoted_text_is_named(ocr) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["Wait…", "DON’T PANIC", "3–5 pm", "1 ½ cups", "Café Crème", "Über Straße", "Łódź", "20 °C"]
+)
+def test_text_that_the_reader_spells_otherwise_is_right(ocr, text: str) -> None:
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 48)
+    image = Image.new("RGB", (512, 512), "white")
+    ImageDraw.Draw(image).text((256, 256), text, font=font, fill="black", anchor="mm")
+    assert score(ocr, np.array(image), f'a sign that says "{text}"') == 1.0
+
+
+@pytest.mark.parametrize("text", ["ПРИВЕТ", "止まれ", "안녕", "سلام", "龘"])
+def test_text_in_letters_that_the_reader_does_not_know_is_refused(ocr, text: str) -> None:
+    with pytest.raises(RewardError, match=f"reward ocr: .*letters of, got '{text}'"):
+        score(ocr, picture(""), f'a sign that says "{text}"')
+
+
+def test_text_in_chinese_is_wanted_as_it_is(ocr) -> None:
+    assert wanted("写着“你好，世界”的牌子") == ["你好，世界"]
+
+
+@pytest.mark.parametrize(
     ("texts", "lines", "expected"),
     [
         (["Hello"], ["HELLO"], 1.0),
@@ -78,6 +101,11 @@ def test_a_prompt_without_quoted_text_is_named(ocr) -> None:
         (["Hello"], [], 0.0),
         (["Hello"], ["completely different and long"], 0.0),
         (["Straße"], ["STRASSE"], 1.0),
+        (["Straße", "Go"], ["StraBe", "Stop"], 1 - 2 / 8),
+        (["Smørrebrød"], ["Smorrebrod"], 1.0),
+        (["5 °C"], ["5º c"], 1.0),
+        (["你好，世界！"], ["你好,世界!"], 1.0),
+        (["Café"], ["Cafe", "x"], 1.0),
         (["Go", "Go home"], ["Go home"], 1 - 2 / 8),
         (["Go", "Go home"], ["Go home", "go"], 1.0),
         (["one", "two"], ["two", "one"], 1.0),
