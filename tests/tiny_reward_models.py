@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from star_trainer.rewards.geneval_classes import CLASSES
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -21,6 +23,9 @@ try:  # The processors without torchvision have had a name of their own since tr
     from transformers import Mask2FormerImageProcessorPil as Mask2FormerImageProcessor
 except ImportError:
     from transformers import CLIPImageProcessor, Mask2FormerImageProcessor
+
+_RENAMED = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
+COCO = [_RENAMED.get(name, name) for name in CLASSES]
 
 
 def save_clip(folder: Path) -> Path:
@@ -41,8 +46,8 @@ def save_clip(folder: Path) -> Path:
     return folder
 
 
-def save_detector(folder: Path) -> Path:
-    """A Mask2Former of three of COCO's classes."""
+def save_detector(folder: Path, labels: Sequence[str] = COCO) -> Path:
+    """A Mask2Former of COCO's classes, or other `labels`."""
     torch.manual_seed(0)
     stages = [f"stage{i}" for i in range(1, 5)]
     backbone = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, out_features=stages)
@@ -57,7 +62,7 @@ def save_detector(folder: Path) -> Path:
         decoder_layers=2,
         num_attention_heads=2,
         num_queries=12,
-        id2label={0: "cat", 1: "mouse", 2: "tv"},
+        id2label=dict(enumerate(labels)),
     )
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
     Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)

@@ -361,6 +361,26 @@ def test_weights_that_lack_some_are_refused_rather_than_drawn_at_random(part: st
         load_policy(Model(pipeline=str(folder)))
 
 
+def lacking(folder: Path, name: str) -> str:
+    """Take the weights whose names begin with `name` out of a model's file; gives the first of them."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    taken = sorted(key for key in tensors if key.startswith(name))
+    save_file({key: value for key, value in tensors.items() if key not in taken}, path, metadata={"format": "pt"})
+    return taken[0]
+
+
+def test_reward_models_that_lack_weights_are_refused_rather_than_drawn_at_random(tmp_path: Path) -> None:
+    clip, detector = save_clip(tmp_path / "clip"), save_detector(tmp_path / "detector")
+    usable = ClipModel(str(clip), key="reward.models.clip")
+    name = lacking(clip, "text_model.encoder.layers.1.")
+    with pytest.raises(ConfigError, match=rf"reward\.models\.clip: .*no weights for {name} and \d+ others"):
+        ClipModel(str(clip), key="reward.models.clip")
+    name = lacking(detector, "class_predictor.bias")
+    with pytest.raises(ConfigError, match=rf"reward\.models\.detector: .*no weights for {name}$"):
+        Detector(str(detector), usable)
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_broken_evaluation_counts_as_none(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "base.safetensors"

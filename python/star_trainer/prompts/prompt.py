@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,3 +15,19 @@ class Prompt:
     text: str
     metadata: dict[str, Any] = field(compare=False)
     units: tuple[str, ...] = ()
+
+
+def required(metadata: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """GenEval's list of objects under `key` (``include`` or ``exclude``); what is null there counts as absent.
+
+    Raises:
+        ValueError: it is no list of objects.
+    """
+    entries = metadata.get(key)
+    if entries is None:
+        return []
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(
+            f"expected {key!r} to be a list of objects, each with 'class' and 'count', got {reprlib.repr(entries)}"
+        )
+    return [{name: value for name, value in entry.items() if value is not None} for entry in entries]

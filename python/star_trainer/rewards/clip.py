@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from star_trainer.config import ConfigError
-from star_trainer.config.paths import TINY_CLIP
+from star_trainer.config.paths import TINY_CLIP, folder_or_name
 from star_trainer.families.devices import own_device
+from star_trainer.families.weights import load_whole
 from star_trainer.prompts import Prompt
 
 _AT_ONCE = 32
@@ -28,19 +29,26 @@ class ClipModel:
         key: the setting that is named when something is wrong.
 
     Raises:
-        ConfigError: it cannot be loaded, or prepares images in a way that `pixels` does not know.
+        ConfigError: it cannot be loaded whole, is no CLIP, or prepares images in a way that `pixels` does not know.
     """
 
     def __init__(self, model: str, processor: str | None = None, *, key: str) -> None:
         from transformers import AutoProcessor, CLIPModel
 
         self.device = own_device()
+        place = _place(model, key)
         try:
-            self.model = CLIPModel.from_pretrained(_place(model), use_safetensors=True).float().to(self.device).eval()
-            self.processor = AutoProcessor.from_pretrained(_place(processor or model))
+            self.model = load_whole(CLIPModel, place).float().to(self.device).eval()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{key}: {model} cannot be used: {error}") from error
+        if processor is not None:
+            model, key = processor, f"{key}_processor"
+            place = _place(model, key)
+        try:
+            self.processor = AutoProcessor.from_pretrained(place)
             self.preparation = _Preparation(self.processor.image_processor)
         except (AttributeError, OSError, ValueError) as error:
-            raise ConfigError(f"{key}: {processor or model} cannot be used: {error}") from error
+            raise ConfigError(f"{key}: {model} cannot be used: {error}") from error
         self.model.requires_grad_(False)
 
     @property
@@ -78,8 +86,8 @@ class ClipModel:
         return self.preparation(images.to(self.device))
 
 
-def _place(name: str) -> str:
-    return str(TINY_CLIP) if name == "tiny" else name
+def _place(name: str, key: str) -> str:
+    return str(TINY_CLIP) if name == "tiny" else folder_or_name(name, key)
 
 
 class _Preparation:

@@ -15,16 +15,17 @@ from PIL import Image
 from torch.nn import functional
 
 from star_trainer.config import ConfigError
+from star_trainer.config.paths import folder_or_name
+from star_trainer.families.weights import load_whole
 from star_trainer.prompts import Prompt
+from star_trainer.prompts.prompt import required
 from star_trainer.rewards.clip import ClipModel
+from star_trainer.rewards.geneval_classes import COLOURS, geneval_names
 from star_trainer.worlds.requirements import DetectedObject
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MOST_OBJECTS = 16  # of one class
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 _BACKGROUND = (153, 153, 153)  # GenEval's #999
-# GenEval's names for what COCO calls otherwise.
-_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 
 
 class GenEvalReward:
@@ -52,28 +53,28 @@ class Detector:
         clip: tells colours.
 
     Raises:
-        ConfigError: the detector cannot be loaded, or lacks classes of GenEval.
+        ConfigError: the detector cannot be loaded whole, or lacks classes of GenEval.
     """
 
     def __init__(self, detector: str, clip: ClipModel) -> None:
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
+        source = folder_or_name(detector, "reward.models.detector")
         self.clip = clip
         self.device = clip.device
         try:
-            self.model = Mask2FormerForUniversalSegmentation.from_pretrained(detector, use_safetensors=True)
-            self.processor = AutoImageProcessor.from_pretrained(detector)
+            self.model = load_whole(Mask2FormerForUniversalSegmentation, source)
+            self.processor = AutoImageProcessor.from_pretrained(source)
+            self.names = geneval_names(self.model.config.id2label)
         except (OSError, ValueError) as error:
             raise ConfigError(f"reward.models.detector: {detector} cannot be used: {error}") from error
         self.model = self.model.to(self.device).eval().requires_grad_(False)
-        labels: dict[int, str] = self.model.config.id2label
-        self.names = {index: _NAMES.get(label, label) for index, label in labels.items()}
         self._classifiers: dict[str, torch.Tensor] = {}
 
     def __call__(self, image: np.ndarray, metadata: dict[str, Any]) -> list[DetectedObject]:
         """The objects in an image [H, W, 3] uint8 that count for a prompt, at most 16 of a class, best first."""
         threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
-        coloured = {entry["class"] for entry in metadata.get("include", ()) if "color" in entry}
+        coloured = {entry["class"] for entry in required(metadata, "include") if "color" in entry}
         by_class: dict[str, list[tuple[float, np.ndarray]]] = {}
         for name, score, mask in self.instances(image, threshold):
             by_class.setdefault(name, []).append((score, mask))

@@ -20,6 +20,7 @@ import torch
 from star_trainer.config import Config, ConfigError, Reward
 from star_trainer.prompts import Prompt
 from star_trainer.rewards.errors import RewardError
+from star_trainer.rewards.geneval_classes import CLASSES, COLOURS
 from star_trainer.rewards.scenes import scene_graded, scene_strict
 from star_trainer.rewards.spelling import wanted
 from star_trainer.worlds.requirements import check_requirements, flow_grpo_score, judge
@@ -189,8 +190,9 @@ def unsuitable(name: str, prompt: Prompt) -> str | None:
     """Why a reward can tell nothing of the images of a prompt, or None if it can."""
     shown = reprlib.repr(prompt.text)
     if name in _OF_REQUIREMENTS:
+        seen = (CLASSES, COLOURS) if name.startswith("geneval") else ()
         try:
-            check_requirements(prompt.metadata)
+            check_requirements(prompt.metadata, *seen)
         except ValueError as error:
             return f"the prompt {shown} has no usable requirements in its metadata: {error}"
         if name == "geneval_flow_grpo" and not prompt.metadata.get("include"):

@@ -9,11 +9,13 @@ trains on is another score of the same detections.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from star_trainer.prompts.prompt import required
 
 POSITION_MARGIN = 0.1
 
@@ -58,21 +60,30 @@ def relative_positions(first: DetectedObject, second: DetectedObject) -> set[str
     return {name for name, holds in named.items() if holds}
 
 
-def check_requirements(metadata: Mapping[str, Any]) -> None:
+def check_requirements(
+    metadata: Mapping[str, Any], classes: Collection[str] | None = None, colours: Collection[str] | None = None
+) -> None:
     """Whether `judge` can tell images of a prompt apart by its metadata.
 
+    `classes` and `colours` are all that the detector can see, where they are given.
+
     Raises:
-        ValueError: nothing is required, or a requirement is malformed; the message says what was expected.
+        ValueError: nothing is required, a requirement is malformed, or cannot be seen; the message says what was
+            expected.
     """
-    include, exclude = metadata.get("include", []), metadata.get("exclude", [])
-    if not isinstance(include, list) or not isinstance(exclude, list) or not (include or exclude):
+    include, exclude = required(metadata, "include"), required(metadata, "exclude")
+    if not (include or exclude):
         raise ValueError("expected 'include', GenEval's list of the objects that an image must show")
     for index, requirement in enumerate([*include, *exclude]):
-        wrong = not isinstance(requirement, dict) or not isinstance(requirement.get("class"), str)
+        wrong = not isinstance(requirement.get("class"), str)
         if wrong or not isinstance(requirement.get("count"), int) or requirement["count"] < 1:
             raise ValueError(f"expected an object with 'class' and a positive 'count', got {reprlib.repr(requirement)}")
         if not isinstance(requirement.get("color", ""), str):
             raise ValueError(f"expected the name of a colour, got {reprlib.repr(requirement['color'])}")
+        if classes is not None and requirement["class"] not in classes:
+            raise ValueError(f"expected a class that the detector knows, got {requirement['class']!r}")
+        if colours is not None and "color" in requirement and requirement["color"] not in colours:
+            raise ValueError(f"expected a colour among {', '.join(colours)}, got {requirement['color']!r}")
         if "position" in requirement and index < len(include):
             _check_position(requirement["position"], index)
 
@@ -146,7 +157,7 @@ def judge(detections: Sequence[DetectedObject], metadata: Mapping[str, Any], *, 
         if not met:
             unmet.append(complaint)
 
-    for requirement in metadata.get("include", ()):
+    for requirement in required(metadata, "include"):
         name, count = requirement["class"], requirement["count"]
         everything = by_class.get(name, [])
         found = everything[:count]
@@ -169,7 +180,7 @@ def judge(detections: Sequence[DetectedObject], metadata: Mapping[str, Any], *, 
             score(holds, 0.0, f"expected {name} {relation} target")
             matched = matched and holds
         groups.append(found if matched else None)
-    for requirement in metadata.get("exclude", ()):
+    for requirement in required(metadata, "exclude"):
         name, count = requirement["class"], requirement["count"]
         number = len(by_class.get(name, []))
         score(number < count, 0.0, f"expected {name}<{count}, found {number}")

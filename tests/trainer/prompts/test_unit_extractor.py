@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from star_trainer.config import ConfigError, Units, describe_keys, load_config
 from star_trainer.config.paths import TINY_PIPELINE
 from star_trainer.prompts import Prompt, read_prompts
@@ -225,6 +227,16 @@ def test_a_chat_model_of_transformers_is_run(chat_model: str) -> None:
 def test_a_chat_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(chat.ChatError, match=f"units.model: {tmp_path}"):
+        chat.TransformersChat(str(tmp_path), max_new_tokens=5)
+
+
+def test_a_chat_model_that_lacks_weights_is_refused(chat_model: str, tmp_path: Path) -> None:
+    shutil.copytree(chat_model, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(chat.ChatError, match=r"units\.model: .*no weights for model\.norm\.weight$"):
         chat.TransformersChat(str(tmp_path), max_new_tokens=5)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from star_trainer.config import ConfigError
 from star_trainer.prompts import Prompt
 from star_trainer.rewards.clip import ClipModel, ClipReward
-from transformers import CLIPProcessor
+from transformers import CLIPProcessor, SiglipConfig, SiglipModel
 
 from tests.tiny_models import tiny_clip_tokenizer
 from tests.tiny_reward_models import CLIPImageProcessor, save_clip
@@ -130,3 +132,27 @@ def test_a_processor_that_prepares_images_otherwise_is_refused(folder: Path, tmp
     processor.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="do_center_crop"):
         ClipModel(str(folder), str(tmp_path), key="reward.models.clip")
+
+
+def test_a_siglip_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    SiglipModel(SiglipConfig(text_config={**sizes, "vocab_size": 100}, vision_config=vision)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^reward\.models\.clip: .*type clip, got siglip$"):
+        ClipModel(str(tmp_path), key="reward.models.clip")
+
+
+def test_weights_of_another_size_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "projection_dim": 8}))
+    with pytest.raises(ConfigError, match=r"reward\.models\.clip"):
+        ClipModel(str(tmp_path), key="reward.models.clip")
+
+
+def test_a_folder_that_is_not_there_is_asked_of_no_hub() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.models\.pickscore: no such folder: \./nowhere"):
+        ClipModel("./nowhere", key="reward.models.pickscore")
+    with pytest.raises(ConfigError, match=r"reward\.models\.pickscore_processor: no such folder"):
+        ClipModel("tiny", "./nowhere", key="reward.models.pickscore")

@@ -12,12 +12,13 @@ import pytest
 import torch
 from star_trainer.config import ConfigError, Reward
 from star_trainer.prompts import Prompt
-from star_trainer.rewards.geneval import COLOURS, Detector, box_of, masked_crop
-from star_trainer.rewards.terms import load_terms
+from star_trainer.rewards.geneval import Detector, box_of, masked_crop
+from star_trainer.rewards.geneval_classes import CLASSES, COLOURS
+from star_trainer.rewards.terms import load_terms, unsuitable
 from star_trainer.worlds.requirements import DetectedObject, flow_grpo_score, judge
 
 from tests.tiny_models import DATA
-from tests.tiny_reward_models import save_detector
+from tests.tiny_reward_models import COCO, save_clip, save_detector
 
 RGB = {
     "red": (220, 20, 20),
@@ -59,7 +60,7 @@ def test_instances_have_names_scores_and_masks_of_the_images_size(detector: Dete
     found = detector.instances(image, threshold=0.0)
     assert found
     for name, score, mask in found:
-        assert name in ("cat", "computer mouse", "tv") and 0.0 < score < 1.0
+        assert name in CLASSES and 0.0 < score < 1.0
         assert mask.shape == (48, 80) and mask.dtype == bool and mask.any()
     assert detector.instances(image, threshold=0.999) == []
 
@@ -146,6 +147,44 @@ def test_boxes_and_crops_of_masks() -> None:
 def test_a_detector_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"reward.models.detector: {tmp_path}"):
         Detector(str(tmp_path), SeesColours())  # type: ignore[arg-type]
+
+
+OLDER = {
+    **{"couch": "sofa", "potted plant": "pottedplant", "dining table": "diningtable", "tv": "tvmonitor"},
+    **{"motorcycle": "motorbike", "airplane": "aeroplane", "traffic light": "Traffic_Light"},
+}
+
+
+def test_classes_are_known_by_their_older_names(tmp_path: Path) -> None:
+    older = save_detector(tmp_path, [OLDER.get(name, name) for name in COCO])
+    names = Detector(str(older), SeesColours()).names  # type: ignore[arg-type]
+    assert names == dict(enumerate(CLASSES))
+
+
+def test_a_detector_without_a_class_of_geneval_is_refused_by_the_class(tmp_path: Path) -> None:
+    folder = save_detector(tmp_path, [name.replace("couch", "settee") for name in COCO])
+    with pytest.raises(ConfigError, match=r"reward\.models\.detector: .*80 classes of GenEval, 1 .*: couch"):
+        Detector(str(folder), SeesColours())  # type: ignore[arg-type]
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reward\.models\.detector: .*type mask2former, got clip"):
+        Detector(str(save_clip(tmp_path)), SeesColours())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("term", "entry", "reason"),
+    [
+        ("geneval_graded", {"class": "couch", "color": "red"}, None),
+        ("geneval_graded", {"class": "sofa"}, "'sofa'"),
+        ("geneval_strict", {"class": "couch", "color": "grey"}, "'grey'"),
+    ],
+)
+def test_a_prompt_that_asks_for_what_no_detection_is_called_is_refused(
+    term: str, entry: dict[str, Any], reason: str | None
+) -> None:
+    found = unsuitable(term, Prompt("x", {"include": [{"count": 1, **entry}]}))
+    assert found is None if reason is None else found is not None and reason in found
 
 
 def published_decision(found: list[DetectedObject], metadata: dict[str, Any]) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 
 from star_kernels.text_units import stands_in
 from star_trainer.config import TrainerError
+from star_trainer.config.paths import folder_or_name
+from star_trainer.families.weights import load_whole
 
 VERSION = 1
 
@@ -129,7 +131,7 @@ class TransformersChat:
     """A chat model that transformers loads, from a folder or a model hub.
 
     Raises:
-        ChatError: it cannot be loaded, or has no chat template.
+        ChatError: it cannot be loaded whole, or has no chat template.
     """
 
     def __init__(self, model: str, *, max_new_tokens: int) -> None:
@@ -138,8 +140,9 @@ class TransformersChat:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-            self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).to(device)
+            source = folder_or_name(model, "units.model")
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.model = load_whole(AutoModelForCausalLM, source, dtype="auto").to(device)
         except (OSError, ValueError) as error:
             raise ChatError(f"units.model: {model} cannot be loaded: {error}") from error
         if self.tokenizer.chat_template is None:

@@ -1,0 +1,32 @@
+"""Models of transformers with all of their weights, or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def load_whole(kind: Any, source: str, **options: Any) -> Any:
+    """``kind.from_pretrained(source)`` from safetensors, for a class of transformers.
+
+    That by itself would fill what a file lacks with random numbers and warn in a log.
+
+    Raises:
+        OSError, ValueError: it cannot be loaded, is a model of another kind, or lacks weights; the message says which.
+    """
+    from transformers import AutoConfig
+
+    expected = getattr(kind, "config_class", None)
+    if expected is not None and (found := AutoConfig.from_pretrained(source).model_type) != expected.model_type:
+        raise ValueError(f"expected a model of the type {expected.model_type}, got {found}")
+    try:
+        model, loading = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    except RuntimeError as error:
+        # Weights of other shapes than the configuration has.
+        raise ValueError(str(error)) from error
+    # Buffers are made anew as they were, but for what a normalisation has measured.
+    weights = {name for name, _ in model.named_parameters()}
+    missing = sorted(name for name in loading["missing_keys"] if name in weights or ".running_" in name)
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(f"it has no weights for {missing[0]}{others}")
+    return model
