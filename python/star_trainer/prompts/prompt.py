@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,11 @@ class Prompt:
     units: tuple[str, ...] = ()
 
 
+def is_null(value: Any) -> bool:
+    """Whether a value is what tables make of a missing one: null or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def required(metadata: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     """GenEval's list of objects under `key` (``include`` or ``exclude``); what is null there counts as absent.
 
@@ -24,10 +30,9 @@ def required(metadata: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
         ValueError: it is no list of objects.
     """
     entries = metadata.get(key)
-    if entries is None:
+    if is_null(entries):
         return []
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise ValueError(
-            f"expected {key!r} to be a list of objects, each with 'class' and 'count', got {reprlib.repr(entries)}"
-        )
-    return [{name: value for name, value in entry.items() if value is not None} for entry in entries]
+        got = reprlib.repr(entries)
+        raise ValueError(f"expected {key!r} to be a list of objects, each with 'class' and 'count', got {got}")
+    return [{name: value for name, value in entry.items() if not is_null(value)} for entry in entries]

@@ -75,8 +75,9 @@ def check_requirements(
     if not (include or exclude):
         raise ValueError("expected 'include', GenEval's list of the objects that an image must show")
     for index, requirement in enumerate([*include, *exclude]):
-        wrong = not isinstance(requirement.get("class"), str)
-        if wrong or not isinstance(requirement.get("count"), int) or requirement["count"] < 1:
+        count = requirement.get("count")
+        wrong = not isinstance(requirement.get("class"), str) or isinstance(count, bool)
+        if wrong or not isinstance(count, int) or count < 1:
             raise ValueError(f"expected an object with 'class' and a positive 'count', got {reprlib.repr(requirement)}")
         if not isinstance(requirement.get("color", ""), str):
             raise ValueError(f"expected the name of a colour, got {reprlib.repr(requirement['color'])}")

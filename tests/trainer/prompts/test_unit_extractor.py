@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import socket
@@ -19,7 +20,9 @@ from star_trainer.config.paths import TINY_PIPELINE
 from star_trainer.prompts import Prompt, read_prompts
 from star_trainer.prompts.units import UnitExtractor, chat
 from star_trainer.prompts.units.cache import CacheError, UnitCache
+from star_trainer.rewards.terms import unsuitable
 from star_trainer.studies.units import main
+from star_trainer.worlds.requirements import DetectedObject, judge
 
 PROMPTS = ["a red cup on a table", 'a sign that says "Go"']
 GOOD = '[["red cup", "table"], ["Go", "sign"]]'
@@ -376,6 +379,58 @@ def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
         ("a éclair", "Food"),
         ("a cat", "Animals"),
     ]
+
+
+def test_cells_that_a_spreadsheet_quotes_are_read_as_they_were(tmp_path: Path) -> None:
+    rows = ['a shop sign that says "OPEN LATE"', "a red circle\nand a cross", "a\tcat", '"', "a dog"]
+    path = tmp_path / "p.TSV"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
+        writer.writerows([["Kind", "Prompt"], *(["x", row] for row in rows)])
+    assert [p.text for p in read_prompts(str(path), "x")] == rows
+    # A mark that quotes no whole cell stays, and takes nothing behind it in.
+    path.write_text('Prompt\tKind\n"Go" says a sign\tx\n"Hello\tx\na 12"\tx\n \n"a\nb"\tx\n"a ""c"""\n')
+    expected = ['"Go" says a sign', '"Hello', 'a 12"', "a\nb", 'a "c"']
+    assert [p.text for p in read_prompts(str(path), "x")] == expected
+    path.write_text('Kind\tPrompt\nx\t"a\nb"\nx\n')
+    with pytest.raises(ConfigError, match="line 4: expected at least 2"):
+        read_prompts(str(path), "x")
+
+
+NULLS = {"include": None, "exclude": None, "units": None, "tag": None}
+BENCH = {"class": "bench", "count": 1, "color": None, "position": float("nan")}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "units", "usable"),
+    [
+        ({"include": [BENCH], "exclude": None}, ["bench"], True),
+        ({"include": [BENCH, {"class": "cat", "count": 1, "position": ["left of", 0]}]}, ["bench", "cat"], True),
+        (NULLS, ["red bench"], False),
+        ({"include": float("nan")}, ["red bench"], False),
+        ({"include": json.dumps([BENCH])}, ["red bench"], False),
+        ({"include": True}, ["red bench"], False),
+        ({"include": [None]}, ["red bench"], False),
+        ({"include": [{"class": 3, "count": 1}]}, ["red bench"], False),
+        ({"include": [{**BENCH, "count": None}]}, ["bench"], False),
+        ({"include": [{**BENCH, "color": 3}]}, ["bench"], False),
+        ({"include": [{**BENCH, "position": "left"}]}, ["bench"], False),
+        ({"include": [BENCH], "exclude": "cat"}, ["bench"], False),
+    ],
+)
+def test_nulls_and_foreign_types_beside_a_prompt_are_absent_or_refused(
+    metadata: dict[str, Any], units: list[str], usable: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"prompt": "a red bench", **metadata}) + "\n")
+    assert main([str(path), "--out", str(out)]) == 0
+    (prompt,) = read_prompts(str(out), "x")
+    assert list(prompt.units) == [unit for unit in units if unit in prompt.text]
+    reason = unsuitable("geneval_graded", prompt)
+    assert (reason is None) == usable
+    if usable:
+        seen = [DetectedObject("bench", 0.9, None, (0.0, 0.0, 9.0, 9.0))]
+        assert judge(seen, prompt.metadata).graded == 1.0 / (1 if len(metadata["include"]) == 1 else 3)
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from star_kernels.text_units import stands_in
+from star_trainer.prompts.prompt import required
 from star_trainer.prompts.quotes import CLOSING_MARKS, quoted_texts
 
 VERSION = 1
@@ -51,11 +52,12 @@ class Phrase(NamedTuple):
 def units_by_rule(prompt: str, metadata: Mapping[str, Any] | None = None) -> list[str]:
     """The text units of a prompt, as they stand in it.
 
-    With GenEval's ``include`` in `metadata`: every required object with its count and colour, and every required
-    relation with both of its objects. In a prompt with quoted text: every quoted text, and the noun phrase that carries
-    it. Else: every noun phrase. A prompt without any is one unit; one without a visible character has none.
+    With GenEval's ``include`` in `metadata` (anything else under that name counts as absent): every required object
+    with its count and colour, and every required relation with both of its objects. In a prompt with quoted text: every
+    quoted text, and the noun phrase that carries it. Else: every noun phrase. A prompt without any is one unit; one
+    without a visible character has none.
     """
-    units = geneval_units(prompt, metadata["include"]) if metadata and metadata.get("include") else []
+    units = geneval_units(prompt, _requirements(metadata or {}))
     units = units or rendered_text_units(prompt) or [_text(prompt, phrase) for phrase in noun_phrases(prompt)]
     units = [unit for unit in dict.fromkeys(units) if stands_in(prompt, unit)]
     if units:
@@ -64,7 +66,16 @@ def units_by_rule(prompt: str, metadata: Mapping[str, Any] | None = None) -> lis
     return [whole] if whole and stands_in(whole, whole) else []
 
 
-def geneval_units(prompt: str, include: list[Mapping[str, Any]]) -> list[str]:
+def _requirements(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """GenEval's `include` as far as it is well formed; what stands there may be somebody's own."""
+    try:
+        include = required(metadata, "include")
+    except ValueError:
+        return []
+    return include if all(isinstance(entry.get("class"), str) for entry in include) else []
+
+
+def geneval_units(prompt: str, include: Sequence[Mapping[str, Any]]) -> list[str]:
     """The objects that GenEval's `include` requires, each with its count and colour, then the related pairs."""
     spans: list[tuple[int, int] | None] = []
     for requirement in include:
@@ -72,10 +83,11 @@ def geneval_units(prompt: str, include: list[Mapping[str, Any]]) -> list[str]:
         spans.append(_mention(prompt, requirement, taken))
     units = [prompt[span[0] : span[1]] for span in spans if span is not None]
     for requirement, span in zip(include, spans, strict=True):
-        _, target = requirement.get("position", (None, None))
-        other = spans[target] if target is not None and target < len(spans) else None
-        if span is not None and other is not None:
-            units.append(prompt[min(span[0], other[0]) : max(span[1], other[1])])
+        match requirement.get("position"):
+            case [str(), int(target)] if 0 <= target < len(spans):
+                other = spans[target]
+                if span is not None and other is not None:
+                    units.append(prompt[min(span[0], other[0]) : max(span[1], other[1])])
     return units
 
 
@@ -85,7 +97,7 @@ def _mention(prompt: str, requirement: Mapping[str, Any], taken: list[tuple[int,
 
     name = requirement["class"]
     before = [rf"(?:{'|'.join(_NUMBERS)}|\d+)\s+"]
-    if "color" in requirement:
+    if isinstance(requirement.get("color"), str):
         before.append(rf"{re.escape(requirement['color'])}\s+")
     pattern = "".join(f"(?:{part})?" for part in before)
     nouns = "|".join(re.escape(form) for form in sorted({name, pluralize(name), f"{name}s"}, key=len, reverse=True))

@@ -33,7 +33,7 @@ def tabulate(scores: Mapping[str, Mapping[str, np.ndarray]], tags: Sequence[str 
     """
     by_tag: dict[str, list[int]] = {}
     for place, tag in enumerate(tags):
-        by_tag.setdefault(tag or "", []).append(place)
+        by_tag.setdefault(str(tag or ""), []).append(place)
     rows = []
     models = list(scores)
     for reward in scores[models[0]]:
