@@ -31,7 +31,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: no such preset or file, malformed YAML, an unknown key, a value of the wrong type or
             range, or settings that do not go together; the message names the key and the line of the file.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if source in preset_names():
         path = PRESETS / f"{source}.yaml"
     elif not path.is_file():
@@ -111,7 +111,7 @@ def _explain(error: ValidationError, section: type[BaseModel], source: str, plac
         if problem["type"] == "extra_forbidden":
             text = f"{key}: unknown key{_did_you_mean_key(location, section)}"
         elif key:
-            text = f"{key}: {problem['msg']}, got {reprlib.repr(problem['input'])}"
+            text = f"{key}: {problem['msg'].removeprefix('Value error, ')}, got {reprlib.repr(problem['input'])}"
         else:
             # From a check of several settings, which starts its message with the key.
             text = problem["msg"].removeprefix("Value error, ")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Method = Literal["star", "uniform", "uniform_position", "shuffled", "inverted", "oracle", "r0", "r0_plus"]
 # Differentiable rewards, back-propagated through the sampler; all others are policy gradients.
@@ -12,6 +14,26 @@ REWARD_GRADIENT_METHODS = ("r0", "r0_plus")
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+# No shell expands ~ behind an equals sign; what is no path does not begin with it.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+def _check_address(address: str) -> str:
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or any(map(str.isspace, address)):
+        raise ValueError("expected an address that begins with http:// or https://")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
 
 
 class Section(BaseModel):
@@ -21,7 +43,7 @@ class Section(BaseModel):
 class Run(Section):
     """Where the run lives."""
 
-    folder: str = Field("runs/{preset}", description="output folder; {preset}, {method} and {seed} are filled in")
+    folder: Place = Field("runs/{preset}", description="output folder; {preset}, {method} and {seed} are filled in")
     seed: int = Field(0, ge=0, lt=1 << 63, description="seed of every random number of the run")
     resume: bool = Field(True, description="go on from the newest whole checkpoint in the folder")
     progress: bool = Field(True, description="show a progress bar")
@@ -40,7 +62,7 @@ class Lora(Section):
 class Model(Section):
     """The pipeline that is post-trained."""
 
-    pipeline: str = Field("tiny", description="'tiny' (comes with the package), a folder, or a name on a model hub")
+    pipeline: Place = Field("tiny", description="'tiny' (comes with the package), a folder, or a name on a model hub")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights, and of autocast")
     vae_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of the autoencoder, or null for that of the other weights"
@@ -67,10 +89,10 @@ class Model(Section):
 class Prompts(Section):
     """What is drawn, and for which prompts it is measured."""
 
-    source: str = Field(
+    source: Place = Field(
         "scenes", description="'scenes', or a file: .jsonl (prompt, units, metadata), .txt (a line each) or .tsv"
     )
-    held_out: str | None = Field(None, description="file of the held-out prompts, where source is a file")
+    held_out: Place | None = Field(None, description="file of the held-out prompts, where source is a file")
     origin: str | None = Field(None, description="where to get the files, said when one is missing")
 
 
@@ -81,15 +103,21 @@ class Units(Section):
         "file",
         description="file (as they stand beside the prompts), rules (English prompts alone), or llm (a chat model)",
     )
-    cache: str | None = Field("~/.cache/star_kernels/units.sqlite", description="file of what was extracted, or null")
+    cache: str | None = Field(
+        "~/.cache/star_kernels/units.sqlite", description="file of what a chat model said, or null"
+    )
     task: Literal["geneval", "ocr", "general"] = Field("general", description="what the chat model is told to look for")
-    model: str | None = Field(None, description="chat model: a folder, a name on a hub, or the endpoint's name for it")
-    endpoint: str | None = Field(None, description="base address of an OpenAI-compatible API, or null for transformers")
+    model: Place | None = Field(None, description="chat model: a folder, or its name on a hub or at the endpoint")
+    endpoint: Address | None = Field(None, description="base address of an OpenAI-like API, or null for transformers")
     key_variable: str = Field("OPENAI_API_KEY", description="environment variable with the endpoint's key, if any")
     batch_size: Positive = Field(16, description="prompts per question")
     retries: int = Field(2, ge=0, description="further questions about an answer that cannot be used")
     timeout: float = Field(120.0, gt=0.0, description="seconds until a request to the endpoint is given up")
-    max_new_tokens: Positive = Field(2048, description="length of an answer")
+    max_new_tokens: Positive = Field(2048, description="length of an answer, a model's thoughts included")
+    token_limit: Literal["auto", "max_tokens", "max_completion_tokens"] = Field(
+        "auto", description="what the endpoint calls that length; auto is max_tokens until it asks for the other"
+    )
+    temperature: float | None = Field(0.0, ge=0.0, description="what is sent to the endpoint, or null for nothing")
 
     @model_validator(mode="before")
     @classmethod
@@ -136,13 +164,13 @@ class RolloutConfig(Section):
 class RewardModels(Section):
     """The models that rewards load: folders, or names on a model hub."""
 
-    clip: str = Field(
+    clip: Place = Field(
         "openai/clip-vit-large-patch14",
         description="of clip_score, and of geneval's colours; 'tiny' comes with the package and knows scenes",
     )
-    pickscore: str = "yuvalkirstain/PickScore_v1"
-    pickscore_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    detector: str = Field(
+    pickscore: Place = "yuvalkirstain/PickScore_v1"
+    pickscore_processor: Place = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    detector: Place = Field(
         "facebook/mask2former-swin-small-coco-instance", description="of geneval: instances of COCO's classes"
     )
 
@@ -150,7 +178,9 @@ class RewardModels(Section):
 class RemoteReward(Section):
     """The reward server that the term ``remote`` asks."""
 
-    url: str | None = Field(None, description="its address, such as http://localhost:8100")
+    url: Annotated[list[Address], BeforeValidator(lambda value: [] if value is None else _as_list(value))] = Field(
+        [], description="its address, such as http://localhost:8100, or a list of those of several, asked in turn"
+    )
     format: Literal["png", "raw"] = Field("png", description="how images are sent")
     token_variable: str = Field("STAR_REWARD_TOKEN", description="environment variable with its token, if it wants one")
     batch_size: Positive = Field(64, description="images per request")
@@ -172,10 +202,6 @@ class Reward(Section):
     )
     models: RewardModels = RewardModels()
     remote: RemoteReward = RemoteReward()
-
-
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
 
 
 class Allocation(Section):
@@ -240,7 +266,7 @@ class R0(Section):
         True, description="run each step again for its gradient instead of keeping the activations of all of them"
     )
     decode_batch_size: Positive = Field(8, description="images that are decoded and rewarded at a time")
-    small_decoder: str | None = Field(
+    small_decoder: Place | None = Field(
         None, description="an AutoencoderTiny (folder or name on a hub) that decodes for rewards, or null"
     )
     normalize_gradients: bool = Field(

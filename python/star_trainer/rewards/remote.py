@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import math
 import os
 import random
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,13 +27,15 @@ from star_trainer.prompts import Prompt
 from star_trainer.rewards.errors import RewardError
 
 _LONGEST_PAUSE = 30.0
+_REST = 60.0  # seconds
 
 
 class RemoteRewardClient:
     """Sends images and prompts to a reward server and checks what comes back.
 
-    Called with images [B, H, W, 3] uint8 and their prompts; returns [B] float64. A server that does not answer, or is
-    busy, is asked again with growing pauses.
+    Called with images [B, H, W, 3] uint8 and their prompts; returns [B] float64. Several servers share the images of a
+    call and take turns. Where one does not answer, or is busy, the next one is asked, and after all of them the first
+    again, with growing pauses; one that did not answer comes last for a minute.
 
     Raises:
         ConfigError: no address.
@@ -40,19 +44,26 @@ class RemoteRewardClient:
     """
 
     def __init__(self, config: RemoteReward) -> None:
-        if config.url is None:
+        if not config.url:
             raise ConfigError("reward.remote.url: expected the reward server's address where reward.terms has remote")
         self.config = config
-        self.url = f"{config.url.rstrip('/')}/score"
+        self.urls = [f"{url.rstrip('/')}/score" for url in config.url]
+        # Not all processes begin with the same server.
+        self._turns = itertools.count(int(os.environ.get("RANK", 0)))
+        self._resting: dict[str, float] = {}
         token = os.environ.get(config.token_variable)
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
-        scores: list[float] = []
-        for first in range(0, len(prompts), self.config.batch_size):
-            rows = slice(first, first + self.config.batch_size)
-            scores += self._checked(self._post(self._body(images[rows], prompts[rows])), len(prompts[rows]))
-        return np.array(scores)
+        size = max(1, min(self.config.batch_size, -(-len(prompts) // len(self.urls))))
+        parts = [slice(first, first + size) for first in range(0, len(prompts), size)]
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            scores = pool.map(self._scores, [images[rows] for rows in parts], [prompts[rows] for rows in parts])
+            return np.array([score for part in scores for score in part])
+
+    def _scores(self, images: np.ndarray, prompts: Sequence[Prompt]) -> list[float]:
+        url, answer = self._post(self._body(images, prompts))
+        return _checked(url, answer, len(prompts))
 
     def _body(self, images: np.ndarray, prompts: Sequence[Prompt]) -> bytes:
         encode = _png if self.config.format == "png" else np.ndarray.tobytes
@@ -64,8 +75,8 @@ class RemoteRewardClient:
         }
         return json.dumps(body).encode()
 
-    def _post(self, body: bytes) -> str:
-        """The text of the server's answer."""
+    def _post(self, body: bytes) -> tuple[str, str]:
+        """The server that answered, and the text of its answer."""
         import requests
 
         failure = ""
@@ -74,29 +85,38 @@ class RemoteRewardClient:
             if attempt:
                 # Not all processes of a run at the same moment.
                 time.sleep(min(2.0**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0))
-            try:
-                reply = requests.post(self.url, data=body, headers=headers, timeout=self.config.timeout)
-            except requests.RequestException as error:
-                failure = str(error)
-                continue
-            if reply.status_code == 200:
-                return reply.text
-            failure = f"status {reply.status_code}: {reply.text[:200]}"
-            if reply.status_code != 429 and reply.status_code < 500:
-                break
-        raise RewardError(f"reward remote: {self.url} did not answer ({failure})")
+            for url in self._in_turn():
+                try:
+                    reply = requests.post(url, data=body, headers=headers, timeout=self.config.timeout)
+                except requests.RequestException as error:
+                    failure = str(error)
+                else:
+                    if reply.status_code == 200:
+                        self._resting.pop(url, None)
+                        return url, reply.text
+                    failure = f"status {reply.status_code}: {reply.text[:200]}"
+                    if reply.status_code != 429 and reply.status_code < 500:
+                        raise RewardError(f"reward remote: {url} did not answer ({failure})")
+                self._resting[url] = time.monotonic() + _REST
+        raise RewardError(f"reward remote: {', '.join(self.urls)} did not answer ({failure})")
 
-    def _checked(self, answer: str, count: int) -> list[float]:
-        try:
-            scores: Any = json.loads(answer)["scores"]
-        except (json.JSONDecodeError, LookupError, TypeError, RecursionError) as error:
-            raise RewardError(f"reward remote: {self.url} answers no scores: {answer[:200]}") from error
-        if not isinstance(scores, list) or len(scores) != count:
-            size = len(scores) if isinstance(scores, list) else type(scores).__name__
-            raise RewardError(f"reward remote: expected {count} scores from {self.url}, got {size}")
-        if not all(isinstance(s, (int, float)) and not isinstance(s, bool) and math.isfinite(s) for s in scores):
-            raise RewardError(f"reward remote: expected finite numbers from {self.url}, got {answer[:200]}")
-        return [float(score) for score in scores]
+    def _in_turn(self) -> list[str]:
+        """All servers, each time beginning with another one, and those last that did not answer a moment ago."""
+        first, now = next(self._turns) % len(self.urls), time.monotonic()
+        return sorted(self.urls[first:] + self.urls[:first], key=lambda url: self._resting.get(url, now) > now)
+
+
+def _checked(url: str, answer: str, count: int) -> list[float]:
+    try:
+        scores: Any = json.loads(answer)["scores"]
+    except (json.JSONDecodeError, LookupError, TypeError, RecursionError) as error:
+        raise RewardError(f"reward remote: {url} answers no scores: {answer[:200]}") from error
+    if not isinstance(scores, list) or len(scores) != count:
+        size = len(scores) if isinstance(scores, list) else type(scores).__name__
+        raise RewardError(f"reward remote: expected {count} scores from {url}, got {size}")
+    if not all(isinstance(s, (int, float)) and not isinstance(s, bool) and math.isfinite(s) for s in scores):
+        raise RewardError(f"reward remote: expected finite numbers from {url}, got {answer[:200]}")
+    return [float(score) for score in scores]
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -12,6 +12,7 @@ import binascii
 import hmac
 import io
 import json
+import math
 import os
 import sys
 import threading
@@ -35,6 +36,7 @@ class Limits:
     megabytes: float = 256.0
     images: int = 256
     pixels: int = 2048 * 2048
+    decoded_megabytes: float = 512.0
 
 
 class RequestError(ValueError):
@@ -75,8 +77,19 @@ def parse_request(body: bytes, limits: Limits) -> tuple[np.ndarray, list[Prompt]
     decode = decoders.get(request.get("format", "png"))
     if decode is None:
         raise RequestError(f"format: expected png or raw, got {request.get('format')!r}")
-    decoded = [_decoded(decode, image, shape, index) for index, image in enumerate(images)]
-    return np.stack(decoded), [_prompt(prompt, index) for index, prompt in enumerate(prompts)]
+    # A PNG may unfold to a thousand times its size.
+    megabytes = len(images) * math.prod(shape) / 1e6
+    if megabytes > limits.decoded_megabytes:
+        raise RequestError(
+            f"images: expected at most {limits.decoded_megabytes:g} MB of pixels, got {megabytes:.0f}; send fewer at a "
+            "time (reward.remote.batch_size)",
+            413,
+        )
+    parsed = [_prompt(prompt, index) for index, prompt in enumerate(prompts)]
+    pixels = np.empty((len(images), *shape), dtype=np.uint8)
+    for index, image in enumerate(images):
+        pixels[index] = _decoded(decode, image, shape, index)
+    return pixels, parsed
 
 
 def _decoded(decode: Callable[[bytes, list[int]], np.ndarray], image: Any, shape: list[int], index: int) -> np.ndarray:
@@ -131,8 +144,9 @@ def create_app(reward: RewardFunction, *, token: str | None = None, limits: Limi
     app = FastAPI(title="star-reward-server", docs_url=None, redoc_url=None, openapi_url=None)
 
     def score(body: bytes) -> list[float]:
-        images, prompts = parse_request(body, limits)
+        # One request's images at a time, for there may be as many requests as threads.
         with busy:
+            images, prompts = parse_request(body, limits)
             return np.asarray(reward(images, prompts), dtype=np.float64).tolist()
 
     async def read(request: Request) -> bytes:

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -60,7 +61,7 @@ def start() -> Iterator[Callable[..., str]]:
         thread.join(10)
 
 
-def client(url: str, **options: Any) -> Any:
+def client(url: str | list[str], **options: Any) -> Any:
     return load_reward(Reward(terms={"remote": 1.0}, remote={"url": url, **options}))
 
 
@@ -157,6 +158,24 @@ def test_a_bad_request_is_refused_with_its_reason(kind: str) -> None:
         parse_request(body, Limits(images=8))
 
 
+def test_small_pngs_of_many_pixels_are_refused_and_others_decoded_one_at_a_time() -> None:
+    def body(count: int, side: int) -> bytes:
+        images, prompts = [png((side, side))] * count, [{"prompt": "a", "metadata": {}}] * count
+        return json.dumps({"format": "png", "shape": [side, side, 3], "images": images, "prompts": prompts}).encode()
+
+    many, some = body(64, 2048), body(24, 512)
+    assert len(many) < 2e6
+    tracemalloc.start()
+    with pytest.raises(
+        RequestError, match=r"at most 512 MB of pixels, got 805; .*reward\.remote\.batch_size"
+    ) as refused:
+        parse_request(many, Limits())
+    assert refused.value.status == 413 and tracemalloc.get_traced_memory()[1] < 10e6
+    images, _ = parse_request(some, Limits())
+    assert images.nbytes == 24 * 512 * 512 * 3 and tracemalloc.get_traced_memory()[1] < 1.3 * images.nbytes
+    tracemalloc.stop()
+
+
 def test_a_png_with_another_mode_is_read() -> None:
     buffer = io.BytesIO()
     Image.new("RGBA", (5, 6), (1, 2, 3, 4)).save(buffer, "PNG")
@@ -218,6 +237,31 @@ def test_a_server_that_stays_dead_is_named(no_pauses: list[float]) -> None:
     with pytest.raises(RewardError, match="reward remote: http://127.0.0.1:9/score did not answer"):
         client("http://127.0.0.1:9", retries=2)(IMAGES, PROMPTS)
     assert len(no_pauses) == 2
+
+
+def count_images(reply: Callable[[int], bool]) -> Callable[[int], tuple[int, bytes] | None]:
+    return lambda number: (200, b'{"scores": [0.5]}') if reply(number) else None
+
+
+def test_several_servers_share_the_images_and_one_may_die(fake, no_pauses: list[float]) -> None:
+    first, seen_first = fake(count_images(lambda number: True))
+    second, seen_second = fake(count_images(lambda number: number <= 2))
+    reward = client([first, second], retries=0)
+    for _ in range(2):
+        assert reward(IMAGES, PROMPTS).tolist() == [0.5, 0.5]
+    assert len(seen_first) == len(seen_second) == 2
+    for _ in range(3):
+        assert reward(IMAGES, PROMPTS).tolist() == [0.5, 0.5]
+    # The one that has died is asked once more, and then left alone for a while.
+    assert len(seen_second) == 3 and len(seen_first) == 8 and no_pauses == []
+    with pytest.raises(RewardError, match="http://127.0.0.1:9/score, http://127.0.0.1:10/score did not answer"):
+        client(["http://127.0.0.1:9", "http://127.0.0.1:10"], retries=1)(IMAGES, PROMPTS)
+
+
+def test_a_server_that_refuses_is_named_among_several(fake) -> None:
+    first, _ = fake(lambda number: (401, b"no token"))
+    with pytest.raises(RewardError, match=f"{first}/score did not answer .status 401: no token"):
+        client([first, first])(IMAGES, PROMPTS)
 
 
 def test_a_server_that_never_answers_is_given_up(fake, no_pauses: list[float]) -> None:
