@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from star_trainer.config.errors import TrainerError
 from star_trainer.config.loading import preset_names
@@ -46,6 +47,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def place(text: str) -> Path:
+    """A file or folder of an option; no shell expands ~ behind an equals sign."""
+    return Path(text).expanduser()
 
 
 def quieten() -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from star_kernels.text_units import TextUnits, stands_in
 from star_trainer.config import ConfigError, Units, check_section
-from star_trainer.config.command_line import positive, run_command
+from star_trainer.config.command_line import place, positive, run_command
 from star_trainer.families import family_named, pipeline_source
 from star_trainer.families.family import TextAxis
 from star_trainer.prompts import Prompt, read_prompts
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompts", help="a file of prompts: .jsonl, .txt (a line each) or .tsv (column Prompt)")
-    parser.add_argument("--out", type=Path, help="JSON lines to write: the prompt with its metadata and units")
+    parser.add_argument("--out", type=place, help="JSON lines to write: the prompt with its metadata and units")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="key=value", help="settings of the section units, such as source=llm"
     )
@@ -64,6 +64,8 @@ def _run(options: argparse.Namespace) -> None:
     if section.source == "llm" and section.model is None:
         raise ConfigError("units.model: expected a chat model where source is llm")
     prompts = read_prompts(options.prompts, "prompts")
+    if options.out is not None:
+        _check_out(options.out, options.prompts)
     axis = None if options.pipeline is None else _text_axis(options.pipeline, options.max_sequence_length)
     extractor = UnitExtractor(section)
     with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
@@ -74,6 +76,18 @@ def _run(options: argparse.Namespace) -> None:
     _show(prompts[: options.show], extractions)
     _summarise(prompts, extractions)
     _report_coverage(prompts, extractions, found)
+
+
+def _check_out(out: Path, source: str) -> None:
+    """Refuse a file that would replace the prompts, or that a run would read as something else.
+
+    Raises:
+        ConfigError: with what was expected.
+    """
+    if out.suffix.lower() not in (".jsonl", ".json"):
+        raise ConfigError(f"--out: expected a name that ends in .jsonl, since that is what is written, got {out}")
+    if out.exists() and out.samefile(Path(source).expanduser()):
+        raise ConfigError(f"--out: expected another file than the prompts, which would be lost, got {out}")
 
 
 def _extractions(prompts: Sequence[Prompt], extractor: UnitExtractor, bar: Any, *, keep: bool) -> list[Extraction]:

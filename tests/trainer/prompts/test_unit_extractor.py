@@ -222,9 +222,9 @@ def test_a_chat_model_of_transformers_is_run(chat_model: str) -> None:
     talker = chat.TransformersChat(chat_model, max_new_tokens=5)
     answer = talker([{"role": "user", "content": "hello"}])
     assert isinstance(answer, str) and answer == talker([{"role": "user", "content": "hello"}])
-    # Random weights give no JSON: the rules step in.
-    extractor = UnitExtractor(settings(model=chat_model, max_new_tokens=5, retries=0))
-    assert [e.source for e in extractor(prompts())] == ["rules for llm"] * 2
+    # Random weights give no JSON.
+    with pytest.raises(chat.ChatError, match="for none of 2 prompts"):
+        UnitExtractor(settings(model=chat_model, max_new_tokens=5, retries=0))(prompts())
 
 
 def test_a_chat_model_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -256,14 +256,87 @@ def test_what_was_extracted_once_comes_from_the_cache(serve, tmp_path: Path) -> 
     assert len(requests) == 1 and json.loads(requests2[0]["messages"][1]["content"]) == [PROMPTS[1]]
 
 
-def test_the_cache_tells_extractors_and_requirements_apart(tmp_path: Path) -> None:
-    cache = str(tmp_path / "units.sqlite")
-    prompt = "a photo of a red cup and a dog"
-    include = [{"class": "dog", "count": 1}]
-    extractor = UnitExtractor(Units(source="rules", cache=cache))
-    assert extractor([Prompt(prompt, {})])[0].units == ("red cup", "dog")
-    assert extractor([Prompt(prompt, {"include": include})])[0].units == ("dog",)
-    assert UnitExtractor(settings(task="ocr")).name != UnitExtractor(settings(task="geneval")).name
+def test_the_cache_tells_extractors_and_requirements_apart(serve, tmp_path: Path) -> None:
+    address, requests = serve(lambda body, number: (200, completion('[["dog"]]')))
+    prompt, include = "a photo of a red cup and a dog", [{"class": "dog", "count": 1}]
+    for task, metadata in (("ocr", {}), ("ocr", {"include": include}), ("geneval", {}), ("ocr", {})):
+        UnitExtractor(settings(endpoint=address, task=task, cache=str(tmp_path / "x")))([Prompt(prompt, metadata)])
+    assert len(requests) == 3
+
+
+def test_the_cache_is_opened_where_a_chat_model_is_used_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    cache = str(tmp_path / "file" / "units.sqlite")
+    assert UnitExtractor(Units(source="rules", cache=cache))(prompts())[0].units == ("red cup", "table")
+    with pytest.raises(CacheError):
+        UnitExtractor(settings(cache=cache, endpoint="http://localhost:9"))(prompts())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"<think>\nTwo prompts: [[]].\n</think>\n\n{GOOD}",
+        f"Two prompts, then.</think>{GOOD}",
+        f"<Thinking>hm</Thinking> {GOOD}\n",
+        f"[THINK]hm[/THINK]{GOOD}",
+        f"<seed:think>hm</seed:think>{GOOD}",
+    ],
+)
+def test_what_a_model_thinks_before_its_answer_is_left_out(answer: str) -> None:
+    script = Script(answer)
+    assert chat.ask(script, PROMPTS, "general", retries=0) == [["red cup", "table"], ["Go", "sign"]]
+
+
+def test_thoughts_that_do_not_end_are_no_answer() -> None:
+    script = Script(f"<think>{GOOD}", f"<think>x</think>{GOOD[:-1]}", GOOD)
+    assert chat.ask(script, PROMPTS, "general", retries=2) == [["red cup", "table"], ["Go", "sign"]]
+    # What it thought is not told to it again.
+    assert script.asked[2][-2]["content"] == GOOD[:-1]
+
+
+def test_an_answer_in_parts_is_taken_without_its_thoughts(serve) -> None:
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": GOOD}]
+    reply = json.dumps({"choices": [{"message": {"content": parts}}]}).encode()
+    address, _ = serve(lambda body, number: (200, reply))
+    assert [e.source for e in UnitExtractor(settings(endpoint=address, retries=0))(prompts())] == ["llm", "llm"]
+
+
+def test_an_endpoint_with_another_token_limit_and_temperature_is_obeyed(serve) -> None:
+    def reply(body: dict[str, Any], number: int) -> tuple[int, bytes]:
+        if "max_tokens" in body:
+            return 400, b"'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        if "temperature" in body:
+            return 400, b"'temperature' does not support 0 with this model."
+        return 200, completion(GOOD)
+
+    address, requests = serve(reply)
+    options = {"endpoint": address, "temperature": None, "max_new_tokens": 7}
+    assert UnitExtractor(settings(**options))(prompts())[0].source == "llm"
+    assert [request.get("max_completion_tokens") for request in requests] == [None, 7]
+    UnitExtractor(settings(token_limit="max_completion_tokens", **options))(prompts())
+    assert len(requests) == 3
+    with pytest.raises(chat.ChatError, match=r"max_completion_tokens"):
+        UnitExtractor(settings(token_limit="max_tokens", **options))(prompts())
+    with pytest.raises(chat.ChatError, match=r"does not support 0.*units\.temperature=null"):
+        UnitExtractor(settings(endpoint=address))(prompts())
+
+
+def test_a_model_whose_every_answer_was_replaced_ends_the_command(
+    serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, _ = serve(lambda body, number: (200, completion("I cannot do that.")))
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    more = ["source=llm", "model=small", f"endpoint={address}", "cache=null", "retries=0"]
+    assert main([str(tmp_path / "p.txt"), "--out", str(tmp_path / "out.jsonl"), "--set", *more]) == 2
+    assert "units.model: small has given usable units for none of 2 prompts" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_one_usable_answer_keeps_a_run_going(serve) -> None:
+    address, _ = serve(lambda body, number: (200, completion(GOOD if number == 1 else "no")))
+    extractor = UnitExtractor(settings(endpoint=address, retries=0))
+    assert extractor(prompts())[0].source == "llm"
+    assert [e.source for e in extractor([Prompt("a cat", {})])] == ["rules for llm"]
 
 
 def test_prompts_that_come_twice_are_extracted_once(serve) -> None:
@@ -339,15 +412,20 @@ def test_star_units_writes_units_that_a_run_reads(tmp_path: Path, capsys: pytest
         (["{prompts}", "--set", "colour=red"], "colour"),
         (["{prompts}", "--pipeline", "{folder}"], "--pipeline"),
         (["{prompts}", "--out", "{folder}/no/such/folder/out.jsonl"], "no/such/folder"),
+        (["{prompts}", "--out", "{folder}/units.txt"], "--out: expected a name that ends in .jsonl"),
+        (["{prompts}", "--out", "{folder}/units.tsv"], "--out: expected a name that ends in .jsonl"),
+        (["{folder}/./own.jsonl", "--out", "{folder}/own.jsonl"], "--out: expected another file than the prompts"),
     ],
 )
 def test_star_units_says_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a red circle"}\n')
     filled = [part.format(prompts=tmp_path / "prompts.txt", folder=tmp_path) for part in arguments]
     assert main([*filled, *([] if "--set" in filled else ["--set", "cache=null"])]) == 2
     assert message in capsys.readouterr().err
+    assert (tmp_path / "own.jsonl").read_text() == '{"prompt": "a red circle"}\n'
 
 
 @pytest.mark.parametrize(

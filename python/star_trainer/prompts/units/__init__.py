@@ -22,7 +22,7 @@ class Extraction:
 
 
 class UnitExtractor:
-    """Fills in the units of prompts as the section ``units`` says; what was extracted once comes from the cache.
+    """Fills in the units of prompts as the section ``units`` says; what a chat model said once comes from the cache.
 
     Attributes:
         replaced: prompts so far whose units come from the rules because the chat model gave no usable ones.
@@ -31,19 +31,18 @@ class UnitExtractor:
     def __init__(self, config: Units) -> None:
         self.config = config
         self.replaced = 0
+        self._usable = False
 
     @property
     def name(self) -> str:
         """The extractor and its version: what the cache is keyed by beside the prompt."""
-        if self.config.source == "llm":
-            return f"llm {chat.VERSION} {self.config.task} {self.config.model}"
-        return f"{self.config.source} {rules.VERSION}"
+        return f"{self.config.source} {chat.VERSION} {self.config.task} {self.config.model}"
 
     def __call__(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> list[Extraction]:
         """The units of each prompt. `progress` is called with the number of prompts that were finished.
 
         Raises:
-            ChatError: the chat model cannot be loaded or reached.
+            ChatError: the chat model cannot be loaded or reached, or has given no usable units for any prompt so far.
             CacheError: the cache cannot be used.
         """
         if self.config.source == "file":
@@ -66,7 +65,14 @@ class UnitExtractor:
                 self._cache.put({key: (missing[key].text, entry.units) for key, entry in kept.items()})
             if progress is not None:
                 progress(len(some))
-        return [found[key] for key in keys]
+        extractions = [found[key] for key in keys]
+        self._usable |= any(extraction.source == self.config.source for extraction in extractions)
+        if extractions and not self._usable:
+            raise chat.ChatError(
+                f"units.model: {self.config.model} has given usable units for none of {len(missing)} prompts; choose "
+                "another one, more room for its answers (units.max_new_tokens), or units=rules"
+            )
+        return extractions
 
     def fill(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts with their units."""
@@ -77,7 +83,10 @@ class UnitExtractor:
 
     @cached_property
     def _cache(self) -> UnitCache | None:
-        return None if self.config.cache is None else UnitCache(Path(self.config.cache).expanduser())
+        # The rules take less time than looking them up.
+        if self.config.source != "llm" or self.config.cache is None:
+            return None
+        return UnitCache(Path(self.config.cache).expanduser())
 
     @cached_property
     def _chat(self) -> chat.Chat:
@@ -91,6 +100,8 @@ class UnitExtractor:
             key_variable=config.key_variable,
             timeout=config.timeout,
             max_new_tokens=config.max_new_tokens,
+            token_limit=config.token_limit,
+            temperature=config.temperature,
         )
 
     def _extract(self, prompts: list[Prompt]) -> list[Extraction]:

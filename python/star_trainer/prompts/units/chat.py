@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,6 +70,18 @@ def instruction(task: str) -> str:
     return f"{_COMMON}\n{_TASKS[task]}\n{_FORM}"
 
 
+# What models that think aloud end their thoughts with; their templates may have opened them in the question.
+_THOUGHT = re.compile(
+    r"\A.*(?:</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>)",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def without_thought(answer: str) -> str:
+    """An answer without what a model says to itself before it."""
+    return _THOUGHT.sub("", answer).strip()
+
+
 def parse(answer: str, count: int) -> list[list[str]]:
     """The units of `count` prompts from an answer that has to be one JSON array of arrays of strings.
 
@@ -100,7 +113,7 @@ def ask(chat: Chat, prompts: Sequence[str], task: str, *, retries: int) -> list[
     opening = [{"role": "system", "content": instruction(task)}, {"role": "user", "content": question}]
     messages = opening
     for _ in range(retries + 1):
-        answer = chat(messages)
+        answer = without_thought(chat(messages))
         try:
             complaints = _accept(parse(answer, len(prompts)), prompts, found)
         except MalformedAnswer as error:
@@ -165,30 +178,52 @@ class EndpointChat:
         model: the name that the endpoint knows the model by.
         key_variable: environment variable that holds the API key; without it, none is sent.
         timeout: seconds until a request is given up.
+        max_new_tokens: the longest answer.
+        token_limit: the parameter for that, or ``auto``: max_tokens, and max_completion_tokens once that is asked for.
+        temperature: is sent unless it is None.
         attempts: how often a request is made before the endpoint counts as dead, with growing pauses between.
     """
 
     def __init__(
-        self, endpoint: str, model: str, *, key_variable: str, timeout: float, max_new_tokens: int, attempts: int = 4
+        self,
+        endpoint: str,
+        model: str,
+        *,
+        key_variable: str,
+        timeout: float,
+        max_new_tokens: int,
+        token_limit: str = "auto",
+        temperature: float | None = 0.0,
+        attempts: int = 4,
     ) -> None:
         self.url = f"{endpoint.rstrip('/')}/chat/completions"
         self.model, self.max_new_tokens, self.timeout, self.attempts = model, max_new_tokens, timeout, attempts
+        self.token_limit = "max_tokens" if token_limit == "auto" else token_limit
+        self.adapts = token_limit == "auto"
+        self.sampling = {} if temperature is None else {"temperature": temperature}
         key = os.environ.get(key_variable)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def __call__(self, messages: list[Message]) -> str:
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_new_tokens}
         failure = ""
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(min(2.0**attempt, 30.0) / 2)
-            status, answer = self._post(body)
+            status, answer = self._ask(messages)
+            if status == 400 and self.adapts and self.token_limit == "max_tokens" and "max_completion_tokens" in answer:
+                self.token_limit = "max_completion_tokens"
+                status, answer = self._ask(messages)
             if status == 200:
                 return self._content(answer)
             failure = f"status {status}: {answer[:200]}" if status else answer
             if status and status != 429 and status < 500:
                 break
-        raise ChatError(f"units.endpoint: {self.url} did not answer ({failure})")
+        advice = "; units.temperature=null sends none" if status == 400 and "temperature" in answer else ""
+        raise ChatError(f"units.endpoint: {self.url} did not answer ({failure}){advice}")
+
+    def _ask(self, messages: list[Message]) -> tuple[int, str]:
+        body = {"model": self.model, "messages": messages, self.token_limit: self.max_new_tokens}
+        return self._post({**body, **self.sampling})
 
     def _post(self, body: dict[str, Any]) -> tuple[int, str]:
         """Status and text of one request; status 0 and the reason where none came back."""
@@ -205,6 +240,10 @@ class EndpointChat:
             content = json.loads(answer)["choices"][0]["message"]["content"]
         except (json.JSONDecodeError, LookupError, TypeError) as error:
             raise ChatError(f"units.endpoint: {self.url} answers no chat completion: {answer[:200]}") from error
+        if isinstance(content, list):
+            # In parts, of which some are thoughts.
+            texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            content = "".join(text for text in texts if isinstance(text, str))
         if not isinstance(content, str):
             raise ChatError(f"units.endpoint: {self.url} answers no text: {answer[:200]}")
         return content

@@ -10,8 +10,6 @@ from star_kernels.text_units import stands_in
 from star_trainer.prompts.prompt import required
 from star_trainer.prompts.quotes import CLOSING_MARKS, quoted_texts
 
-VERSION = 1
-
 _WORD = re.compile(r"\w+(?:[-'’.&]\w+)*|[^\w\s]")
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
