@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,9 @@ _UNSPACED_SCRIPTS = (
     (0xF900, 0xFAFF),
     (0x20000, 0x3FFFF),
 )
+
+# White space other than single spaces.
+_WHITE_SPACE = re.compile(r"\s\s|[^\S ]")
 
 Span = tuple[int, int]
 
@@ -373,6 +377,9 @@ def _fold(text: str) -> tuple[str, list[Span]]:
     A letter is folded together with the marks behind it, so that both of its Unicode forms become the same; characters
     that print nothing (joiners, variation selectors) are left out; white space becomes one space.
     """
+    if text.isascii() and not _WHITE_SPACE.search(text):
+        # As below, in a fraction of the time.
+        return text.lower(), [(place, place + 1) for place in range(len(text))]
     folded: list[str] = []
     origins: list[Span] = []
     begin = 0

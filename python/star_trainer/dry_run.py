@@ -16,7 +16,7 @@ from star_trainer.families.family import Family
 from star_trainer.families.policy import add_adapter, check_against_model
 from star_trainer.prompts import read_prompts
 from star_trainer.rewards import check_differentiable, check_reward
-from star_trainer.run.inputs import check_backend, check_prompts
+from star_trainer.run.inputs import check_backend, check_prompts, units_not_found
 
 _MIB, _GIB = 1 << 20, 1 << 30
 # How many times its input a transformer block keeps for its backward pass, attention maps aside: 34 bytes where a
@@ -217,6 +217,8 @@ def _prompts(config: Config) -> list[tuple[str, str]]:
         lines.append((f"prompts, {what}", f"{len(prompts):,} in {name}{units}"))
     if all(Path(name).is_file() for _, name in files.values()):
         check_prompts(config)
+        if (line := units_not_found(config)) is not None:
+            lines.append(("text units", line))
     elif section.origin:
         lines.append(("prompts come from", section.origin))
     return lines

@@ -51,6 +51,13 @@ def text_units(policy: Policy, prompts: Sequence[Prompt]) -> sk.TextUnits:
     return policy.text_units([prompt.text for prompt in prompts], [prompt.units for prompt in prompts])
 
 
+def missing_units(units: sk.TextUnits) -> dict[str, float]:
+    """Shares: of the units that have no token, and of the prompts that no unit is left of, whose maps are uniform."""
+    total, missing = sum(map(len, units.names)), sum(map(len, units.missing))
+    bare = sum(len(names) == len(absent) for names, absent in zip(units.names, units.missing, strict=True))
+    return {"units_missing": missing / max(total, 1), "prompts_without_units": bare / len(units)}
+
+
 @torch.no_grad()
 def denoise(
     policy: Policy,

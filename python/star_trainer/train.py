@@ -28,11 +28,12 @@ from star_trainer.rewards import (
 from star_trainer.run.checkpoint import set_aside
 from star_trainer.run.evaluation import HeldOut
 from star_trainer.run.export import export
-from star_trainer.run.inputs import check_backend, check_prompts, load_prompts
+from star_trainer.run.inputs import check_backend, check_prompts, load_prompts, units_not_found
 from star_trainer.run.log import Iteration, RunLog
 from star_trainer.run.processes import fail_together, gather, locked_folder
 from star_trainer.run.randomness import numpy_stream
 from star_trainer.run.state import TrainingState, build_state
+from star_trainer.sampling import missing_units, text_units
 
 # What can fail although nothing is wrong with the training: a server, a model, a disk.
 OUTSIDE = (RewardError, ChatError, CacheError)
@@ -88,6 +89,8 @@ def train(config: Config) -> dict[str, object]:
                 iterate = partial(policy_gradient_iteration, state, reward, worker, first_prompt)
             else:
                 iterate = partial(reward_gradient_iteration, state, supervision, first_prompt)
+            if accelerator.is_main_process and (line := units_not_found(config)) is not None:
+                log.say(line)
             if not held_out.take_up_base():
                 log.say(f"measuring the base model on {len(prompts)} held-out prompts")
                 held_out.evaluate_base()
@@ -116,8 +119,11 @@ def train(config: Config) -> dict[str, object]:
                 if extractor is not None:
                     own = fail_together(accelerator, partial(extractor.fill, own), *OUTSIDE)
                 done = iterate(own, iteration)
-                if extractor is not None and config.units.source == "llm":
-                    done.metrics["units_by_rules_instead"] = float(extractor.replaced)
+                if extractor is not None:
+                    done.metrics.update(missing_units(text_units(state.policy, own)))
+                    if config.units.source == "llm":
+                        done.metrics["units_by_rules_instead"] = float(extractor.replaced)
+                    log.units(done.metrics)
                 state.iteration = iteration + 1
                 log.iteration(done)
 

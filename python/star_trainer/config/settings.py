@@ -175,10 +175,18 @@ class RewardModels(Section):
     )
 
 
+def _as_addresses(value: Any) -> Any:
+    return [] if value is None else _as_list(value)
+
+
+def _check_addresses(addresses: list[str]) -> list[str]:
+    return [_check_address(address) for address in addresses]
+
+
 class RemoteReward(Section):
     """The reward server that the term ``remote`` asks."""
 
-    url: Annotated[list[Address], BeforeValidator(lambda value: [] if value is None else _as_list(value))] = Field(
+    url: Annotated[list[str], BeforeValidator(_as_addresses), AfterValidator(_check_addresses)] = Field(
         [], description="its address, such as http://localhost:8100, or a list of those of several, asked in turn"
     )
     format: Literal["png", "raw"] = Field("png", description="how images are sent")

@@ -24,7 +24,7 @@ def read_prompts(name: str, key: str, origin: str | None = None) -> list[Prompt]
         ConfigError: the file is missing, empty, not UTF-8 or malformed; the message names `key` and the line, or says
             that a missing file comes from `origin`.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(f"{key}: no such file: {path}{f' ({origin})' if origin else ''}")
     try:

@@ -199,7 +199,8 @@ class HeldOut:
     def comparison(self) -> dict[str, PairedDifference]:
         """By scorer, the latest evaluation less the base on the same prompts."""
         assert self.base is not None and self.latest is not None, "both were evaluated"
-        count = len(self.latest)
+        texts = [prompt.text for prompt in self.prompts[: len(self.latest)]]
         return {
-            name: paired_difference(self.base.scores[name][:count], self.latest.scores[name]) for name in self.scorers
+            name: paired_difference(self.base.scores[name][: len(texts)], self.latest.scores[name], texts)
+            for name in self.scorers
         }

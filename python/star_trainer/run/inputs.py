@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from functools import partial
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from star_kernels.backends import resolve_backend
+from star_kernels.text_units import stands_in
 from star_trainer.config import Config, ConfigError, Prompts
 from star_trainer.prompts import Prompt, read_prompts
 from star_trainer.rewards import check_prompts as check_rewarded
@@ -29,7 +31,7 @@ def load_prompts(config: Prompts) -> tuple[PromptSource, PromptSource]:
         return partial(sample_prompts, held_out=False), partial(sample_prompts, held_out=True)
     assert config.held_out is not None, "checked by Config"
     held_out = read_prompts(config.held_out, "prompts.held_out", config.origin)
-    if len(held_out) < 2:
+    if len({prompt.text for prompt in held_out}) < 2:
         raise ConfigError(f"prompts.held_out: {config.held_out} holds one prompt, and a comparison needs at least two")
     training = read_prompts(config.source, "prompts.source", config.origin)
     return _from_file(training, in_order=False), _from_file(held_out, in_order=True)
@@ -40,7 +42,7 @@ def check_prompts(config: Config) -> None:
 
     Raises:
         ConfigError: a file that cannot be read, prompts whose images a reward cannot tell apart, or a method with
-            allocation maps where no prompt has units.
+            allocation maps where no prompt has a unit that stands in it.
     """
     files = {"prompts.source": config.prompts.source, "prompts.held_out": config.prompts.held_out}
     if config.prompts.source == "scenes":
@@ -51,15 +53,38 @@ def check_prompts(config: Config) -> None:
         assert name is not None, "checked by Config"
         prompts = read_prompts(name, key, config.prompts.origin)
         check_rewarded(config.reward.terms, prompts, f"{key}: {name}")
-        if key == "prompts.source" and config.uses_maps and config.units.source == "file" and not _any_units(prompts):
-            raise ConfigError(
-                f"units.source: the method {config.method} needs text units, and none stand beside the prompts in "
-                f"{name}; set units=rules to find them by rule"
-            )
+        if key == "prompts.source" and config.uses_maps and config.units.source == "file":
+            _check_units(prompts, config.method, name)
 
 
-def _any_units(prompts: list[Prompt]) -> bool:
-    return any(prompt.units for prompt in prompts)
+def _check_units(prompts: list[Prompt], method: str, name: str) -> None:
+    """Refuse prompts that would all get uniform maps."""
+    if not any(prompt.units for prompt in prompts):
+        raise ConfigError(
+            f"units.source: the method {method} needs text units, and none stand beside the prompts in {name}; set "
+            "units=rules to find them by rule"
+        )
+    if not any(stands_in(prompt.text, unit) for prompt in prompts for unit in prompt.units):
+        text, unit = next((prompt.text, unit) for prompt in prompts for unit in prompt.units)
+        raise ConfigError(
+            f"units.source: the method {method} needs text units, and of those beside the prompts in {name} none "
+            f"stands in its prompt, letter by letter as words of their own, such as {unit!r} in {reprlib.repr(text)}"
+        )
+
+
+def units_not_found(config: Config) -> str | None:
+    """A line about units that stand beside the training prompts but not in them, which count for nothing; or None."""
+    if not config.uses_maps or config.units.source != "file" or config.prompts.source == "scenes":
+        return None
+    prompts = read_prompts(config.prompts.source, "prompts.source")
+    foreign = [(unit, prompt.text) for prompt in prompts for unit in prompt.units if not stands_in(prompt.text, unit)]
+    if not foreign:
+        return None
+    unit, text = foreign[0]
+    return (
+        f"{len(foreign):,} of {sum(len(prompt.units) for prompt in prompts):,} text units do not stand in their prompt "
+        f"as words of their own and count for nothing, such as {unit!r} in {reprlib.repr(text)}; star-units lists them"
+    )
 
 
 def _from_file(prompts: list[Prompt], *, in_order: bool) -> PromptSource:

@@ -41,6 +41,7 @@ class RunLog:
         self.state = state
         self.folder = Path(config.run.folder)
         self.history: list[dict[str, float]] = []
+        self._units_said = self._rules_said = False
         self._main = state.accelerator.is_main_process
         if self._main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +141,21 @@ class RunLog:
                     scaled = rows / max(rows.max(), 1e-6)
                     tracker.writer.add_image("allocation_maps", scaled, self.state.iteration, dataformats="HW")
 
+    def units(self, metrics: dict[str, float]) -> None:
+        """Say once when units of an iteration's prompts have no token, or are by the rules for want of others."""
+        if not self._units_said and (metrics["units_missing"] or metrics["prompts_without_units"]):
+            self._units_said = True
+            self.say(
+                f"{metrics['units_missing']:.0%} of this iteration's text units have no token, and "
+                f"{metrics['prompts_without_units']:.0%} of its prompts no unit: their maps are uniform"
+            )
+        if not self._rules_said and metrics.get("units_by_rules_instead"):
+            self._rules_said = True
+            self.say(
+                f"{metrics['units_by_rules_instead']:.0f} prompts so far have units by the rules, which know "
+                "English alone: the chat model gave no usable ones"
+            )
+
     def iteration(self, done: Iteration) -> None:
         """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in TensorBoard."""
         rewards, seconds, metrics = done.rewards, done.seconds, done.metrics
@@ -176,6 +192,7 @@ class RunLog:
             "iterations": state.iteration,
             "stopped": state.stopped,
             "held_out_prompts": len(latest),
+            "held_out_distinct_prompts": len({prompt.text for prompt in held_out.prompts[: len(latest)]}),
             "seconds": round(state.seconds(), 1),
             "base": before,
             "final": latest.means(),

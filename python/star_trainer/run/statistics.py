@@ -65,8 +65,11 @@ class PairedDifference:
     p_value: float
 
 
-def paired_difference(before: np.ndarray, after: np.ndarray) -> PairedDifference:
+def paired_difference(before: np.ndarray, after: np.ndarray, groups: Sequence[str] | None = None) -> PairedDifference:
     """Compare two scores of the same N cases, each [N].
+
+    Cases of one group, such as images of the same prompt, are not independent of each other: with their N `groups`, one
+    that comes again counts once, with the mean of its differences. The interval is NaN where there is only one.
 
     Raises:
         ValueError: fewer than two pairs, or lengths that differ.
@@ -76,6 +79,9 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> PairedDifference
             f"after: expected the shape of before, [N >= 2], got {list(before.shape)}, {list(after.shape)}"
         )
     difference = after.astype(np.float64) - before
+    if groups is not None:
+        _, places = np.unique(np.array(groups, dtype=object), return_inverse=True)
+        difference = np.bincount(places, difference) / np.bincount(places)
     if np.ptp(difference) == 0.0:
         # Without any spread the t statistic is 0/0: nothing differs at all, or there is no telling how sure that is.
         value = float(difference[0])

@@ -5,10 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, describe_keys, load_config, preset_names
+from star_trainer.families.policy import load_pipeline
+from star_trainer.prompts import read_prompts
+from star_trainer.studies.units import main as star_units
 
 REFUSED = {
     "train.rate=1e-5": "train.rate: unknown key",
@@ -245,3 +249,66 @@ def test_a_bad_setting_is_refused_without_loading_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path}, check=True
     )
     assert result.stdout.split() == ["2", "False"]
+
+
+PATHS = {
+    "run.folder": [],
+    "model.pipeline": [],
+    "prompts.source": ["prompts.held_out=x"],
+    "prompts.held_out": ["prompts.source=x"],
+    "units.model": ["units.source=llm"],
+    "reward.models.clip": [],
+    "reward.models.pickscore": [],
+    "reward.models.pickscore_processor": [],
+    "reward.models.detector": [],
+    "r0.small_decoder": [],
+}
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_the_home_folder_may_be_written_as_a_tilde_in_every_setting(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    value: Any = load_config("tiny", [f"{key}=~/mine", *PATHS[key]])
+    for name in key.split("."):
+        value = getattr(value, name)
+    assert value == "/somewhere/mine"
+
+
+def test_files_and_options_may_begin_with_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("run: {seed: 7}\n")
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    assert load_config("~/mine.yaml").run.seed == 7
+    assert star_units(["~/p.txt", "--out=~/out.jsonl"]) == 0
+    assert [prompt.units for prompt in read_prompts("~/out.jsonl", "x")] == [("red circle",)]
+    with pytest.raises(ConfigError, match=r"model\.pipeline: no such folder: .*/no_such_pipeline"):
+        load_pipeline(load_config("tiny", ["model.pipeline=~/no_such_pipeline"]).model)
+
+
+@pytest.mark.parametrize(
+    ("key", "address"),
+    [
+        *(
+            ("reward.remote.url", address)
+            for address in ("localhost:8100", "[http://box, gpu-box]", "http://", "http://a:b")
+        ),
+        *(("units.endpoint", address) for address in ("10.0.0.1:8100/v1", "ftp://box", "http://a b")),
+    ],
+)
+def test_an_address_that_no_request_can_go_to_is_refused_up_front(
+    key: str, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["reward.terms={remote: 1.0}"] if key.startswith("reward") else ["units.source=llm", "units.model=x"]
+    assert main(["tiny", "--dry-run", *more, f"{key}={address}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{key}: expected an address that begins with http:// or https://, got" in line
+
+
+def test_one_address_or_several() -> None:
+    one, two = "http://localhost:8100", "https://user@box.example:443/rewards"
+    for value, expected in ((one, [one]), (f"[{one}, '{two}']", [one, two]), ("null", [])):
+        assert load_config("tiny", [f"reward.remote.url={value}"]).reward.remote.url == expected
+    with pytest.raises(ConfigError, match=r"reward\.remote\.url"):
+        load_config("tiny", [f"reward.remote.url=[{one}, box:80]"])

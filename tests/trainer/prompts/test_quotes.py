@@ -19,6 +19,8 @@ from star_trainer.prompts.quotes import quoted_texts
         ('a door with "Room 12" and the "B"', ["Room 12", "B"]),
         ('a cover that says "7" Vinyl Sale"', ['7" Vinyl Sale']),
         ("a 6' fence and a 5'10'' man with 'KEEP OUT'", ["KEEP OUT"]),
+        ('a 12"x9" frame with "A" in it', ["A"]),
+        ("a sign 'Dogs' at a height of 6'", ["Dogs"]),
         # Decades and apostrophes.
         ("an '80s diner with a neon sign that says 'OPEN'", ["OPEN"]),
         ("a ’57 Chevy, Tom’s, with the plate ‘FAST 1’", ["FAST 1"]),
@@ -42,6 +44,7 @@ from star_trainer.prompts.quotes import quoted_texts
         ('a banner with “say "cheese" now” on it', ['say "cheese" now']),
         ('a sign that says "OPEN next to "SALE"', ["SALE"]),
         ('a sign that says "OPEN', []),
+        ("a 'sign\non the cats'", []),
         ("a wall with ``HELLO'' and ''BYE''", ["HELLO", "BYE"]),
         ('a sign says"STOP", " GO " and "!!!"', ["STOP", "GO"]),
     ],

@@ -10,7 +10,7 @@ import pytest
 from star_trainer import train as loop
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
-from star_trainer.run.inputs import check_prompts
+from star_trainer.run.inputs import check_prompts, load_prompts
 from star_trainer.worlds.requirements import check_requirements
 
 BENCH = {"prompt": "a photo of a bench", "include": [{"class": "bench", "count": 1}], "units": ["bench"]}
@@ -110,3 +110,36 @@ def test_a_missing_file_is_said_to_come_from_where_the_preset_has_it(tmp_path: P
     config = load_config("tiny", [*arguments(tmp_path / "x", tmp_path / "y")[1:], "prompts.origin=see the manual"])
     with pytest.raises(ConfigError, match=r"prompts\.source: no such file: .*x \(see the manual\)"):
         check_prompts(config)
+
+
+FOREIGN = {**BENCH, "units": ["benches", "Parkbank"]}
+
+
+def test_maps_where_no_unit_stands_in_its_prompt_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = write(tmp_path / "p.jsonl", FOREIGN, FOREIGN)
+    for more in ([], ["--dry-run"]):
+        assert main(arguments(prompts, prompts, *more)) == 2
+        assert "none stands in its prompt" in (error := capsys.readouterr().err) and "'benches' in" in error
+    check_prompts(load_config("tiny", arguments(prompts, prompts, "method=uniform")[1:]))
+
+
+def test_a_dry_run_says_which_units_do_not_stand_in_their_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    korean = {**BENCH, "prompt": "빨간 원이 있다", "units": ["빨간 원", "있다"]}
+    prompts = write(tmp_path / "p.jsonl", BENCH, korean)
+    assert main(arguments(prompts, prompts, "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 3 text units do not stand in their prompt" in printed and "'빨간 원' in '빨간 원이 있다'" in printed
+    assert main(arguments(prompts, prompts, "--dry-run", "method=uniform")) == 0
+    assert "text units do not" not in capsys.readouterr().out
+
+
+def test_a_held_out_file_with_one_prompt_over_and_over_is_refused(tmp_path: Path) -> None:
+    config = load_config(
+        "tiny", arguments(write(tmp_path / "p.jsonl", BENCH), write(tmp_path / "h.jsonl", *[BENCH] * 4))[1:]
+    )
+    with pytest.raises(ConfigError, match=r"prompts\.held_out: .* holds one prompt"):
+        load_prompts(config.prompts)

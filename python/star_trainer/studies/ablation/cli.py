@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from star_trainer.config import REWARD_GRADIENT_METHODS, ConfigError, Method, load_config
-from star_trainer.config.command_line import add_config_arguments, run_command
+from star_trainer.config.command_line import add_config_arguments, place, run_command
 from star_trainer.run.files import write_atomically
 from star_trainer.studies.ablation.plot import plot_ablation
 from star_trainer.studies.ablation.results import as_json, compare, markdown, read_curve
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--baseline", help="the arm that others are compared with (default: uniform, or the first)")
     parser.add_argument("--seeds", default="5", help="how many (5, the default, is 0 to 4), or which, comma-separated")
-    parser.add_argument("--folder", help="where runs and results go (default: runs/ablation_CONFIG)")
+    parser.add_argument("--folder", type=place, help="where runs and results go (default: runs/ablation_CONFIG)")
     parser.add_argument("--jobs", type=int, help="runs at the same time (default: one per GPU, else one per core)")
     return parser
 

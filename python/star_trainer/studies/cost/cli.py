@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from star_trainer.config import Config, ConfigError, load_config
-from star_trainer.config.command_line import add_config_arguments, quieten, run_command
+from star_trainer.config.command_line import add_config_arguments, place, quieten, run_command
 from star_trainer.run.files import write_atomically
 
 PARTS = ("operations", "rollout", "update", "iteration")
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flops-only", action="store_true", help="count operations, which needs no GPU, and time nothing"
     )
-    parser.add_argument("--folder", help="where results go (default: runs/cost_CONFIG)")
+    parser.add_argument("--folder", type=place, help="where results go (default: runs/cost_CONFIG)")
     return parser
 
 

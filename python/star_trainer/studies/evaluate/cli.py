@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from star_trainer.config import Config, ConfigError, Prompts, check_section, load_config, preset_names
-from star_trainer.config.command_line import quieten, run_command
+from star_trainer.config.command_line import place, quieten, run_command
 
 if TYPE_CHECKING:
     from star_trainer.families.policy import Policy
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "settings that replace those, as of star-train",
     )
     parser.add_argument("--pipeline", help="model.pipeline: 'tiny', a folder, or a name on a hub")
-    parser.add_argument("--adapter", type=Path, help="folder of LoRA weights (or of a whole transformer) to compare")
+    parser.add_argument("--adapter", type=place, help="folder of LoRA weights (or of a whole transformer) to compare")
     parser.add_argument("--prompts", help="file of prompts (.jsonl, .txt, .tsv), or 'scenes'; the run's held-out ones")
     parser.add_argument(
         "--count", type=int, help="how many prompts to take (all of a file's); one that comes again counts once"
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=float, help="evaluation.guidance_scale")
     parser.add_argument("--resolution", type=int, help="model.resolution: pixels of a side")
     parser.add_argument("--seed", type=int, help="run.seed: of the noise")
-    parser.add_argument("--out", type=Path, help="folder for pictures and tables (the run's folder, eval/)")
+    parser.add_argument("--out", type=place, help="folder for pictures and tables (the run's folder, eval/)")
     return parser
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from star_trainer.config import Allocation, Config, ConfigError, load_config
-from star_trainer.config.command_line import add_config_arguments, quieten, run_command
+from star_trainer.config.command_line import add_config_arguments, place, quieten, run_command
 from star_trainer.run.files import write_atomically
 from star_trainer.studies.arms import Arm
 
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--folder",
+        type=place,
         help="where results go (default: runs/sensitivity_CONFIG); parts that are there and not asked for stay",
     )
     return parser
