@@ -24,8 +24,11 @@ def test_the_package_has_what_loads_the_small_models_and_not_what_built_them(tmp
         f"{scenes}/tiny_clip/model/tokenizer.json",
     ):
         assert needed in found, needed
-    tracked = subprocess.run(
-        ["git", "ls-files", "star_kernels", "python"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split()
-    left_out = {path.removeprefix("python/") for path in tracked} - found
+    sources = {
+        str(path.relative_to(folder.parent))
+        for folder in (ROOT / "star_kernels", ROOT / "python" / "star_trainer")
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
+    }
+    left_out = sources - found
     assert {Path(path).name for path in left_out} == {"build.py", "build_log.jsonl", "README.md"}

@@ -1,21 +1,37 @@
-"""Parts of pipelines that are loaded whole or refused."""
+"""Models that are loaded whole, or refused."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def load_whole(kind: Any, source: str, part: str, **options: Any) -> Any:
-    """A model of the class `kind`, of diffusers or transformers, from a pipeline's folder `part`.
+def load_whole(kind: Any, source: str, **options: Any) -> Any:
+    """``kind.from_pretrained(source)`` from safetensors, for a class of diffusers or transformers.
+
+    That by itself would fill what a file lacks with random numbers and warn in a log.
 
     Raises:
-        OSError: it cannot be had.
-        ValueError: some of its weights are missing, which `from_pretrained` would fill with random ones.
+        OSError, ValueError: it cannot be loaded, is a model of another kind, or lacks weights; the message says which.
     """
-    model, found = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **options)
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
-        raise ValueError(f"its {part} has no weights for {missing[0]} and {len(missing) - 1} others")
+    part = options.get("subfolder", "")
+    expected = getattr(kind, "config_class", None)
+    if expected is not None:
+        from transformers import AutoConfig
+
+        found = AutoConfig.from_pretrained(source, subfolder=part).model_type
+        if found != expected.model_type:
+            raise ValueError(f"expected a model of the type {expected.model_type}, got {found}")
+    try:
+        model, loading = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    except RuntimeError as error:
+        # Weights of other shapes than the configuration has.
+        raise ValueError(str(error)) from error
+    # Buffers are made anew as they were, but for what a normalisation has measured.
+    weights = {name for name, _ in model.named_parameters()}
+    missing = sorted(name for name in loading["missing_keys"] if name in weights or ".running_" in name)
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(f"{f'its {part}' if part else 'it'} has no weights for {missing[0]}{others}")
     return model
 
 

@@ -117,7 +117,6 @@ class StableDiffusion3:
         from diffusers import AutoencoderKL, StableDiffusion3Pipeline
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-        options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
         kinds = {
             "transformer": self.model_class,
             "vae": AutoencoderKL,
@@ -128,14 +127,14 @@ class StableDiffusion3:
         present = self._parts(source)
         # The pipeline itself would only warn of missing weights, and go on with random ones.
         parts = {
-            part: load_whole(kind, source, part, **options | ({"torch_dtype": vae_dtype} if part == "vae" else {}))
+            part: load_whole(kind, source, subfolder=part, torch_dtype=vae_dtype if part == "vae" else dtype)
             for part, kind in kinds.items()
             if part in present
         }
         # Those that are left out have to be said as well.
         optional = (*self.encoder_parts, "tokenizer", "tokenizer_2", "tokenizer_3")
         parts |= {part: None for part in optional if part not in present}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(source, **parts, **options)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(source, **parts, torch_dtype=dtype, use_safetensors=True)
         self._check_scheduler(pipeline.scheduler)
         return pipeline
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from star_trainer.config import ConfigError
 from star_trainer.config.paths import TINY_CLIP, folder_or_name
 from star_trainer.families.devices import own_device
-from star_trainer.families.weights import load_whole
+from star_trainer.families.loading import load_whole
 from star_trainer.prompts import Prompt
 
 _AT_ONCE = 32

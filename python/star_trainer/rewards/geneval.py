@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from star_trainer.config import ConfigError
 from star_trainer.config.paths import folder_or_name
-from star_trainer.families.weights import load_whole
+from star_trainer.families.loading import load_whole
 from star_trainer.prompts import Prompt
 from star_trainer.prompts.prompt import required
 from star_trainer.rewards.clip import ClipModel

@@ -42,7 +42,7 @@ def test_text_encoders_that_lack_weights_are_refused(part: str, folder: Path) ->
     tensors = load_file(path)
     lacking = next(name for name in sorted(tensors) if "layer" in name)
     save_file({name: value for name, value in tensors.items() if name != lacking}, path, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=f"its {part} has no weights for .* and 0 others"):
+    with pytest.raises(ConfigError, match=f"its {part} has no weights for "):
         load(folder)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from star_kernels.text_units import stands_in
 from star_trainer.config import TrainerError
 from star_trainer.config.paths import folder_or_name
-from star_trainer.families.weights import load_whole
+from star_trainer.families.loading import load_whole
 
 VERSION = 1
 
