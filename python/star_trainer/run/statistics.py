@@ -68,8 +68,9 @@ class PairedDifference:
 def paired_difference(before: np.ndarray, after: np.ndarray, groups: Sequence[str] | None = None) -> PairedDifference:
     """Compare two scores of the same N cases, each [N].
 
-    Cases of one group, such as images of the same prompt, are not independent of each other: with their N `groups`, one
-    that comes again counts once, with the mean of its differences. The interval is NaN where there is only one.
+    Cases of one group, such as images of the same prompt, are not independent of each other: with their N `groups` the
+    interval is that of as many independent ones as there are groups (standard error robust to clusters, Student's t).
+    It is NaN where there is only one.
 
     Raises:
         ValueError: fewer than two pairs, or lengths that differ.
@@ -79,13 +80,17 @@ def paired_difference(before: np.ndarray, after: np.ndarray, groups: Sequence[st
             f"after: expected the shape of before, [N >= 2], got {list(before.shape)}, {list(after.shape)}"
         )
     difference = after.astype(np.float64) - before
+    mean = float(difference.mean())
+    if not difference.any():
+        return PairedDifference(0.0, 0.0, 0.0, 1.0)
+    places = np.arange(len(difference))
     if groups is not None:
         _, places = np.unique(np.array(groups, dtype=object), return_inverse=True)
-        difference = np.bincount(places, difference) / np.bincount(places)
-    if np.ptp(difference) == 0.0:
-        # Without any spread the t statistic is 0/0: nothing differs at all, or there is no telling how sure that is.
-        value = float(difference[0])
-        return PairedDifference(value, *((0.0, 0.0, 1.0) if value == 0.0 else (math.nan,) * 3))
-    result = stats.ttest_1samp(difference, 0.0)
-    interval = result.confidence_interval(0.95)
-    return PairedDifference(float(difference.mean()), float(interval.low), float(interval.high), float(result.pvalue))
+    deviations = np.bincount(places, difference - mean)
+    count = len(deviations)
+    error = math.sqrt((deviations**2).sum() * count / (count - 1)) / len(difference) if count > 1 else 0.0
+    if np.ptp(difference) == 0.0 or error == 0.0:
+        # Without any spread the t statistic is 0/0: there is no telling how sure that is.
+        return PairedDifference(mean, math.nan, math.nan, math.nan)
+    half = float(stats.t.ppf(0.975, count - 1)) * error
+    return PairedDifference(mean, mean - half, mean + half, float(2.0 * stats.t.sf(abs(mean) / error, count - 1)))

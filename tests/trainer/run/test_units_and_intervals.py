@@ -9,12 +9,21 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from star_trainer.cli import main
-from star_trainer.run.evaluation import Evaluation, paired_difference
+from star_trainer.run import evaluation
+from star_trainer.run.evaluation import Evaluation
+from star_trainer.run.statistics import PairedDifference, paired_difference
 
 
 def test_a_run_counts_units_without_tokens_and_distinct_held_out_prompts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compared: list[list[str]] = []
+
+    def compare(before: np.ndarray, after: np.ndarray, texts: list[str]) -> PairedDifference:
+        compared.append(texts)
+        return paired_difference(before, after, texts)
+
+    monkeypatch.setattr(evaluation, "paired_difference", compare)
     prompts = [
         ("a red circle", ["red circle"]),
         ("a blue square", ["blaues Quadrat"]),
@@ -45,6 +54,7 @@ def test_a_run_counts_units_without_tokens_and_distinct_held_out_prompts(
     base = Evaluation.load(folder / "base_evaluation.safetensors")
     assert base is not None and len(base) == summary["held_out_prompts"] == 6
     # Six images of three prompts: the interval is that of three.
+    assert compared == [[text for text, _ in prompts for _ in range(2)]]
     difference = summary["difference"]["reward"]
     assert difference["mean"] == pytest.approx(summary["final"]["reward"] - summary["base"]["reward"], abs=1e-6)
     assert summary["held_out_distinct_prompts"] == 3
@@ -59,4 +69,20 @@ def test_images_of_one_prompt_count_once() -> None:
     once = paired_difference(np.zeros(50), after.reshape(50, 4).mean(1))
     found = paired_difference(before[order], after[order], [texts[place // 4] for place in order])
     assert vars(found) == pytest.approx(vars(once))
-    assert paired_difference(before, after, ["same"] * 200).low != paired_difference(before, after).low
+    apart, alone = paired_difference(before, after), paired_difference(before, after, ["same"] * 200)
+    assert found.high - found.low > 1.8 * (apart.high - apart.low)
+    assert alone.mean == apart.mean and np.isnan([alone.low, alone.high, alone.p_value]).all()
+
+
+def test_prompts_that_come_unequally_often_weigh_as_their_images_do() -> None:
+    # Of draws with a known spread: 20 prompts once and 10 five times, whose images have all but the same difference.
+    generator = np.random.default_rng(1)
+    texts = [str(number) for number in range(20)] + [str(20 + number // 5) for number in range(50)]
+    found = []
+    for _ in range(400):
+        effect = generator.normal(0.3, 1, 30)
+        after = np.array([effect[int(text)] for text in texts]) + generator.normal(0, 0.1, 70)
+        difference = paired_difference(np.zeros(70), after, texts)
+        assert difference.mean == pytest.approx(after.mean())
+        found.append(difference.low < 0.3 < difference.high)
+    assert 0.88 < np.mean(found) <= 0.98
