@@ -86,27 +86,28 @@ struct PolicyLossAndGradient : torch::autograd::Function<PolicyLossAndGradient> 
   }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss_autograd(
-    const at::Tensor& velocity, const at::Tensor& sample, const at::Tensor& next_sample, const at::Tensor& old_log_prob,
-    const at::Tensor& advantage, const at::Tensor& sample_drift, const at::Tensor& velocity_scale, const at::Tensor& std,
-    const at::Tensor& kl_std, const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& mask,
-    const std::optional<at::Tensor>& reference_velocity, const std::optional<at::Tensor>& unconditional_velocity,
-    double clip_low, double clip_high, bool per_image, double kl_weight, double guidance_scale, bool with_gradient) {
-  // Past autograd: compiled autograd takes no function that marks an output as not differentiable.
-  at::Tensor metrics;
-  const variable_list output = PolicyLossAndGradient::apply(velocity, PolicyLossAndGradient::Compute([&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, measured, gradient] =
-        policy_loss(velocity, sample, next_sample, old_log_prob, advantage, sample_drift, velocity_scale, std, kl_std, weights,
-                    mask, reference_velocity, unconditional_velocity, clip_low, clip_high, per_image, kl_weight, guidance_scale,
-                    with_gradient);
-    metrics = std::move(measured);
-    return std::make_tuple(std::move(loss), std::move(gradient));
-  }));
-  return {output[0], metrics, output[1]};
-}
+// The operator under autograd: whatever arguments star_kernels.h lists after the velocity are handed on.
+template <typename Operator>
+struct WithAutograd;
+
+template <typename... Rest>
+struct WithAutograd<std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, Rest...)> {
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> call(const at::Tensor& velocity, Rest... rest) {
+    // Past autograd: compiled autograd takes no function that marks an output as not differentiable.
+    at::Tensor metrics;
+    const variable_list output = PolicyLossAndGradient::apply(velocity, PolicyLossAndGradient::Compute([&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      auto [loss, measured, gradient] = policy_loss(velocity, rest...);
+      metrics = std::move(measured);
+      return std::make_tuple(std::move(loss), std::move(gradient));
+    }));
+    return {output[0], metrics, output[1]};
+  }
+};
 
 }  // namespace
 }  // namespace star_kernels
 
-TORCH_LIBRARY_IMPL(star_kernels_cpu, AutogradCPU, m) { m.impl("policy_loss", star_kernels::policy_loss_autograd); }
+TORCH_LIBRARY_IMPL(star_kernels_cpu, AutogradCPU, m) {
+  m.impl("policy_loss", star_kernels::WithAutograd<decltype(star_kernels::policy_loss)>::call);
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -273,101 +273,29 @@ class _LossAndGradient(torch.autograd.Function):
         return _gradient(ctx, grad_loss), None, None, None
 
 
-@torch.library.custom_op("star_kernels::policy_loss", mutates_args=())
-def _policy_loss(
-    velocity: Tensor,
-    sample: Tensor,
-    next_sample: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    sample_drift: Tensor,
-    velocity_scale: Tensor,
-    std: Tensor,
-    kl_std: Tensor,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    reference_velocity: Tensor | None,
-    unconditional_velocity: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    granularity: str,
-    kl_weight: float,
-    guidance_scale: float,
-    with_gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _schema() -> str:
+    """The operator takes the fields of `Inputs`, which list the arguments, and two more."""
+    types = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", str: "str"}
+    fields = (f"{types[kind]} {name}" for name, kind in get_type_hints(reference.Inputs).items())
+    return f"({', '.join(fields)}, bool with_gradient, str backend) -> (Tensor, Tensor, Tensor)"
+
+
+@torch.library.custom_op("star_kernels::policy_loss", mutates_args=(), schema=_schema())
+def _policy_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics and, if asked for, the gradient with respect to the velocity (else an empty tensor)."""
-    inputs = reference.Inputs(
-        velocity,
-        sample,
-        next_sample,
-        old_log_prob,
-        advantage,
-        sample_drift,
-        velocity_scale,
-        std,
-        kl_std,
-        weights,
-        mask,
-        reference_velocity,
-        unconditional_velocity,
-        clip_low,
-        clip_high,
-        granularity,
-        kl_weight,
-        guidance_scale,
-    )
+    *given, with_gradient, backend = arguments
+    inputs = reference.Inputs(*given)
     return _compute(inputs, with_gradient, _chosen_backend(inputs, backend))
 
 
 @_policy_loss.register_fake
-def _(
-    velocity,
-    sample,
-    next_sample,
-    old_log_prob,
-    advantage,
-    sample_drift,
-    velocity_scale,
-    std,
-    kl_std,
-    weights,
-    mask,
-    reference_velocity,
-    unconditional_velocity,
-    clip_low,
-    clip_high,
-    granularity,
-    kl_weight,
-    guidance_scale,
-    with_gradient,
-    backend,
-):
-    inputs = reference.Inputs(
-        velocity,
-        sample,
-        next_sample,
-        old_log_prob,
-        advantage,
-        sample_drift,
-        velocity_scale,
-        std,
-        kl_std,
-        weights,
-        mask,
-        reference_velocity,
-        unconditional_velocity,
-        clip_low,
-        clip_high,
-        granularity,
-        kl_weight,
-        guidance_scale,
-    )
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, with_gradient, _backend = arguments
+    inputs = reference.Inputs(*given)
     dtype = inputs.dtype()
-    loss, metrics = velocity.new_empty((), dtype=dtype), velocity.new_empty((len(reference.METRICS),), dtype=dtype)
-    if not with_gradient:
-        return loss, metrics, loss.new_empty(0)
-    return loss, metrics, inputs.empty_gradient()
+    loss = inputs.velocity.new_empty((), dtype=dtype)
+    metrics = loss.new_empty(len(reference.METRICS))
+    return loss, metrics, inputs.empty_gradient() if with_gradient else loss.new_empty(0)
 
 
 class _Undifferentiable(torch.autograd.Function):
@@ -455,7 +383,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradient(ctx, grad_loss), *(None,) * 19
+    return _gradient(ctx, grad_loss), *(None,) * (len(reference.Inputs._fields) + 1)
 
 
 torch.library.register_autograd("star_kernels::policy_loss", _backward, setup_context=_setup_context)
