@@ -56,7 +56,7 @@ std::string cpu_level() {
 }
 
 // What star_kernels/backends.py expects of an extension; both are raised where one cannot do with the other's old one.
-constexpr int64_t kInterface = 3;
+constexpr int64_t kInterface = 4;
 
 py::dict build_info() {
   py::dict result;

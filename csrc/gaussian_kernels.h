@@ -58,7 +58,7 @@ struct TransitionProblem {
 // Sums over the positions of one block, or over more.
 struct PolicyLossSums {
   double policy = 0, kl = 0, ratio = 0, squared_log_ratio = 0;
-  double log_ratio = 0, weight = 0;  // for the image's ratio
+  double log_ratio = 0, squared_weight = 0;  // of an image: weighted log-ratios, and what scales its clip range
   double ratio_min = 0, ratio_max = 0;
   int64_t counted = 0, clipped = 0;
   bool negative_weight = false;
@@ -67,13 +67,13 @@ struct PolicyLossSums {
 // The scalars of one sample's loss. Gradient = pull * deviation_factor * (x' - mu) + drift_factor * (mu - mu_ref).
 struct PolicyLossScalars {
   float advantage, kl_scale, deviation_factor, drift_factor;
-  float image_pull = 0;  // the pull of every position at image granularity, once the sums are known
+  float image_pull = 0;  // the pull of a position of weight 1 at image granularity, once the sums are known
 };
 
 enum class PolicyLossPass {
   position,        // sums and gradient with a ratio per position
   image_sums,      // the sums that the image's ratio is made of
-  image_gradient,  // the gradient, with image_pull at every counted position
+  image_gradient,  // the gradient, with image_pull times the weight at every counted position
 };
 
 struct PolicyLossProblem {

@@ -35,7 +35,7 @@ void add(PolicyLossSums& sums, const PolicyLossSums& more) {
   sums.ratio += more.ratio;
   sums.squared_log_ratio += more.squared_log_ratio;
   sums.log_ratio += more.log_ratio;
-  sums.weight += more.weight;
+  sums.squared_weight += more.squared_weight;
   sums.ratio_min = std::min(sums.ratio_min, more.ratio_min);
   sums.ratio_max = std::max(sums.ratio_max, more.ratio_max);
   sums.counted += more.counted;
@@ -58,26 +58,28 @@ PolicyLossSums total(const PolicyLossSums* parts, int64_t count) {
 }
 
 // Whether an image can be judged: in float32, in which the other backends add up.
-bool is_finite_image(const PolicyLossSums& sums, double advantage, double divisor) {
-  const float log_ratio = static_cast<float>(sums.log_ratio), weight = static_cast<float>(sums.weight);
-  return std::isfinite(log_ratio) && std::isfinite(static_cast<float>(advantage * weight / divisor));
+bool is_finite_image(const PolicyLossSums& sums) {
+  return std::isfinite(static_cast<float>(sums.log_ratio)) && std::isfinite(static_cast<float>(sums.squared_weight));
 }
 
-// Turns the sums over a sample's positions into those of its image, whose ratio is that of the mean log-ratio, and returns the
-// pull of every position: mean weight times -A ratio where the unclipped branch is active.
-float judge_image(PolicyLossSums& sums, double advantage, double divisor, const PolicyLossProblem& problem) {
+// Turns the sums over a sample's positions into those of its image, whose ratio is that of the weighted mean of log-ratios, and
+// returns the pull of a position of weight 1: -A ratio where the unclipped branch is active. The clip range grows with the root
+// of the mean squared weight, as the spread of a weighted mean does.
+float judge_image(PolicyLossSums& sums, double advantage, double divisor, double clip_low, double clip_high) {
   if (sums.counted == 0) return 0.0f;
-  const double limit = kLogRatioLimit, log_ratio = sums.log_ratio / divisor, weight = sums.weight / divisor;
+  const double limit = kLogRatioLimit, log_ratio = sums.log_ratio / divisor;
   const double clamped = std::clamp(log_ratio, -limit, limit), ratio = std::exp(clamped);
-  const double low = problem.ratio_low, high = problem.ratio_high;
+  const double spread = std::sqrt(sums.squared_weight / static_cast<double>(sums.counted));
+  // In single precision, in which the other backends hold the bounds.
+  const double low = static_cast<float>(1.0 - clip_low * spread), high = static_cast<float>(1.0 + clip_high * spread);
   const double unclipped = -advantage * ratio, clipped = -advantage * std::clamp(ratio, low, high);
-  sums.policy = weight * std::max(unclipped, clipped);
+  sums.policy = std::max(unclipped, clipped);
   sums.ratio = sums.ratio_min = sums.ratio_max = ratio;
   sums.squared_log_ratio = clamped * clamped;
   sums.clipped = ratio < low || ratio > high;
   sums.counted = 1;
   const bool active = unclipped >= clipped && std::abs(log_ratio) <= limit;
-  return active ? static_cast<float>(weight * unclipped) : 0.0f;
+  return active ? static_cast<float>(unclipped) : 0.0f;
 }
 
 void refuse_weights(const at::Tensor& weights) {
@@ -190,8 +192,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
       for (int64_t b = begin; b < end; ++b) {
         kernels.policy_loss(problem, PolicyLossPass::image_sums, b * blocks, (b + 1) * blocks, scratch);
         add_blocks(b);
-        if (!is_finite_image(by_sample[b], advantages[b], divisors[b])) leave_out(b);
-        scalars[b].image_pull = judge_image(by_sample[b], advantages[b], divisors[b], problem);
+        if (!is_finite_image(by_sample[b])) leave_out(b);
+        scalars[b].image_pull = judge_image(by_sample[b], advantages[b], divisors[b], clip_low, clip_high);
         if (!with_gradient) continue;
         kernels.policy_loss(problem, PolicyLossPass::image_gradient, b * blocks, (b + 1) * blocks, scratch);
       }

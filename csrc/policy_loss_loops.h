@@ -27,7 +27,7 @@ struct PolicyLoss {
 
   // Sums over the positions of a block, lane by lane.
   struct LaneSums {
-    Vec policy{}, kl{}, ratio{}, squared_log_ratio{}, log_ratio{}, weight{}, smallest, largest;
+    Vec policy{}, kl{}, ratio{}, squared_log_ratio{}, log_ratio{}, squared_weight{}, smallest, largest;
     Int counted{}, clipped{};
 
     // Written out: an implicit constructor would not be compiled for the instruction set.
@@ -46,7 +46,7 @@ struct PolicyLoss {
         sums.ratio += ratio[lane];
         sums.squared_log_ratio += squared_log_ratio[lane];
         sums.log_ratio += log_ratio[lane];
-        sums.weight += weight[lane];
+        sums.squared_weight += squared_weight[lane];
         if (smallest[lane] < sums.ratio_min) sums.ratio_min = smallest[lane];
         if (largest[lane] > sums.ratio_max) sums.ratio_max = largest[lane];
         sums.counted += counted[lane];
@@ -137,8 +137,7 @@ struct PolicyLoss {
     } else if (pass == PolicyLossPass::image_sums) {
       all ? add_up<true>(terms, work.sums) : add_up<false>(terms, work.sums);
     } else {
-      const float pull = problem.scalars[tile.sample].image_pull * problem.scalars[tile.sample].deviation_factor;
-      for (int64_t p = 0; p < kTile; p += kWidth) V::store(terms.pull + p, V::set(pull));
+      spread_pull(tile, terms);
     }
     const int64_t stop = tile.first + tile.count;
     if (pass != PolicyLossPass::image_gradient && (stop % kBlock == 0 || stop == shape.positions())) {
@@ -307,14 +306,13 @@ struct PolicyLoss {
   void weigh(const Range& tile, const Terms& terms, LaneSums& sums) const {
     const PolicyLossScalars& scalars = problem.scalars[tile.sample];
     const Vec minus_advantage = -V::set(scalars.advantage), low = V::set(problem.ratio_low),
-              high = V::set(problem.ratio_high), limit = V::set(kLogRatioLimit),
-              factor = V::set(scalars.deviation_factor);
+              high = V::set(problem.ratio_high), factor = V::set(scalars.deviation_factor);
     Vec policy{}, ratios{}, squares{}, smallest = sums.smallest, largest = sums.largest;
     Int clips{};
     for (int64_t p = 0; p < kTile; p += kWidth) {
       const Int counted = kAll ? Int{} - 1 : V::bits(V::load(terms.counted + p));
       const Vec log_ratio = V::load(terms.log_ratio + p), weight = V::load(terms.weight + p);
-      const Vec clamped = V::max(V::min(log_ratio, limit), -limit), ratio = V::exp(clamped);
+      const Vec clamped = clamp(log_ratio), ratio = V::exp(clamped);
       const Vec bounded = V::max(V::min(ratio, high), low);
       const Vec unclipped = minus_advantage * ratio, clipped = minus_advantage * bounded;
       const Vec term = weight * V::max(unclipped, clipped), pull = weight * unclipped * factor;
@@ -339,14 +337,29 @@ struct PolicyLoss {
   // What an image's ratio is made of.
   template <bool kAll>
   void add_up(const Terms& terms, LaneSums& sums) const {
-    Vec log_ratios{}, weights{};
+    Vec log_ratios{}, squares{};
     for (int64_t p = 0; p < kTile; p += kWidth) {
-      log_ratios += V::load(terms.log_ratio + p);
-      weights += V::load(terms.weight + p);
+      const Vec weight = V::load(terms.weight + p);
+      log_ratios = Lanes::fma(weight, clamp(V::load(terms.log_ratio + p)), log_ratios);
+      squares = Lanes::fma(weight, weight, squares);
     }
     sums.log_ratio += log_ratios;
-    sums.weight += weights;
+    sums.squared_weight += squares;
     count_up<kAll>(terms, sums);
+  }
+
+  // The image's pull by position, in proportion to the weight and none where the log-ratio is beyond its limit.
+  void spread_pull(const Range& tile, const Terms& terms) const {
+    const Vec pull = V::set(problem.scalars[tile.sample].image_pull * problem.scalars[tile.sample].deviation_factor);
+    for (int64_t p = 0; p < kTile; p += kWidth) {
+      const Vec log_ratio = V::load(terms.log_ratio + p);
+      V::store(terms.pull + p, V::keep(clamp(log_ratio) == log_ratio, V::load(terms.weight + p) * pull));
+    }
+  }
+
+  static STAR_INLINE Vec clamp(Vec log_ratio) {
+    const Vec limit = V::set(kLogRatioLimit);
+    return V::max(V::min(log_ratio, limit), -limit);
   }
 
   template <bool kAll>

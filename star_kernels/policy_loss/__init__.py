@@ -54,8 +54,8 @@ def policy_loss(
 
         Σ_i m_i·w_i·max(−A·ρ_i, −A·clip(ρ_i, 1−ε_low, 1+ε_high)) / Σ_i m_i  +  kl_weight·Σ_i m_i·kl_i / Σ_i m_i
 
-    At ``granularity="image"`` the ratio is that of the mean log-prob over the valid positions, and the policy term is
-    multiplied by the mean weight over them: with w = 1 that is Flow-GRPO's loss.
+    At ``granularity="image"`` the policy term is max(−A·ρ, −A·clip(ρ, 1−ε_low·ω, 1+ε_high·ω)) with the image's ratio
+    ρ = exp(Σ_i m_i·w_i·log ρ_i / Σ_i m_i) and ω = √(Σ_i m_i·w_i² / Σ_i m_i): with w = 1 that is Flow-GRPO's loss.
 
     Only `velocity` gets a gradient, computed together with the loss. Every other input is a constant, also when it
     requires a gradient; the unconditional velocity is one by the method's choice. Log-ratios are clamped to ±20, and
@@ -71,9 +71,9 @@ def policy_loss(
     A position where the log-ratio, the advantage times the weight or the KL is not finite adds nothing to the loss or
     the gradient and is counted in `non_finite`; the divisor Σm still counts it, so that the other positions keep
     their gradient. So is a position whose advantage times weight reaches 2⁶⁴, because sums of such terms overflow. An
-    image whose mean log-ratio or advantage times mean weight is not finite, because a sum of large numbers overflowed,
-    is left out with all its positions. Positions outside the mask are not looked at. A sample without valid positions
-    adds zero.
+    image whose weighted log-ratio or squared weights are not finite, because a sum of large numbers overflowed, is
+    left out with all its positions; ω is taken over the positions that are not left out. Positions outside the mask
+    are not looked at. A sample without valid positions adds zero.
 
     Args:
         velocity: predicted velocity v_c [B, C, H, W]; float32, bfloat16, float16 or float64, as all floating inputs.
@@ -85,7 +85,7 @@ def policy_loss(
         weights: allocation map on the token grid [B, h, w], H and W multiples of h and w, w ≥ 0 (checked for tensors
             on the CPU). Each position reads its token's weight. None is w = 1.
         mask: valid positions [B, H, W], bool or floating 0/1 (non-zero is valid). None is all.
-        clip_range: ε, or (ε_low, ε_high), each in [0, 1); applied as given at the granularity asked for.
+        clip_range: ε, or (ε_low, ε_high), each in [0, 1); an image's is multiplied by ω, a position's is as given.
         granularity: ``position`` or ``image``.
         reference_velocity: final velocity of the reference model (guidance already applied), same shape as `velocity`.
             With it the KL is reported even if `kl_weight` is 0.
@@ -102,7 +102,7 @@ def policy_loss(
         of the same dtype that need no synchronisation:
 
         - policy_loss, kl: the two parts, loss = policy_loss + kl_weight·kl;
-        - clip_fraction: share of ratios outside [1−ε_low, 1+ε_high];
+        - clip_fraction: share of ratios outside their clip range;
         - ratio_mean, ratio_min, ratio_max: of the ratios, 1 if there is none;
         - approx_kl: half the mean squared log-ratio;
         - non_finite: the number of valid positions that were left out.

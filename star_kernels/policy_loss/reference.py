@@ -8,7 +8,7 @@ Arithmetic is in float32, or in float64 when every floating argument is float64.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def policy_loss_and_gradient(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
     ∂loss/∂v_c = g·b·(1/B)·(m_i/Σm)·(1/C)·[ pull_i·(x'−μ)/s² + β·(μ−μ_ref)/kl_std² ], where pull_i is
     w_i·(−A·ρ_i) while the unclipped branch is active and the log-ratio is inside its clamp, else 0. At image
-    granularity the ratio is the image's and the mean weight takes the place of w_i.
+    granularity the ratio and its branch are the image's.
     """
     terms = _terms(inputs)
     dtype = terms.deviation.dtype
@@ -153,30 +153,38 @@ def _terms(inputs: Inputs) -> _Terms:
     weight = torch.where(counted, weight, 0.0)
     kl = torch.where(counted, kl, 0.0)
 
+    inside = log_ratio.abs() <= LOG_RATIO_LIMIT  # where the clamp does not act
+    clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    low: Any = 1 - inputs.clip_low
+    high: Any = 1 + inputs.clip_high
     if inputs.granularity == "image":
-        log_ratio, weight = (_position_sums(log_ratio, weight) * share[:, None]).unbind(1)  # [B] each
-        included = counted.flatten(1).any(1) & log_ratio.isfinite() & (advantage * weight).isfinite()
+        log_ratio, squares = _position_sums(weight * clamped, weight * weight).unbind(1)  # [B] each
+        log_ratio = log_ratio * share
+        number = counted.sum((1, 2))
+        included = (number > 0) & log_ratio.isfinite() & squares.isfinite()
         counted = counted & included[:, None, None]
-        log_ratio, weight = torch.where(included, log_ratio, 0.0), torch.where(included, weight, 0.0)
         kl = torch.where(counted, kl, 0.0)
+        log_ratio = torch.where(included, log_ratio, 0.0)
+        inside = inside & (log_ratio.abs() <= LOG_RATIO_LIMIT)[:, None, None]
+        clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        # In double precision, so that weights of 1 leave the bounds as they are.
+        spread = torch.where(included, squares.double() / number, 1.0).sqrt()
+        low, high = (1 - inputs.clip_low * spread).to(dtype), (1 + inputs.clip_high * spread).to(dtype)
     else:
         advantage, included = advantage[:, None, None], counted
     advantage = torch.where(included, advantage, 0.0)
 
-    clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = clamped.exp()
-    low, high = 1 - inputs.clip_low, 1 + inputs.clip_high
     unclipped = -advantage * ratio
-    clipped = -advantage * ratio.clamp(low, high)
-    policy = weight * torch.maximum(unclipped, clipped)
-    active = (unclipped >= clipped) & (log_ratio.abs() <= LOG_RATIO_LIMIT)
-    pull = weight * torch.where(active, unclipped, 0.0)
+    policy = torch.maximum(unclipped, -advantage * ratio.clamp(low, high))
+    slope = torch.where(unclipped >= policy, unclipped, 0.0)
 
     if inputs.granularity == "image":
-        pull = pull[:, None, None].expand(batch, height, width)
+        slope = slope[:, None, None]
         policy_by_sample, kl_by_sample = policy, _position_sums(kl, kl)[:, 0] * share
     else:
-        policy_by_sample, kl_by_sample = (_position_sums(policy, kl) * share[:, None]).unbind(1)
+        policy_by_sample, kl_by_sample = (_position_sums(weight * policy, kl) * share[:, None]).unbind(1)
+    pull = weight * torch.where(inside, slope, 0.0)
     policy_mean, kl_mean = policy_by_sample.sum() / batch, kl_by_sample.sum() / batch
     loss = policy_mean + inputs.kl_weight * kl_mean
 

@@ -11,7 +11,7 @@ last kernel with one program per metric adds them up in a fixed order. Nothing i
 added atomically.
 
 The positions of a mask have to be counted before the first gradient can be scaled: `_share_kernel`. The ratio of an
-image needs the sums over its positions first: `_image_sums_kernel` reads everything and writes sums only,
+image needs the weighted sum over its positions first: `_image_sums_kernel` reads everything and writes sums only,
 `_image_kernel` reads it again and writes the gradient. Nothing of the size of a latent is left behind but that.
 
 The gradient is right for an incoming gradient of 1. `_scale_kernel` reads the incoming one on the device, and returns
@@ -57,7 +57,7 @@ _SQUARED = tl.constexpr(6)
 _NON_FINITE = tl.constexpr(7)
 _INCLUDED = tl.constexpr(8)
 _LOG_RATIO = tl.constexpr(9)
-_WEIGHT = tl.constexpr(10)
+_SQUARED_WEIGHT = tl.constexpr(10)
 _COUNTED = tl.constexpr(11)
 _ROWS = 12
 
@@ -178,19 +178,23 @@ def _terms(
 
 
 @triton.jit
-def _policy(log_ratio, weight, advantage, ratio_low, ratio_high, COMPUTE: tl.constexpr):
-    """Clamped log-ratio, ratio, weighted policy term, whether the ratio is out of its range, and w·(−A·ρ) where active.
+def _clamp(log_ratio):
+    return tl.minimum(tl.maximum(log_ratio, -_LIMIT), _LIMIT)
 
-    The last is the negative derivative of the policy term with respect to the log-prob.
+
+@triton.jit
+def _policy(log_ratio, advantage, low, high):
+    """Clamped log-ratio, ratio, policy term, whether the ratio is out of its range, and −A·ρ where that has a slope.
+
+    The last is the derivative of the policy term with respect to the log-prob.
     """
-    low, high = tl.full([], ratio_low, COMPUTE), tl.full([], ratio_high, COMPUTE)
-    clamped = tl.minimum(tl.maximum(log_ratio, -_LIMIT), _LIMIT)
+    clamped = _clamp(log_ratio)
     ratio = tl.exp(clamped)
     unclipped = -advantage * ratio
     clipped = -advantage * tl.minimum(tl.maximum(ratio, low), high)
     active = (unclipped >= clipped) & (tl.abs(log_ratio) <= _LIMIT)
-    pull = weight * tl.where(active, unclipped, 0.0)
-    return clamped, ratio, weight * tl.maximum(unclipped, clipped), (ratio < low) | (ratio > high), pull
+    slope = tl.where(active, unclipped, 0.0)
+    return clamped, ratio, tl.maximum(unclipped, clipped), (ratio < low) | (ratio > high), slope
 
 
 @triton.jit
@@ -213,7 +217,7 @@ def _store_gradient(
     CHANNELS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """∂loss/∂v of a tile; `pull` is [1, BLOCK], or a scalar for an image."""
+    """∂loss/∂v of a tile; `pull` is [1, BLOCK]."""
     _, _, b, std, kl_std, share = scalars
     grad_mean = (pull * (1.0 / (std * std))) * deviation
     if inputs.reference_velocity is not None:
@@ -234,8 +238,8 @@ def _position_kernel(
     batch,
     guidance_scale: tl.float64,
     kl_weight: tl.float64,
-    ratio_low: tl.float64,
-    ratio_high: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
     C: tl.constexpr,
     CP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -252,7 +256,8 @@ def _position_kernel(
         inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, COMPUTE
     )
     advantage = tl.where(counted, scalars[0], 0.0)
-    clamped, ratio, policy, outside, pull = _policy(log_ratio, weight, advantage, ratio_low, ratio_high, COMPUTE)
+    low, high = tl.full([], 1.0 - clip_low, COMPUTE), tl.full([], 1.0 + clip_high, COMPUTE)
+    clamped, ratio, policy, outside, slope = _policy(log_ratio, advantage, low, high)
     if gradient is not None:
         _store_gradient(
             gradient,
@@ -264,7 +269,7 @@ def _position_kernel(
             guidance_scale,
             kl_weight,
             scalars,
-            pull[None, :],
+            (weight * slope)[None, :],
             deviation,
             drift,
             counted,
@@ -275,7 +280,7 @@ def _position_kernel(
         )
     share = scalars[5]
     sums, stride = partials + tl.program_id(0), tl.num_programs(0)
-    tl.store(sums + _POLICY * stride, position_sum(policy) * share)
+    tl.store(sums + _POLICY * stride, position_sum(weight * policy) * share)
     tl.store(sums + _KL * stride, position_sum(kl) * share)
     tl.store(sums + _CLIPPED * stride, tl.sum((counted & outside).to(COMPUTE), 0))
     tl.store(sums + _RATIO * stride, position_sum(tl.where(counted, ratio, 0.0)))
@@ -309,8 +314,8 @@ def _image_sums_kernel(
     sums, stride = partials + tl.program_id(0), tl.num_programs(0)
     tl.store(sums + _KL * stride, position_sum(kl) * scalars[5])
     tl.store(sums + _NON_FINITE * stride, tl.sum((valid & ~counted).to(COMPUTE), 0))
-    tl.store(sums + _LOG_RATIO * stride, position_sum(log_ratio))
-    tl.store(sums + _WEIGHT * stride, position_sum(weight))
+    tl.store(sums + _LOG_RATIO * stride, position_sum(weight * _clamp(log_ratio)))
+    tl.store(sums + _SQUARED_WEIGHT * stride, position_sum(weight * weight))
     tl.store(sums + _COUNTED * stride, tl.sum(counted.to(COMPUTE), 0))
 
 
@@ -333,8 +338,8 @@ def _image_kernel(
     batch,
     guidance_scale: tl.float64,
     kl_weight: tl.float64,
-    ratio_low: tl.float64,
-    ratio_high: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
     C: tl.constexpr,
     CP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -352,11 +357,13 @@ def _image_kernel(
     stride = tl.num_programs(0)
     first = partials + sample * shape.tiles
     log_ratio = _sum_of_tiles(first + _LOG_RATIO * stride, shape.tiles, SUMS) * share
-    weight = _sum_of_tiles(first + _WEIGHT * stride, shape.tiles, SUMS) * share
+    squares = _sum_of_tiles(first + _SQUARED_WEIGHT * stride, shape.tiles, SUMS)
     number = _sum_of_tiles(first + _COUNTED * stride, shape.tiles, SUMS)
-    finite = (tl.abs(log_ratio) < _INFINITY) & (tl.abs(scalars[0] * weight) < _INFINITY)
-    included = (number > 0) & finite
-    clamped, ratio, policy, outside, pull = _policy(log_ratio, weight, scalars[0], ratio_low, ratio_high, COMPUTE)
+    included = (number > 0) & (tl.abs(log_ratio) < _INFINITY) & (squares < _INFINITY)
+    # In double precision, so that weights of 1 leave the bounds as they are.
+    spread = tl.sqrt(squares.to(tl.float64) / tl.maximum(number, 1.0).to(tl.float64))
+    low, high = (1.0 - clip_low * spread).to(COMPUTE), (1.0 + clip_high * spread).to(COMPUTE)
+    clamped, ratio, policy, outside, slope = _policy(log_ratio, scalars[0], low, high)
 
     # An image is one entry of the metrics, which its first tile makes.
     mine = included & (tile == 0)
@@ -378,9 +385,10 @@ def _image_kernel(
     if gradient is not None:
         positions = tile * BLOCK + tl.arange(0, BLOCK)
         end = tl.where(included, shape.size, 0)  # of the positions that get a gradient
-        deviation, drift, _, _, _, _, counted = _terms(
+        deviation, drift, at_position, _, weight, _, counted = _terms(
             inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, COMPUTE
         )
+        pull = weight * tl.where(tl.abs(at_position) <= _LIMIT, slope, 0.0)
         _store_gradient(
             gradient,
             inputs,
@@ -391,7 +399,7 @@ def _image_kernel(
             guidance_scale,
             kl_weight,
             scalars,
-            pull,
+            pull[None, :],
             deviation,
             drift,
             counted & (positions < end),
@@ -529,8 +537,8 @@ def kernel_calls(inputs: reference.Inputs, loss: Tensor, metrics: Tensor, gradie
         "CHANNELS_LAST": inputs.gradient_format() == torch.channels_last,
         "batch": batch,
         "kl_weight": inputs.kl_weight,
-        "ratio_low": 1 - inputs.clip_low,
-        "ratio_high": 1 + inputs.clip_high,
+        "clip_low": inputs.clip_low,
+        "clip_high": inputs.clip_high,
     }
     programs = (batch * tiles,)
     calls = []

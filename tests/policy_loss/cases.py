@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -92,23 +93,21 @@ def spoilable_case(granularity: str, with_reference: bool, name: str, **options:
 def assert_an_overflowing_image_is_left_out(
     run: Callable[[dict[str, Any]], tuple[PolicyLoss, Tensor]], case: dict[str, Any]
 ) -> None:
-    """`case` has no mask. The spoiled numbers are finite, their sum over sample 1 is infinite or not a number."""
+    """`case` has no mask. The weights of sample 1 are finite, their sums with log-ratios and squares are not."""
     case = case | {"granularity": "image", "clip_range": 0.9, "advantage": case["advantage"].clamp(-0.5, 0.5)}
     _, plain = run(case)
     plain[1] = 0.0
     valid = torch.ones_like(case["old_log_prob"], dtype=torch.bool)
     valid[1] = False
     masked, _ = run(case | {"mask": valid})
-    one_sign, weights = case["old_log_prob"].clone(), case["weights"].clone()
-    one_sign[1], weights[1] = -3e38, 3e38
-    both_signs = one_sign.clone()
-    both_signs[1, :, ::2] = 3e38
     # Small enough that no position is left out for its own advantage times weight.
     advantage = case["advantage"].clone()
     advantage[1] = 1e-30
-    heavy = {"weights": weights, "advantage": advantage}
-    for spoiled in ({"old_log_prob": one_sign}, {"old_log_prob": both_signs}, heavy):
-        result, gradient = run(case | spoiled)
+    # The second ones overflow only as squares.
+    for weight in (3e38, 3e19):
+        weights = case["weights"].clone()
+        weights[1] = weight
+        result, gradient = run(case | {"weights": weights, "advantage": advantage})
         assert result.metrics["non_finite"] == plain[1, 0].numel()
         assert torch.equal(gradient, plain) and gradient[0].any()
         for name in ("policy_loss", "kl", "ratio_mean", "ratio_min", "ratio_max", "approx_kl"):
@@ -125,11 +124,29 @@ def assert_a_weight_that_overflows_is_left_out(
     old_log_prob = case["old_log_prob"].clone()
     old_log_prob[1] = -1e30
     case = case | {"advantage": advantage, "old_log_prob": old_log_prob}
-    for weight, left_out in ((1e34, 4), (2.0**64, 4), (2.0**63, 0)):
+    # An image's ratio is taken after its weights, so that a large one makes a large ratio and no large term.
+    by_image = case.get("granularity") == "image"
+    largest = 2.0**60 if by_image else 2.0**63
+    for weight, left_out in ((1e34, 4), (2.0**64, 4), (largest, 0)):
         weights = case["weights"].clone()
         weights[1, 0, 0] = weight
         result, gradient = run(case | {"weights": weights})
         assert result.metrics["non_finite"] == left_out
         assert result.loss.isfinite() and all(value.isfinite() for value in result.metrics.values())
         assert gradient.isfinite().all() and gradient[0].any()
-        assert result.loss.abs() > 1e20 if left_out == 0 else result.loss.abs() < 1e10
+        assert result.loss.abs() > 1e20 if left_out == 0 and not by_image else result.loss.abs() < 1e10
+
+
+def assert_the_log_ratio_of_an_image_is_clamped_by_position(
+    run: Callable[[dict[str, Any]], tuple[PolicyLoss, Tensor]], case: dict[str, Any]
+) -> None:
+    """`case` has no mask. One position has an extreme log-ratio, which leaves the rest of its image a gradient."""
+    case = case | {"granularity": "image", "clip_range": 0.99, "weights": None, "kl_weight": 0.0}
+    case["old_log_prob"] = case["old_log_prob"].clone()
+    case["old_log_prob"][0, 1, 2] -= 1e4
+    result, gradient = run(case)
+    # Sample 0 has the largest ratio: the others moved little.
+    expected = 20 / case["old_log_prob"][0].numel()
+    assert result.metrics["ratio_max"].log().item() == pytest.approx(expected, rel=0.3)
+    touched = gradient[0].any(0)
+    assert not touched[1, 2] and touched.sum() == touched.numel() - 1

@@ -17,6 +17,7 @@ from tests.policy_loss.cases import (
     assert_a_spoiled_coefficient_leaves_out_its_sample,
     assert_a_weight_that_overflows_is_left_out,
     assert_an_overflowing_image_is_left_out,
+    assert_the_log_ratio_of_an_image_is_clamped_by_position,
     make_case,
     spoilable_case,
 )
@@ -105,7 +106,8 @@ def test_position_level_loss_and_metrics_are_the_sums_of_the_definition(options:
 
 @SETTINGS
 @given(cases)
-def test_image_level_ratio_is_that_of_the_mean_log_prob_over_valid_positions(options: Any) -> None:
+def test_image_level_ratio_is_that_of_the_weighted_mean_log_prob_over_valid_positions(options: Any) -> None:
+    """And its clip range is scaled by the root of the mean squared weight."""
     case = make_case(**options, dtype=torch.float64)
     result, _ = run(case, granularity="image", clip_range=1e-3)
     log_prob = transition_log_prob(case["velocity"], case["sample"], case["next_sample"], case["coefficients"])
@@ -114,15 +116,44 @@ def test_image_level_ratio_is_that_of_the_mean_log_prob_over_valid_positions(opt
     upsampled = torch.nn.functional.interpolate(weights[:, None], size=log_prob.shape[1:], mode="nearest")[:, 0]
     per_image = []
     for m, w, new, old in zip(mask, upsampled, log_prob, case["old_log_prob"], strict=True):
-        per_image.append(((m * (new - old)).sum() / m.sum(), (m * w).sum() / m.sum()))
+        per_image.append(((m * w * (new - old)).sum() / m.sum(), ((m * w**2).sum() / m.sum()).sqrt()))
     ratio = torch.stack([log_ratio for log_ratio, _ in per_image]).exp()
-    mean_weight = torch.stack([weight for _, weight in per_image])
+    clip = 1e-3 * torch.stack([spread for _, spread in per_image])
     a = case["advantage"]
-    expected = (mean_weight * torch.maximum(-a * ratio, -a * ratio.clamp(0.999, 1.001))).mean()
+    expected = torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)).mean()
     torch.testing.assert_close(result.metrics["policy_loss"], expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(result.metrics["ratio_max"], ratio.max(), rtol=1e-9, atol=1e-12)
-    expected_share = ((ratio - 1).abs() > 1e-3).double().mean()
+    expected_share = ((ratio - 1).abs() > clip).double().mean()
     torch.testing.assert_close(result.metrics["clip_fraction"], expected_share, rtol=1e-9, atol=1e-12)
+
+
+def test_the_clip_fraction_of_a_weighted_ratio_is_that_of_an_even_one() -> None:
+    """Random moves of the velocity, and maps of a root mean square far above 1, drawn anew for each image."""
+    case = make_case(batch=600, channels=4, grid=(8, 8), patch=(1, 1), masked=False, dtype=torch.float64)
+    weights = torch.exp(1.5 * torch.randn(600, 8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64))
+    weights /= weights.mean((1, 2), keepdim=True)
+    spread = weights.square().mean((1, 2)).sqrt()
+    assert spread.median() > 1.7
+    case |= {"granularity": "image", "clip_range": 3e-4, "kl_weight": 0.0, "reference_velocity": None}
+
+    def clip_fraction(**changes: Any) -> float:
+        return policy_loss(**{**case, **changes}).metrics["clip_fraction"].item()
+
+    even, weighted = clip_fraction(weights=None), clip_fraction(weights=weights)
+    # What the range as given would clip.
+    log_prob = transition_log_prob(case["velocity"], case["sample"], case["next_sample"], case["coefficients"])
+    ratio = (weights * (log_prob - case["old_log_prob"])).mean((1, 2)).exp()
+    unscaled = ((ratio - 1).abs() > 3e-4).double().mean().item()
+    assert 0.1 < even < 0.6
+    assert abs(weighted - even) < 0.06 < 0.15 < unscaled - even
+
+
+@SETTINGS
+@given(cases)
+def test_on_policy_position_and_image_gradients_are_equal_under_any_map(options: Any) -> None:
+    case = make_case(**options, move=0.0)
+    (_, position), (_, image) = (run(case, granularity=granularity) for granularity in ("position", "image"))
+    torch.testing.assert_close(image, position, rtol=1e-5, atol=1e-9)
 
 
 @SETTINGS
@@ -257,7 +288,7 @@ def test_a_large_samples_gradient_does_not_depend_on_its_batch_with_two_threads(
 @SETTINGS
 @given(cases, granularities, st.sampled_from([-1.0, 1.0]), st.sampled_from([30.0, 1e4, 1e30]))
 def test_an_extreme_log_ratio_overflows_nothing(options: Any, granularity: str, sign: float, size: float) -> None:
-    case = make_case(**options) | {"granularity": granularity, "kl_weight": 0.0}
+    case = make_case(**options) | {"granularity": granularity, "kl_weight": 0.0, "weights": None}
     case["old_log_prob"] = case["old_log_prob"] - sign * size
     result, gradient = run(case)
     assert result.loss.isfinite() and all(value.isfinite() for value in result.metrics.values())
@@ -308,6 +339,11 @@ def test_a_spoiled_coefficient_leaves_out_its_sample(
 
 def test_an_overflowing_image_is_left_out() -> None:
     assert_an_overflowing_image_is_left_out(run, make_case(masked=False) | {"backend": "reference"})
+
+
+def test_the_log_ratio_of_an_image_is_clamped_by_position() -> None:
+    case = make_case(masked=False) | {"backend": "reference"}
+    assert_the_log_ratio_of_an_image_is_clamped_by_position(run, case)
 
 
 @pytest.mark.parametrize("granularity", ["position", "image"])

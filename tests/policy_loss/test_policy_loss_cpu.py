@@ -21,6 +21,7 @@ from tests.policy_loss.cases import (
     assert_a_spoiled_coefficient_leaves_out_its_sample,
     assert_a_weight_that_overflows_is_left_out,
     assert_an_overflowing_image_is_left_out,
+    assert_the_log_ratio_of_an_image_is_clamped_by_position,
     make_case,
     spoilable_case,
 )
@@ -262,6 +263,12 @@ def test_any_byte_of_a_mask_but_zero_is_valid(name: str, granularity: str, byte:
 def test_an_overflowing_image_is_left_out(name: str, grid: tuple[int, int]) -> None:
     with level(name):
         assert_an_overflowing_image_is_left_out(run, make_case(grid=grid, masked=False))
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_log_ratio_of_an_image_is_clamped_by_position(name: str) -> None:
+    with level(name):
+        assert_the_log_ratio_of_an_image_is_clamped_by_position(run, make_case(grid=(9, 13), masked=False))
 
 
 @pytest.mark.parametrize("name", LEVELS)

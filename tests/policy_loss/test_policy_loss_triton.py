@@ -14,6 +14,7 @@ from tests.policy_loss.cases import (
     assert_a_spoiled_coefficient_leaves_out_its_sample,
     assert_a_weight_that_overflows_is_left_out,
     assert_an_overflowing_image_is_left_out,
+    assert_the_log_ratio_of_an_image_is_clamped_by_position,
     make_case,
     spoilable_case,
 )
@@ -189,6 +190,10 @@ def test_an_overflowing_image_is_left_out() -> None:
     assert_an_overflowing_image_is_left_out(run, case_of(grid=(9, 8), masked=False))
 
 
+def test_the_log_ratio_of_an_image_is_clamped_by_position() -> None:
+    assert_the_log_ratio_of_an_image_is_clamped_by_position(run, case_of(masked=False))
+
+
 @pytest.mark.parametrize("granularity", ["position", "image"])
 def test_a_weight_that_overflows_is_left_out(granularity: str) -> None:
     assert_a_weight_that_overflows_is_left_out(run, case_of(masked=False) | {"granularity": granularity})
@@ -213,7 +218,7 @@ def test_what_is_masked_is_not_looked_at_and_a_sample_without_valid_positions_ad
 
 @pytest.mark.parametrize(("granularity", "sign"), [("position", -1.0), ("image", 1.0)])
 def test_an_extreme_log_ratio_overflows_nothing(granularity: str, sign: float) -> None:
-    case = without(case_of(channels=4, grid=(2, 2)), "reference_velocity") | {"granularity": granularity}
+    case = without(case_of(channels=4, grid=(2, 2)), "reference_velocity", "weights") | {"granularity": granularity}
     case["old_log_prob"] = case["old_log_prob"] - sign * 1e30
     result, gradient = run(case)
     assert result.metrics["ratio_max"].item() == pytest.approx(torch.tensor(20 * sign).exp().item(), rel=1e-5)
