@@ -1,6 +1,7 @@
 """Spatiotemporal reward allocation for text-to-image post-training: the public names, nothing else."""
 
 from star_kernels.allocation import allocation_map as allocation_map
+from star_kernels.allocation import temporal_weights as temporal_weights
 from star_kernels.attention import joint_attention as joint_attention
 from star_kernels.backends import available_backends as available_backends
 from star_kernels.policy_loss import PolicyLoss as PolicyLoss

@@ -10,6 +10,7 @@ import torch
 from star_kernels import backends
 from star_kernels._checks import FLOATS, check_choice, check_number, check_tensor
 from star_kernels.allocation import cpu, reference
+from star_kernels.allocation.temporal import temporal_weights as temporal_weights
 
 KERNELS = ("cpu", "triton")
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
