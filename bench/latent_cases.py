@@ -14,6 +14,7 @@ from star_kernels.policy_loss import reference as loss_reference
 from star_kernels.transition import reference as transition_reference
 
 CLIP_RANGE = 6.4e-3  # Flow-GRPO's 1e-4 of an image, at a position of a 64 x 64 latent
+DIVERGENCE_LIMIT = 1e-5
 KL_WEIGHT, GUIDANCE_SCALE = 0.01, 4.5
 
 
@@ -21,7 +22,7 @@ KL_WEIGHT, GUIDANCE_SCALE = 0.01, 4.5
 class LatentCase:
     """One denoising step of B latents as the rollout stores it, and a velocity that has moved a little since.
 
-    velocity, sample, next_sample, noise and the two optional velocities [B, C, H, W]; old_log_prob [B, H, W]; weights
+    velocity, sample, next_sample, noise and the three optional velocities [B, C, H, W]; old_log_prob [B, H, W]; weights
     [B, H/2, W/2]; advantage [B].
     """
 
@@ -35,6 +36,8 @@ class LatentCase:
     coefficients: sk.TransitionCoefficients
     reference_velocity: Tensor | None = None
     unconditional_velocity: Tensor | None = None
+    old_velocity: Tensor | None = None
+    objective: str = "clip"
     granularity: str = "position"
 
     @property
@@ -57,6 +60,7 @@ def make_case(
     device: torch.device,
     velocity_dtype: torch.dtype = torch.float32,
     *,
+    objective: str = "clip",
     granularity: str = "position",
     kl_and_guidance: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -88,6 +92,8 @@ def make_case(
         coefficients=coefficients,
         reference_velocity=moved(old_velocity) if kl_and_guidance else None,
         unconditional_velocity=moved(old_velocity) if kl_and_guidance else None,
+        old_velocity=None if objective in ("clip", "none") else old_velocity,
+        objective=objective,
         granularity=granularity,
     )
 
@@ -114,7 +120,8 @@ def copy(moved: int, device: torch.device) -> Callable[[], Tensor]:
 
 def loss_bytes(case: LatentCase) -> int:
     """Every input of the policy loss read once, the gradient written once."""
-    latents = (case.velocity, case.sample, case.next_sample, case.reference_velocity, case.unconditional_velocity)
+    velocities = (case.velocity, case.reference_velocity, case.unconditional_velocity, case.old_velocity)
+    latents = (*velocities, case.sample, case.next_sample)
     return total_bytes(*latents, case.old_log_prob, case.weights, case.advantage, case.velocity)
 
 
@@ -141,7 +148,10 @@ def loss_and_backward(case: LatentCase, backend: str) -> Tensor:
         case.advantage,
         case.coefficients,
         weights=case.weights,
+        objective=case.objective,
+        old_velocity=case.old_velocity,
         clip_range=CLIP_RANGE,
+        divergence_limit=DIVERGENCE_LIMIT,
         granularity=case.granularity,
         reference_velocity=case.reference_velocity,
         kl_weight=case.kl_weight,
@@ -168,8 +178,11 @@ def loss_inputs(case: LatentCase) -> loss_reference.Inputs:
         mask=None,
         reference_velocity=case.reference_velocity,
         unconditional_velocity=case.unconditional_velocity,
+        old_velocity=case.old_velocity,
         clip_low=CLIP_RANGE,
         clip_high=CLIP_RANGE,
+        objective=case.objective,
+        divergence_limit=DIVERGENCE_LIMIT,
         granularity=case.granularity,
         kl_weight=case.kl_weight,
         guidance_scale=case.guidance_scale,

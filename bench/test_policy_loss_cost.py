@@ -15,6 +15,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "velocity in bfloat16": {"velocity_dtype": torch.bfloat16},
     "image-level ratio": {"granularity": "image"},
+    "image-level dppo": {"granularity": "image", "objective": "dppo"},
+    "guard": {"objective": "guard"},
+    "dppo": {"objective": "dppo"},
     "KL and guidance": {"kl_and_guidance": True},
     "channels last": {"memory_format": torch.channels_last},
 }

@@ -56,7 +56,7 @@ std::string cpu_level() {
 }
 
 // What star_kernels/backends.py expects of an extension; both are raised where one cannot do with the other's old one.
-constexpr int64_t kInterface = 4;
+constexpr int64_t kInterface = 5;
 
 py::dict build_info() {
   py::dict result;
@@ -95,8 +95,9 @@ TORCH_LIBRARY(star_kernels_cpu, m) {
   m.def(
       "policy_loss(Tensor velocity, Tensor sample, Tensor next_sample, Tensor old_log_prob, Tensor advantage, "
       "Tensor sample_drift, Tensor velocity_scale, Tensor std, Tensor kl_std, Tensor? weights, Tensor? mask, "
-      "Tensor? reference_velocity, Tensor? unconditional_velocity, float clip_low, float clip_high, bool per_image, "
-      "float kl_weight, float guidance_scale, bool with_gradient) -> (Tensor, Tensor, Tensor)");
+      "Tensor? reference_velocity, Tensor? unconditional_velocity, Tensor? old_velocity, float clip_low, float clip_high, "
+      "int objective, float divergence_limit, bool per_image, float kl_weight, float guidance_scale, bool with_gradient) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(star_kernels_cpu, CPU, m) {

@@ -57,7 +57,7 @@ struct TransitionProblem {
 
 // Sums over the positions of one block, or over more.
 struct PolicyLossSums {
-  double policy = 0, kl = 0, ratio = 0, squared_log_ratio = 0;
+  double policy = 0, kl = 0, divergence = 0, ratio = 0, squared_log_ratio = 0;
   double log_ratio = 0, squared_weight = 0;  // of an image: weighted log-ratios, and what scales its clip range
   double ratio_min = 0, ratio_max = 0;
   int64_t counted = 0, clipped = 0;
@@ -66,7 +66,9 @@ struct PolicyLossSums {
 
 // The scalars of one sample's loss. Gradient = pull * deviation_factor * (x' - mu) + drift_factor * (mu - mu_ref).
 struct PolicyLossScalars {
-  float advantage, kl_scale, deviation_factor, drift_factor;
+  float advantage, kl_scale, divergence_scale;
+  float guard_scale;  // 1/(s C), what takes the product of x' - mu_old and mu - mu_old to guard's log-ratio
+  float deviation_factor, drift_factor;
   float image_pull = 0;  // the pull of a position of weight 1 at image granularity, once the sums are known
 };
 
@@ -78,13 +80,15 @@ enum class PolicyLossPass {
 
 struct PolicyLossProblem {
   TransitionInputs inputs;
-  LatentView reference_velocity, gradient;
+  LatentView reference_velocity, old_velocity, gradient;
   const PolicyLossScalars* scalars;  // [B]
   const float* old_log_prob;         // [B, H, W]
   const float* weights;              // [B, rows, columns], or null
   int64_t weight_rows, weight_columns;
   const uint8_t* mask;               // [B, H, W] of bytes, zero where not valid, or null
-  float ratio_low, ratio_high;
+  bool guards;                       // deviations are x' - mu_old
+  bool drops;                        // a position drops out, and no ratio is clipped
+  float ratio_low, ratio_high, divergence_limit;
   PolicyLossSums* sums;              // [B, blocks]
 };
 

@@ -1,4 +1,4 @@
-// The spatially resolved clipped objective and its gradient on the CPU, docs/method.md, section 5.
+// The spatially resolved objectives and their gradient on the CPU, docs/method.md, section 5.
 //
 // Floor in fp32: velocity, sample and next sample read once and the gradient written once, 16 bytes per latent element,
 // against some ten operations per element and sixty per position (one exponential): bound by memory, by the third-level cache
@@ -32,6 +32,7 @@ namespace {
 void add(PolicyLossSums& sums, const PolicyLossSums& more) {
   sums.policy += more.policy;
   sums.kl += more.kl;
+  sums.divergence += more.divergence;
   sums.ratio += more.ratio;
   sums.squared_log_ratio += more.squared_log_ratio;
   sums.log_ratio += more.log_ratio;
@@ -65,7 +66,8 @@ bool is_finite_image(const PolicyLossSums& sums) {
 // Turns the sums over a sample's positions into those of its image, whose ratio is that of the weighted mean of log-ratios, and
 // returns the pull of a position of weight 1: -A ratio where the unclipped branch is active. The clip range grows with the root
 // of the mean squared weight, as the spread of a weighted mean does.
-float judge_image(PolicyLossSums& sums, double advantage, double divisor, double clip_low, double clip_high) {
+float judge_image(PolicyLossSums& sums, double advantage, double divisor, double clip_low, double clip_high,
+                  const PolicyLossProblem& problem) {
   if (sums.counted == 0) return 0.0f;
   const double limit = kLogRatioLimit, log_ratio = sums.log_ratio / divisor;
   const double clamped = std::clamp(log_ratio, -limit, limit), ratio = std::exp(clamped);
@@ -73,12 +75,14 @@ float judge_image(PolicyLossSums& sums, double advantage, double divisor, double
   // In single precision, in which the other backends hold the bounds.
   const double low = static_cast<float>(1.0 - clip_low * spread), high = static_cast<float>(1.0 + clip_high * spread);
   const double unclipped = -advantage * ratio, clipped = -advantage * std::clamp(ratio, low, high);
-  sums.policy = std::max(unclipped, clipped);
+  const bool outward = (ratio > 1.0 && advantage > 0.0) || (ratio < 1.0 && advantage < 0.0);
+  const bool dropped = problem.drops && outward && sums.divergence / divisor >= problem.divergence_limit;
+  sums.policy = dropped ? 0.0 : std::max(unclipped, clipped);
   sums.ratio = sums.ratio_min = sums.ratio_max = ratio;
   sums.squared_log_ratio = clamped * clamped;
-  sums.clipped = ratio < low || ratio > high;
+  sums.clipped = dropped || ratio < low || ratio > high;
   sums.counted = 1;
-  const bool active = unclipped >= clipped && std::abs(log_ratio) <= limit;
+  const bool active = !dropped && unclipped >= clipped && std::abs(log_ratio) <= limit;
   return active ? static_cast<float>(unclipped) : 0.0f;
 }
 
@@ -106,15 +110,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
     const at::Tensor& advantage, const at::Tensor& sample_drift, const at::Tensor& velocity_scale, const at::Tensor& std,
     const at::Tensor& kl_std, const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& mask,
     const std::optional<at::Tensor>& reference_velocity, const std::optional<at::Tensor>& unconditional_velocity,
-    double clip_low, double clip_high, bool per_image, double kl_weight, double guidance_scale, bool with_gradient) {
+    const std::optional<at::Tensor>& old_velocity, double clip_low, double clip_high, int64_t objective,
+    double divergence_limit, bool per_image, double kl_weight, double guidance_scale, bool with_gradient) {
   const LatentShape shape = latent_shape(velocity);
   check_latent("velocity", velocity, velocity);
   check_latent("sample", sample, velocity);
   check_latent("next_sample", next_sample, velocity);
   check_latent("reference_velocity", reference_velocity, velocity);
   check_latent("unconditional_velocity", unconditional_velocity, velocity);
+  check_latent("old_velocity", old_velocity, velocity);
+  TORCH_CHECK_VALUE(objective >= 0 && objective <= 3, "objective: expected a number from 0 to 3, got ", objective);
+  const auto chosen = static_cast<PolicyLossObjective>(objective);
+  const bool guards = chosen == PolicyLossObjective::guard, drops = chosen == PolicyLossObjective::dppo;
+  TORCH_CHECK_VALUE(old_velocity.has_value() || !(guards || drops), "old_velocity: expected a tensor because objective is ",
+                    objective, ", got None");
+  // Without a clip the range holds every ratio, also times the root of a mean squared weight that is very small.
+  if (drops || chosen == PolicyLossObjective::none) clip_low = clip_high = 1e30;
   const at::Tensor v = dense_latent(velocity), x = dense_latent(sample), next = dense_latent(next_sample),
-                   reference = dense_latent(reference_velocity), u = dense_latent(unconditional_velocity);
+                   reference = dense_latent(reference_velocity), u = dense_latent(unconditional_velocity),
+                   before = dense_latent(old_velocity);
   const at::Tensor old = dense_floats("old_log_prob", old_log_prob, {shape.batch, shape.height, shape.width});
   at::Tensor grid, valid_mask;
   if (weights.has_value()) {
@@ -145,7 +159,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
     const double s = transitions[b].std, scale = transitions[b].velocity_scale, k = kl_stds[b];
     const double mean_gradient = guidance_scale * scale / (batch * channels * divisors[b]);
     scalars.push_back({static_cast<float>(advantages[b]), static_cast<float>(1.0 / (2.0 * channels * k * k)),
-                       static_cast<float>(mean_gradient / (s * s)),
+                       static_cast<float>(1.0 / (2.0 * channels * s * s)), static_cast<float>(1.0 / (channels * s)),
+                       static_cast<float>(mean_gradient / (guards ? s : s * s)),
                        reference.defined() ? static_cast<float>(mean_gradient * kl_weight / (k * k)) : 0.0f});
   }
 
@@ -160,6 +175,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
   PolicyLossProblem problem{{shape, view_latent(v), view_latent(u), view_latent(x), view_latent(next),
                              static_cast<float>(guidance_scale), transitions.data(), is_beyond_cache(v)},
                             view_latent(reference),
+                            view_latent(before),
                             with_gradient ? view_latent(gradient) : LatentView{},
                             scalars.data(),
                             old.const_data_ptr<float>(),
@@ -167,8 +183,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
                             grid.defined() ? grid.size(1) : 1,
                             grid.defined() ? grid.size(2) : 1,
                             mask_data,
+                            guards,
+                            drops,
                             static_cast<float>(1.0 - clip_low),
                             static_cast<float>(1.0 + clip_high),
+                            static_cast<float>(divergence_limit),
                             sums.data()};
   const GaussianKernels kernels = gaussian_kernels();
   const bool beyond_cache = problem.inputs.beyond_cache;
@@ -193,7 +212,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
         kernels.policy_loss(problem, PolicyLossPass::image_sums, b * blocks, (b + 1) * blocks, scratch);
         add_blocks(b);
         if (!is_finite_image(by_sample[b])) leave_out(b);
-        scalars[b].image_pull = judge_image(by_sample[b], advantages[b], divisors[b], clip_low, clip_high);
+        scalars[b].image_pull = judge_image(by_sample[b], advantages[b], divisors[b], clip_low, clip_high, problem);
         if (!with_gradient) continue;
         kernels.policy_loss(problem, PolicyLossPass::image_gradient, b * blocks, (b + 1) * blocks, scratch);
       }
@@ -208,26 +227,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
     }
   }
 
-  double policy = 0.0, kl = 0.0;
+  double policy = 0.0, kl = 0.0, divergence = 0.0;
   for (int64_t b = 0; b < shape.batch; ++b) {
     policy += by_sample[b].policy / batch;
     kl += by_sample[b].kl / divisors[b] / batch;
+    divergence += by_sample[b].divergence / divisors[b] / batch;
   }
   const PolicyLossSums all = total(by_sample.data(), shape.batch);
   if (all.negative_weight) refuse_weights(grid);
   const double number = static_cast<double>(std::max<int64_t>(all.counted, 1));
   const bool none = all.counted == 0;
-  const at::Tensor loss = at::empty({}, at::kFloat), metrics = at::empty({8}, at::kFloat);
+  const at::Tensor loss = at::empty({}, at::kFloat), metrics = at::empty({9}, at::kFloat);
   *loss.mutable_data_ptr<float>() = static_cast<float>(policy + kl_weight * kl);
-  const double values[8] = {policy,
+  const double values[9] = {policy,
                             kl,
                             static_cast<double>(all.clipped) / number,
                             none ? 1.0 : all.ratio / number,
                             none ? 1.0 : all.ratio_min,
                             none ? 1.0 : all.ratio_max,
                             all.squared_log_ratio / (2.0 * number),
-                            static_cast<double>(std::accumulate(left_out.begin(), left_out.end(), int64_t{0}))};
-  std::copy(values, values + 8, metrics.mutable_data_ptr<float>());
+                            static_cast<double>(std::accumulate(left_out.begin(), left_out.end(), int64_t{0})),
+                            divergence};
+  std::copy(values, values + 9, metrics.mutable_data_ptr<float>());
   return {loss, metrics, gradient};
 }
 

@@ -18,16 +18,17 @@ struct PolicyLoss {
 
   // What is known of every position of a piece: [positions].
   struct Terms {
-    float *log_ratio, *kl, *weight, *pull, *counted;
+    float *log_ratio, *kl, *divergence, *weight, *pull, *counted;
 
     Terms from(int64_t position) const {
-      return {log_ratio + position, kl + position, weight + position, pull + position, counted + position};
+      return {log_ratio + position, kl + position,   divergence + position,
+              weight + position,    pull + position, counted + position};
     }
   };
 
   // Sums over the positions of a block, lane by lane.
   struct LaneSums {
-    Vec policy{}, kl{}, ratio{}, squared_log_ratio{}, log_ratio{}, squared_weight{}, smallest, largest;
+    Vec policy{}, kl{}, divergence{}, ratio{}, squared_log_ratio{}, log_ratio{}, squared_weight{}, smallest, largest;
     Int counted{}, clipped{};
 
     // Written out: an implicit constructor would not be compiled for the instruction set.
@@ -43,6 +44,7 @@ struct PolicyLoss {
       for (int64_t lane = 0; lane < kWidth; ++lane) {
         sums.policy += policy[lane];
         sums.kl += kl[lane];
+        sums.divergence += divergence[lane];
         sums.ratio += ratio[lane];
         sums.squared_log_ratio += squared_log_ratio[lane];
         sums.log_ratio += log_ratio[lane];
@@ -65,8 +67,9 @@ struct PolicyLoss {
   // The scratch of a thread.
   struct Work {
     float *deviation, *drift;  // [channels][positions of the piece]
-    float *velocity, *unconditional, *sample, *next_sample, *reference, *gradient, *spare;  // [channels][kTile]
-    float *velocity_floats, *unconditional_floats, *sample_floats, *next_sample_floats, *reference_floats;  // [kAhead]
+    float *velocity, *unconditional, *sample, *next_sample, *reference, *old_velocity, *gradient, *spare;  // [channels][kTile]
+    float *velocity_floats, *unconditional_floats, *sample_floats, *next_sample_floats, *reference_floats,
+        *old_velocity_floats;  // [kAhead]
     Terms terms;
     float* old_log_prob;  // [kTile]
     float* token_row;     // [width]
@@ -79,13 +82,16 @@ struct PolicyLoss {
       const auto take = [&memory](int64_t floats) { return (memory += floats) - floats; };
       deviation = take(shape.channels * longest);
       drift = has_reference ? take(shape.channels * longest) : nullptr;
-      for (float** buffer : {&velocity, &unconditional, &sample, &next_sample, &reference, &gradient, &spare}) {
+      for (float** buffer : {&velocity, &unconditional, &sample, &next_sample, &reference, &old_velocity, &gradient, &spare}) {
         *buffer = take(shape.channels * kTile);
       }
-      for (float** stretch : {&velocity_floats, &unconditional_floats, &sample_floats, &next_sample_floats, &reference_floats}) {
+      for (float** stretch : {&velocity_floats, &unconditional_floats, &sample_floats, &next_sample_floats, &reference_floats,
+                              &old_velocity_floats}) {
         *stretch = take(kAhead);
       }
-      for (float** row : {&terms.log_ratio, &terms.kl, &terms.weight, &terms.pull, &terms.counted}) *row = take(longest);
+      for (float** row : {&terms.log_ratio, &terms.kl, &terms.divergence, &terms.weight, &terms.pull, &terms.counted}) {
+        *row = take(longest);
+      }
       old_log_prob = take(kTile);
       token_row = memory;
     }
@@ -94,19 +100,20 @@ struct PolicyLoss {
   static int64_t scratch_floats(const LatentShape& shape, bool beyond_cache) {
     const int64_t channels = shape.channels, longest = longest_piece(channels, beyond_cache);
     const int64_t held = channels * std::max(longest, 2 * longest_piece(2 * channels, beyond_cache));
-    return held + 5 * longest + (7 * channels + 1) * kTile + 5 * kAhead + shape.width;
+    return held + 6 * longest + (8 * channels + 1) * kTile + 6 * kAhead + shape.width;
   }
 
   const PolicyLossProblem& problem;
   const PolicyLossPass pass;
   const LatentShape& shape = problem.inputs.shape;
   const bool has_reference = problem.reference_velocity.data != nullptr;
+  const bool has_old = problem.old_velocity.data != nullptr;
   const bool writes = pass != PolicyLossPass::image_sums && problem.gradient.data != nullptr;
 
   void run(int64_t begin, int64_t end, float* memory) const {
     const TransitionInputs& inputs = problem.inputs;
     const bool flat = !(inputs.any_channels_last() || problem.reference_velocity.channels_last ||
-                        problem.gradient.channels_last);
+                        problem.old_velocity.channels_last || problem.gradient.channels_last);
     const int64_t floats = shape.channels * (has_reference ? 2 : 1);
     const int64_t longest = flat ? longest_piece(floats, inputs.beyond_cache) : kTile;
     Work work(memory, shape, longest, has_reference);
@@ -133,7 +140,11 @@ struct PolicyLoss {
     read_weights(tile, terms, work);
     const bool all = compare(tile, terms, work);
     if (pass == PolicyLossPass::position) {
-      all ? weigh<true>(tile, terms, work.sums) : weigh<false>(tile, terms, work.sums);
+      if (problem.drops) {
+        all ? weigh<true, true>(tile, terms, work.sums) : weigh<false, true>(tile, terms, work.sums);
+      } else {
+        all ? weigh<true, false>(tile, terms, work.sums) : weigh<false, false>(tile, terms, work.sums);
+      }
     } else if (pass == PolicyLossPass::image_sums) {
       all ? add_up<true>(terms, work.sums) : add_up<false>(terms, work.sums);
     } else {
@@ -149,8 +160,9 @@ struct PolicyLoss {
     return all;
   }
 
-  // x' - mu and mu - mu_ref of every channel; the sums of their squares stand where log-ratio and KL will be. Meanwhile the
-  // gradient that waits is written.
+  // x' - mu and mu - mu_ref of every channel; the sums of their squares stand where log-ratio and KL will be, those of
+  // mu - mu_old where the divergence will be. With guard it is x' - mu_old, and where the log-ratio will be stands the sum of
+  // its products with mu - mu_old. Meanwhile the gradient that waits is written.
   void measure(const Range& piece, Work& work) const {
     if (work.waiting.count != piece.count) finish(work);
     const TransitionInputs& inputs = problem.inputs;
@@ -160,23 +172,32 @@ struct PolicyLoss {
     const Rows velocity = rows(inputs.velocity, work.velocity),
                unconditional = rows(inputs.unconditional_velocity, work.unconditional),
                sample = rows(inputs.sample, work.sample), next_sample = rows(inputs.next_sample, work.next_sample),
-               reference = rows(problem.reference_velocity, work.reference);
+               reference = rows(problem.reference_velocity, work.reference),
+               old_velocity = rows(problem.old_velocity, work.old_velocity);
     const Gaussian<Lanes> gaussian(inputs.scalars[piece.sample]);
     const int64_t length = whole_tiles(piece.count);
     std::memset(work.terms.log_ratio, 0, length * sizeof(float));
     if (reference) std::memset(work.terms.kl, 0, length * sizeof(float));
+    if (old_velocity) std::memset(work.terms.divergence, 0, length * sizeof(float));
     for_each_stretch(shape.channels, length, [&](const Stretch& stretch) {
       const Floats v = guided_floats<Lanes>(velocity, unconditional, inputs.guidance_scale, stretch, work.velocity_floats,
                                             work.unconditional_floats),
                    x = floats_of<Lanes>(sample, stretch, work.sample_floats),
-                   next = floats_of<Lanes>(next_sample, stretch, work.next_sample_floats);
+                   next = floats_of<Lanes>(next_sample, stretch, work.next_sample_floats),
+                   old = old_velocity ? floats_of<Lanes>(old_velocity, stretch, work.old_velocity_floats) : v;
       const int64_t held = stretch.channel * length + stretch.position;
       const Terms terms = work.terms.from(stretch.position);
       float* to = reinterpret_cast<float*>(work.waiting.to.at(stretch.channel, stretch.position));
       const auto deviate = to == nullptr         ? &PolicyLoss::deviate<Late::nothing>
                            : inputs.beyond_cache ? &PolicyLoss::deviate<Late::streamed>
                                                  : &PolicyLoss::deviate<Late::stored>;
-      deviate(gaussian, v, x, next, stretch.count, terms, work.deviation + held, to);
+      Terms squares = terms;
+      // Guard has no use for the squares: they go where it will be noted which positions count.
+      if (problem.guards) squares.log_ratio = terms.counted;
+      deviate(gaussian, problem.guards ? old : v, x, next, stretch.count, squares, work.deviation + held, to);
+      if (old_velocity) {
+        find_move(gaussian, v, old, stretch.count, terms, problem.guards ? work.deviation + held : nullptr);
+      }
       if (!reference) return;
       const Floats anchor = floats_of<Lanes>(reference, stretch, work.reference_floats);
       find_drift(gaussian, v, anchor, stretch.count, terms, work.drift + held);
@@ -219,6 +240,19 @@ struct PolicyLoss {
     }
   }
 
+  // The squares of mu - mu_old, and its products with the deviations that are given.
+  static void find_move(Gaussian<Lanes> gaussian, Floats v, Floats old, int64_t count, Terms terms, const float* deviations) {
+    for (int64_t line = 0; line < count; line += kLine) {
+      for (const float* ahead : {v.ahead, old.ahead}) __builtin_prefetch(ahead + line, 0, 2);
+      for (int64_t p = line; p < line + kLine; p += kWidth) {
+        const Vec move = gaussian.velocity_scale * (V::load(v.now + p) - V::load(old.now + p));
+        V::store(terms.divergence + p, Lanes::fma(move, move, V::load(terms.divergence + p)));
+        if (deviations == nullptr) continue;
+        V::store(terms.log_ratio + p, Lanes::fma(V::load(deviations + p), move, V::load(terms.log_ratio + p)));
+      }
+    }
+  }
+
   // The weight of each position's token.
   void read_weights(const Range& tile, const Terms& terms, Work& work) const {
     if (problem.weights == nullptr || tile.count < kTile) {
@@ -256,8 +290,8 @@ struct PolicyLoss {
     }
   }
 
-  // From sums of squares to log-ratios and KL. Whether every position counts; `counted` says which do, and log-ratio, KL and
-  // weight of the others become zero.
+  // From sums of squares to log-ratios, KL and divergence. Whether every position counts; `counted` says which do, and
+  // log-ratio, KL, divergence and weight of the others become zero.
   bool compare(const Range& tile, const Terms& terms, const Work& work) const {
     const PolicyLossScalars& scalars = problem.scalars[tile.sample];
     const TransitionScalars transition = problem.inputs.scalars[tile.sample];
@@ -269,17 +303,17 @@ struct PolicyLoss {
       old = work.old_log_prob;
     }
     const Vec advantage = V::set(scalars.advantage), beyond = V::set(kWeightedAdvantageToInfinity),
-              kl_scale = V::set(scalars.kl_scale), zero{};
+              kl_scale = V::set(scalars.kl_scale), divergence_scale = V::set(scalars.divergence_scale),
+              guard_scale = V::set(scalars.guard_scale), zero{};
     Vec probe{};  // a number times zero is zero if it is finite, and NaN if not
     for (int64_t p = 0; p < kTile; p += kWidth) {
-      const Vec log_prob = Gaussian<Lanes>::log_prob(V::load(terms.log_ratio + p), transition);
-      const Vec log_ratio = log_prob - V::load(old + p);
+      const Vec summed = V::load(terms.log_ratio + p);
+      const Vec log_ratio = problem.guards ? summed * guard_scale
+                                           : Gaussian<Lanes>::log_prob(summed, transition) - V::load(old + p);
       V::store(terms.log_ratio + p, log_ratio);
       probe += log_ratio * zero + advantage * V::load(terms.weight + p) * beyond * zero;
-      if (!has_reference) continue;
-      const Vec distance = V::load(terms.kl + p) * kl_scale;
-      V::store(terms.kl + p, distance);
-      probe += distance * zero;
+      if (has_old) probe += scale(terms.divergence + p, divergence_scale) * zero;
+      if (has_reference) probe += scale(terms.kl + p, kl_scale) * zero;
     }
     bool all = tile.count == kTile && problem.mask == nullptr;
     for (int64_t lane = 0; lane < kWidth; ++lane) all &= probe[lane] == 0.0f;
@@ -294,35 +328,55 @@ struct PolicyLoss {
     for (int64_t p = 0; p < kTile; p += kWidth) {
       Int counted = V::bits(V::load(terms.counted + p)) & V::is_finite(V::load(terms.log_ratio + p)) &
                     V::is_finite(advantage * V::load(terms.weight + p) * beyond);
+      if (has_old) counted &= V::is_finite(V::load(terms.divergence + p));
       if (has_reference) counted &= V::is_finite(V::load(terms.kl + p));
       V::store(terms.counted + p, V::floats(counted));
-      for (float* row : {terms.log_ratio, terms.kl, terms.weight}) V::store(row + p, V::keep(counted, V::load(row + p)));
+      for (float* row : {terms.log_ratio, terms.kl, terms.divergence, terms.weight}) {
+        V::store(row + p, V::keep(counted, V::load(row + p)));
+      }
     }
     return false;
   }
 
+  static STAR_INLINE Vec scale(float* at, Vec factor) {
+    const Vec scaled = V::load(at) * factor;
+    V::store(at, scaled);
+    return scaled;
+  }
+
   // The terms of every position into the sums, and into `pull` what the gradient needs.
-  template <bool kAll>
+  template <bool kAll, bool kDrops>
   void weigh(const Range& tile, const Terms& terms, LaneSums& sums) const {
     const PolicyLossScalars& scalars = problem.scalars[tile.sample];
     const Vec minus_advantage = -V::set(scalars.advantage), low = V::set(problem.ratio_low),
-              high = V::set(problem.ratio_high), factor = V::set(scalars.deviation_factor);
+              high = V::set(problem.ratio_high), limit = V::set(problem.divergence_limit),
+              factor = V::set(scalars.deviation_factor);
     Vec policy{}, ratios{}, squares{}, smallest = sums.smallest, largest = sums.largest;
     Int clips{};
     for (int64_t p = 0; p < kTile; p += kWidth) {
       const Int counted = kAll ? Int{} - 1 : V::bits(V::load(terms.counted + p));
       const Vec log_ratio = V::load(terms.log_ratio + p), weight = V::load(terms.weight + p);
       const Vec clamped = clamp(log_ratio), ratio = V::exp(clamped);
-      const Vec bounded = V::max(V::min(ratio, high), low);
-      const Vec unclipped = minus_advantage * ratio, clipped = minus_advantage * bounded;
-      const Vec term = weight * V::max(unclipped, clipped), pull = weight * unclipped * factor;
-      const Int active = (unclipped >= clipped) & (clamped == log_ratio);
+      const Vec unclipped = minus_advantage * ratio, pull = weight * unclipped * factor;
+      Vec term;
+      Int outside, active;
+      if constexpr (kDrops) {
+        const Int outward = ((ratio > 1.0f) & (minus_advantage < 0.0f)) | ((ratio < 1.0f) & (minus_advantage > 0.0f));
+        outside = outward & (V::load(terms.divergence + p) >= limit);
+        term = V::keep(~outside, weight * unclipped);
+        active = ~outside & (clamped == log_ratio);
+      } else {
+        const Vec bounded = V::max(V::min(ratio, high), low), clipped = minus_advantage * bounded;
+        outside = bounded != ratio;
+        term = weight * V::max(unclipped, clipped);
+        active = (unclipped >= clipped) & (clamped == log_ratio);
+      }
       policy += kAll ? term : V::keep(counted, term);
       ratios += kAll ? ratio : V::keep(counted, ratio);
       squares = Lanes::fma(clamped, clamped, squares);
       smallest = V::min(smallest, kAll ? ratio : (counted ? ratio : smallest));
       largest = V::max(largest, kAll ? ratio : (counted ? ratio : largest));
-      clips -= counted & (bounded != ratio);
+      clips -= counted & outside;
       V::store(terms.pull + p, V::keep(active & counted, pull));
     }
     sums.policy += policy;
@@ -367,6 +421,9 @@ struct PolicyLoss {
     Vec kl{};
     for (int64_t p = 0; has_reference && p < kTile; p += kWidth) kl += V::load(terms.kl + p);
     sums.kl += kl;
+    Vec divergence{};
+    for (int64_t p = 0; has_old && p < kTile; p += kWidth) divergence += V::load(terms.divergence + p);
+    sums.divergence += divergence;
     if (kAll) sums.counted += static_cast<int32_t>(kTile / kWidth);
     for (int64_t p = 0; !kAll && p < kTile; p += kWidth) sums.counted -= V::bits(V::load(terms.counted + p));
   }

@@ -9,7 +9,10 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -85,12 +88,14 @@ class Reader {
     return {number(PyTuple_GET_ITEM(value.ptr(), 0), 1.0), number(PyTuple_GET_ITEM(value.ptr(), 1), 1.0)};
   }
 
-  // Whether `value` is `name`, where it has to be that or `other`.
-  bool is_first(py::handle value, const char* name, const char* other) {
-    if (!require(PyUnicode_CheckExact(value.ptr()))) return false;
-    if (PyUnicode_CompareWithASCIIString(value.ptr(), name) == 0) return true;
-    require(PyUnicode_CompareWithASCIIString(value.ptr(), other) == 0);
-    return false;
+  // The place of `value` among `names`.
+  int64_t choice(py::handle value, std::initializer_list<const char*> names) {
+    if (!require(PyUnicode_CheckExact(value.ptr()))) return 0;
+    const auto found = std::find_if(names.begin(), names.end(), [value](const char* name) {
+      return PyUnicode_CompareWithASCIIString(value.ptr(), name) == 0;
+    });
+    require(found != names.end());
+    return found - names.begin();
   }
 
  private:
@@ -103,7 +108,8 @@ py::object as_python(const at::Tensor& tensor) { return py::reinterpret_steal<py
 
 py::object plain_policy_loss(py::handle velocity, py::handle sample, py::handle next_sample, py::handle old_log_prob,
                              py::handle advantage, py::handle coefficients, py::handle weights, py::handle mask,
-                             py::handle clip_range, py::handle granularity, py::handle reference_velocity,
+                             py::handle objective, py::handle old_velocity, py::handle clip_range,
+                             py::handle divergence_limit, py::handle granularity, py::handle reference_velocity,
                              py::handle kl_weight, py::handle kl_scale, py::handle unconditional_velocity,
                              py::handle guidance_scale) {
   Reader read;
@@ -116,7 +122,8 @@ py::object plain_policy_loss(py::handle velocity, py::handle sample, py::handle 
   const at::Tensor advantages = read.floats(advantage, 1);
   read.require(read.plain() && advantages.size(0) == batch);
   const std::optional<at::Tensor> reference = read.optional_latent_like(v, reference_velocity),
-                                  unconditional = read.optional_latent_like(v, unconditional_velocity);
+                                  unconditional = read.optional_latent_like(v, unconditional_velocity),
+                                  before = read.optional_latent_like(v, old_velocity);
 
   const py::object stochastic = coefficients.attr("stochastic");
   read.require(stochastic.ptr() == Py_True);
@@ -125,8 +132,8 @@ py::object plain_policy_loss(py::handle velocity, py::handle sample, py::handle 
                    std = read.row(coefficients.attr("std"), batch);
   const py::object noise_rate = coefficients.attr("noise_rate");
   const at::Tensor rate = noise_rate.is_none() ? at::Tensor() : read.row(noise_rate, batch);
-  const bool by_variance = read.is_first(kl_scale, "variance", "std_dev");
-  read.require(by_variance || rate.defined());
+  const int64_t scale = read.choice(kl_scale, {"variance", "std_dev", "velocity"});
+  read.require(scale != 1 || rate.defined());
 
   std::optional<at::Tensor> grid, valid;
   if (!weights.is_none()) {
@@ -139,8 +146,12 @@ py::object plain_policy_loss(py::handle velocity, py::handle sample, py::handle 
     read.require(read.plain() && valid->scalar_type() == at::kBool && valid->sizes() == old.sizes());
   }
 
+  const int64_t chosen = read.choice(objective, {"clip", "none", "guard", "dppo"});
+  read.require(chosen < 2 || before.has_value());
+  const double limit = divergence_limit.is_none() ? 0.0 : read.number(divergence_limit, kInfinity);
+  read.require(chosen != 3 || !divergence_limit.is_none());
   const auto [clip_low, clip_high] = read.clip_range(clip_range);
-  const bool per_image = read.is_first(granularity, "image", "position");
+  const bool per_image = read.choice(granularity, {"position", "image"}) == 1;
   const double beta = read.number(kl_weight, kInfinity), guidance = read.number(guidance_scale, kInfinity);
   read.require((beta == 0.0 || reference.has_value()) && (guidance == 1.0 || unconditional.has_value()));
   if (!read.plain()) return py::none();
@@ -153,9 +164,10 @@ py::object plain_policy_loss(py::handle velocity, py::handle sample, py::handle 
   {
     const py::gil_scoped_release no_gil;
     const bool with_gradient = at::GradMode::is_enabled() && v.requires_grad();
+    const at::Tensor kl_std = scale == 0 ? std : scale == 1 ? rate : velocity_scale.abs().mul(std::sqrt(0.5));
     std::tie(loss, metrics, std::ignore) =
-        op.call(v, x, next, old, advantages, sample_drift, velocity_scale, std, by_variance ? std : rate, grid, valid, reference,
-                unconditional, clip_low, clip_high, per_image, beta, guidance, with_gradient);
+        op.call(v, x, next, old, advantages, sample_drift, velocity_scale, std, kl_std, grid, valid, reference, unconditional,
+                before, clip_low, clip_high, chosen, limit, per_image, beta, guidance, with_gradient);
     at::AutoDispatchBelowADInplaceOrView guard;
     values = metrics.unbind();
   }

@@ -37,15 +37,18 @@ at::Tensor transition_log_prob(const at::Tensor& velocity, const at::Tensor& sam
                                const std::optional<at::Tensor>& unconditional_velocity, const at::Tensor& sample_drift,
                                const at::Tensor& velocity_scale, const at::Tensor& std, double guidance_scale);
 
-// The objective of docs/method.md, section 5: loss [], metrics [8] and, if asked for, the gradient with respect to the
-// velocity, in its dtype (float32 for float16), channels_last where the velocity is and only that, else contiguous; without
-// it an empty tensor. See policy_loss.cpp.
+// The objectives of docs/method.md, section 5, numbered as in star_kernels/policy_loss/reference.py.
+enum class PolicyLossObjective : int64_t { clip, none, guard, dppo };
+
+// Loss [], metrics [9] and, if asked for, the gradient with respect to the velocity, in its dtype (float32 for float16),
+// channels_last where the velocity is and only that, else contiguous; without it an empty tensor. See policy_loss.cpp.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss(
     const at::Tensor& velocity, const at::Tensor& sample, const at::Tensor& next_sample, const at::Tensor& old_log_prob,
     const at::Tensor& advantage, const at::Tensor& sample_drift, const at::Tensor& velocity_scale, const at::Tensor& std,
     const at::Tensor& kl_std, const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& mask,
     const std::optional<at::Tensor>& reference_velocity, const std::optional<at::Tensor>& unconditional_velocity,
-    double clip_low, double clip_high, bool per_image, double kl_weight, double guidance_scale, bool with_gradient);
+    const std::optional<at::Tensor>& old_velocity, double clip_low, double clip_high, int64_t objective,
+    double divergence_limit, bool per_image, double kl_weight, double guidance_scale, bool with_gradient);
 
 struct CpuCapability {
   bool avx2 = false;         // with fused multiply-add and conversion from and to fp16

@@ -124,7 +124,14 @@ def run_allocation_map() -> None:
 
 
 def run_latent_operators(
-    dtype: torch.dtype, channels: int, height: int, width: int, layout: str, granularity: str, full: bool
+    dtype: torch.dtype,
+    channels: int,
+    height: int,
+    width: int,
+    layout: str,
+    granularity: str,
+    full: bool,
+    objective: str = "clip",
 ) -> None:
     import star_kernels as sk
 
@@ -152,6 +159,7 @@ def run_latent_operators(
         tokens = (height // 2 if height % 2 == 0 else height, width // 3 if width % 3 == 0 else width)
         options = {"weights": torch.rand(2, *tokens), "mask": mask, "kl_weight": 0.1}
         options["reference_velocity"] = latent()
+        options |= {"objective": objective, "old_velocity": velocity + latent(1e-3), "divergence_limit": 1e-6}
     velocity = (velocity + latent(1e-3)).detach().requires_grad_()
     loss, metrics = sk.policy_loss(
         velocity,
@@ -176,12 +184,15 @@ def run_latents() -> None:
         FLOATS, ("contiguous", "channels_last", "gaps"), ("position", "image")
     ):
         for index, channels in enumerate((1, 3, 4, 8, 16, 32)):
-            run_latent_operators(dtype, channels, *shapes[index % 4], layout, granularity, full=index % 2 == 0)
-            run_latent_operators(dtype, channels, *shapes[(index + 2) % 4], layout, granularity, full=index % 2 == 1)
+            objective = ("clip", "guard", "dppo")[index // 2]
+            run_latent_operators(dtype, channels, *shapes[index % 4], layout, granularity, index % 2 == 0, objective)
+            run_latent_operators(
+                dtype, channels, *shapes[(index + 2) % 4], layout, granularity, index % 2 == 1, objective
+            )
     # Above the size from which the kernels read long rows and write past the cache.
     for granularity, full in itertools.product(("position", "image"), (False, True)):
         run_latent_operators(torch.float32, 16, 192, 192, "contiguous", granularity, full)
-        run_latent_operators(torch.bfloat16, 16, 275, 273, "contiguous", granularity, full)
+        run_latent_operators(torch.bfloat16, 16, 275, 273, "contiguous", granularity, full, "guard")
     run_latent_operators(torch.float32, 16, 193, 192, "channels_last", "position", True)
     run_latent_operators(torch.float32, 64, 93, 101, "contiguous", "position", True)
 

@@ -27,7 +27,7 @@ Kernel = dict[str, Any]
 # attention at the head dimension of Stable Diffusion 3.5, and for Hopper and AMD every other kernel once, in the
 # variant with the most code; the other NVIDIA architectures have Hopper's compiler. With that folder in PYTHONPATH,
 # ``python -m bench.static_gpu`` compiles all.
-_EVERY_KERNEL = "^(?!.*(float32| float16|head dim (32|128)|channels last|^mean$|position, bf16))"
+_EVERY_KERNEL = "^(?!.*(float32| float16|head dim (32|128)|channels last|^mean$|position, bf16|dppo))"
 REPRESENTATIVE = {
     "sm_80": "forward, bfloat16, head dim 64",
     "sm_90": _EVERY_KERNEL,

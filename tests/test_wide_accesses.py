@@ -29,6 +29,8 @@ TRAFFIC = {
     "position, bf16, C 16, channels last": [4 * 4, 4],
     "position, fp32, C 32, guidance and mask": [5 * 8, 8],
     "position, fp32, C 4, channels last, guidance and mask": [5 * 4 + 1, 4],  # and old_log_prob of 128 positions
+    "position, fp32, C 32, guidance, mask and guard": [6 * 8, 8],
+    "position, bf16, C 16, dppo": [5 * 4, 4],
     "step, bf16, C 16, guidance": [4 * 4, 4],
     "step, bf16, C 16, guidance, channels last": [4 * 4, 4],
     "log-prob, fp32, C 32, guidance": [4 * 8, 0],

@@ -1,8 +1,9 @@
-"""The spatially resolved clipped objective and its gradient (docs/method.md, section 5)."""
+"""The spatially resolved objectives and their gradient (docs/method.md, section 5)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -17,7 +18,7 @@ from . import cpu, reference
 __all__ = ["PolicyLoss", "policy_loss"]
 
 GRANULARITIES = ("position", "image")
-KL_SCALES = ("variance", "std_dev")
+KL_SCALES = ("variance", "std_dev", "velocity")
 KERNELS = ("triton", "cpu")
 _PIECE = 2**16  # entries of a gradient that are scaled at a time
 
@@ -39,7 +40,10 @@ def policy_loss(
     *,
     weights: Tensor | None = None,
     mask: Tensor | None = None,
+    objective: str = "clip",
+    old_velocity: Tensor | None = None,
     clip_range: float | Sequence[float] = 1e-4,
+    divergence_limit: float | None = None,
     granularity: str = "position",
     reference_velocity: Tensor | None = None,
     kl_weight: float = 0.0,
@@ -48,7 +52,7 @@ def policy_loss(
     guidance_scale: float = 1.0,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """Clipped policy objective with a ratio, a weight and a KL at every latent position (docs/method.md, section 5).
+    """Policy objective with a ratio, a weight and a KL at every latent position (docs/method.md, section 5).
 
     With ratio ρ, weight w, mask m and advantage A the loss is the mean over samples of
 
@@ -56,6 +60,11 @@ def policy_loss(
 
     At ``granularity="image"`` the policy term is max(−A·ρ, −A·clip(ρ, 1−ε_low·ω, 1+ε_high·ω)) with the image's ratio
     ρ = exp(Σ_i m_i·w_i·log ρ_i / Σ_i m_i) and ω = √(Σ_i m_i·w_i² / Σ_i m_i): with w = 1 that is Flow-GRPO's loss.
+
+    That is `objective` ``clip``. ``none`` is −A·ρ. ``guard`` clips, with Σ_c (x'−μ_old)·Δ/(s·C) for the log-ratio and
+    Δ = μ − μ_old. ``dppo`` is −A·ρ, and leaves out a position whose divergence Σ_c Δ²/(2·s²·C) has reached
+    `divergence_limit` and that goes further, (ρ−1)·A > 0; at image level an image, by the mean of its valid positions'
+    divergences, which no weight multiplies.
 
     Only `velocity` gets a gradient, computed together with the loss. Every other input is a constant, also when it
     requires a gradient; the unconditional velocity is one by the method's choice. Log-ratios are clamped to ±20, and
@@ -68,30 +77,36 @@ def policy_loss(
     dtype of the loss until it has been scaled, for its range, and is then cast, which is three times its size at most;
     and a graph that is kept keeps its gradient beside the one that is handed on.
 
-    A position where the log-ratio, the advantage times the weight or the KL is not finite adds nothing to the loss or
-    the gradient and is counted in `non_finite`; the divisor Σm still counts it, so that the other positions keep
-    their gradient. So is a position whose advantage times weight reaches 2⁶⁴, because sums of such terms overflow. An
-    image whose weighted log-ratio or squared weights are not finite, because a sum of large numbers overflowed, is
-    left out with all its positions; ω is taken over the positions that are not left out. Positions outside the mask
-    are not looked at. A sample without valid positions adds zero.
+    A position where the log-ratio, the advantage times the weight, the KL or the divergence is not finite adds nothing
+    to the loss or the gradient and is counted in `non_finite`; the divisor Σm still counts it, so that the other
+    positions keep their gradient. So is a position whose advantage times weight reaches 2⁶⁴, because sums of such terms
+    overflow. An image whose weighted log-ratio or squared weights are not finite, because a sum of large numbers
+    overflowed, is left out with all its positions; ω is taken over the positions that are not left out. Positions
+    outside the mask are not looked at. A sample without valid positions adds zero.
 
     Args:
         velocity: predicted velocity v_c [B, C, H, W]; float32, bfloat16, float16 or float64, as all floating inputs.
         sample: x, same shape.
         next_sample: x' that was drawn in the rollout, same shape.
-        old_log_prob: log-prob from the rollout [B, H, W], at either granularity.
+        old_log_prob: log-prob from the rollout [B, H, W], at either granularity; guard does not read it.
         advantage: [B].
         coefficients: from `transition_coefficients`, with B rows or one row for all samples; must have noise.
         weights: allocation map on the token grid [B, h, w], H and W multiples of h and w, w ≥ 0 (checked for tensors
             on the CPU). Each position reads its token's weight. None is w = 1.
         mask: valid positions [B, H, W], bool or floating 0/1 (non-zero is valid). None is all.
-        clip_range: ε, or (ε_low, ε_high), each in [0, 1); an image's is multiplied by ω, a position's is as given.
+        objective: ``clip``, ``none``, ``guard`` or ``dppo``.
+        old_velocity: velocity in the rollout (guidance already applied), same shape as `velocity`; needed by guard and
+            dppo. With it the divergence is reported under every objective.
+        clip_range: ε, or (ε_low, ε_high), each in [0, 1); an image's is multiplied by ω, a position's is as given. Not
+            used by none and dppo.
+        divergence_limit: of dppo, at least 0; not used by the others.
         granularity: ``position`` or ``image``.
         reference_velocity: final velocity of the reference model (guidance already applied), same shape as `velocity`.
             With it the KL is reported even if `kl_weight` is 0.
         kl_weight: β ≥ 0.
         kl_scale: ``variance`` divides the squared distance of the means by 2·s², which is the Gaussian KL;
-            ``std_dev`` by 2·q², as Flow-GRPO's code does, for coefficients with a noise rate.
+            ``std_dev`` by 2·q², as Flow-GRPO's code does, for coefficients with a noise rate; ``velocity`` is the mean
+            over channels of (v − v_ref)².
         unconditional_velocity: v_u for guidance, same shape as `velocity`, or None.
         guidance_scale: g ≥ 0 in v = v_u + g·(v_c − v_u); must be 1 without `unconditional_velocity`.
         backend: ``auto``, ``triton``, ``cpu`` (the C++ kernel; a float64 latent runs on the reference) or
@@ -102,17 +117,18 @@ def policy_loss(
         of the same dtype that need no synchronisation:
 
         - policy_loss, kl: the two parts, loss = policy_loss + kl_weight·kl;
-        - clip_fraction: share of ratios outside their clip range;
+        - clip_fraction: share of ratios outside their clip range, or with dppo that are left out;
         - ratio_mean, ratio_min, ratio_max: of the ratios, 1 if there is none;
         - approx_kl: half the mean squared log-ratio;
-        - non_finite: the number of valid positions that were left out.
+        - non_finite: the number of valid positions that were left out;
+        - divergence, with `old_velocity`: the mean over samples of that over valid positions, without weights.
 
         Ratios are those of positions or of images, by granularity, over all samples.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, an empty one, coefficients
-            without noise, `kl_weight` without `reference_velocity`, ``std_dev`` without a noise rate, or guidance
-            without an unconditional velocity.
+            without noise, `kl_weight` without `reference_velocity`, ``std_dev`` without a noise rate, guidance without
+            an unconditional velocity, guard or dppo without `old_velocity`, or dppo without a limit.
         RuntimeError: a backend that cannot run here, with the reason.
     """
     if _is_plain(velocity, coefficients) and _resolve(velocity.device, backend) == "cpu":
@@ -125,7 +141,10 @@ def policy_loss(
             coefficients,
             weights,
             mask,
+            objective,
+            old_velocity,
             clip_range,
+            divergence_limit,
             granularity,
             reference_velocity,
             kl_weight,
@@ -134,7 +153,7 @@ def policy_loss(
             guidance_scale,
         )
         if plain is not None:
-            return PolicyLoss(plain[0], dict(zip(reference.METRICS, plain[1:], strict=True)))
+            return PolicyLoss(plain[0], _by_name(plain[1:], old_velocity))
     check_tensor("velocity", velocity, ("B", "C", "H", "W"))
     batch, _, height, width = velocity.shape
     device = velocity.device
@@ -155,6 +174,17 @@ def policy_loss(
     if mask is not None:
         check_tensor("mask", mask, (batch, height, width), dtypes=(torch.bool, *FLOATS), device=device)
         mask = mask.bool()
+    check_choice("objective", objective, reference.OBJECTIVES)
+    if old_velocity is not None:
+        check_tensor("old_velocity", old_velocity, velocity.shape, device=device)
+    elif objective in ("guard", "dppo"):
+        raise ValueError(
+            f"old_velocity: expected a tensor {list(velocity.shape)} because objective is {objective!r}, got None"
+        )
+    if divergence_limit is not None:
+        divergence_limit = check_number("divergence_limit", divergence_limit, low=0.0)
+    elif objective == "dppo":
+        raise ValueError("divergence_limit: expected a number of at least 0 because objective is 'dppo', got None")
     clip_low, clip_high = _check_clip_range(clip_range)
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("kl_scale", kl_scale, KL_SCALES)
@@ -167,6 +197,9 @@ def policy_loss(
         )
     if kl_scale == "variance":
         kl_std = rows.std
+    elif kl_scale == "velocity":
+        # Means differ by b times what velocities differ by, and the KL is divided by twice the square of this.
+        kl_std = rows.velocity_scale.abs() * math.sqrt(0.5)
     elif rows.noise_rate is None:
         raise ValueError(f"kl_scale: expected 'variance' because {rows.kind} steps have no noise rate, got 'std_dev'")
     else:
@@ -186,8 +219,11 @@ def policy_loss(
         mask,
         reference_velocity,
         unconditional_velocity,
+        old_velocity,
         clip_low,
         clip_high,
+        objective,
+        divergence_limit or 0.0,
         granularity,
         kl_weight,
         guidance,
@@ -200,7 +236,14 @@ def policy_loss(
         loss, metrics, _ = cpu.policy_loss(inputs, with_gradient)
     else:
         loss, metrics, _ = _LossAndGradient.apply(velocity, inputs, with_gradient, chosen)
-    return PolicyLoss(loss, dict(zip(reference.METRICS, metrics.unbind(), strict=True)))
+    return PolicyLoss(loss, _by_name(metrics.unbind(), old_velocity))
+
+
+def _by_name(metrics: Iterable[Tensor], old_velocity: Tensor | None) -> dict[str, Tensor]:
+    named = dict(zip(reference.METRICS, metrics, strict=True))
+    if old_velocity is None:
+        del named["divergence"]
+    return named
 
 
 def _check_clip_range(clip_range: object) -> tuple[float, float]:

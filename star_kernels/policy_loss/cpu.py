@@ -21,19 +21,20 @@ def supports(inputs: reference.Inputs) -> bool:
         inputs.next_sample,
         inputs.reference_velocity,
         inputs.unconditional_velocity,
+        inputs.old_velocity,
     )
     return not any(latent is not None and latent.dtype == torch.float64 for latent in latents)
 
 
 def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], metrics [8], and the gradient in `inputs.gradient_dtype()` or, unasked for, [0].
+    """Loss [], metrics [9], and the gradient in `inputs.gradient_dtype()` or, unasked for, [0].
 
     Autograd knows the loss's gradient with respect to the velocity: csrc/policy_loss_autograd.cpp.
     """
-    *tensors, clip_low, clip_high, granularity, kl_weight, guidance_scale = inputs
-    return torch.ops.star_kernels_cpu.policy_loss(
-        *tensors, clip_low, clip_high, granularity == "image", kl_weight, guidance_scale, with_gradient
-    )
+    arguments = inputs._asdict()
+    arguments["objective"] = reference.OBJECTIVES.index(inputs.objective)
+    arguments["granularity"] = inputs.granularity == "image"
+    return torch.ops.star_kernels_cpu.policy_loss(*arguments.values(), with_gradient)
 
 
 def plain_policy_loss(*arguments: object) -> tuple[Tensor, ...] | None:

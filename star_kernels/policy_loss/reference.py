@@ -32,7 +32,11 @@ METRICS = (
     "ratio_max",
     "approx_kl",
     "non_finite",
+    "divergence",
 )
+OBJECTIVES = ("clip", "none", "guard", "dppo")
+# A clip range that holds every ratio, also times the root of a mean squared weight that is very small.
+NO_CLIP_RANGE = 1e30
 LOG_RATIO_LIMIT = 20.0
 # Of an advantage times a weight: with the largest ratio, the sum over 2^35 positions is still a float32.
 WEIGHTED_ADVANTAGE_LIMIT = 2.0**64
@@ -49,16 +53,24 @@ class Inputs(NamedTuple):
     sample_drift: Tensor  # [B], a − 1
     velocity_scale: Tensor  # [B], b
     std: Tensor  # [B], s
-    kl_std: Tensor  # [B], s, or q to divide the KL by 2·q²
+    kl_std: Tensor  # [B]: the KL is divided by twice its square
     weights: Tensor | None  # [B, h, w]
     mask: Tensor | None  # [B, H, W] bool
     reference_velocity: Tensor | None  # [B, C, H, W]
     unconditional_velocity: Tensor | None  # [B, C, H, W]
+    old_velocity: Tensor | None  # [B, C, H, W], guidance applied
     clip_low: float
     clip_high: float
+    objective: str
+    divergence_limit: float  # of dppo
     granularity: str
     kl_weight: float
     guidance_scale: float
+
+    def clip_range(self) -> tuple[float, float]:
+        """ε_low and ε_high; those of an objective that does not clip hold every ratio."""
+        clips = self.objective in ("clip", "guard")
+        return (self.clip_low, self.clip_high) if clips else (NO_CLIP_RANGE, NO_CLIP_RANGE)
 
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic and of the results."""
@@ -93,27 +105,28 @@ class _Terms(NamedTuple):
     counted: Tensor  # [B, H, W], positions that are valid and finite
     share: Tensor  # [B], 1 / number of valid positions
     pull: Tensor  # [B, H, W], −∂(weighted policy term)/∂(log-ratio), before `counted` and `share`
-    deviation: Tensor  # [B, C, H, W], x' − μ
+    deviation: Tensor  # [B, C, H, W], x' − μ, or x' − μ_old for guard
     drift: Tensor | None  # [B, C, H, W], μ − μ_ref
 
 
 def policy_loss(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The loss [] and its metrics [8], in the order of METRICS."""
+    """The loss [] and its metrics [9], in the order of METRICS."""
     terms = _terms(inputs)
     return terms.loss, terms.metrics
 
 
 def policy_loss_and_gradient(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss [], its metrics [8] and its gradient with respect to the velocity [B, C, H, W].
+    """The loss [], its metrics [9] and its gradient with respect to the velocity [B, C, H, W].
 
     ∂loss/∂v_c = g·b·(1/B)·(m_i/Σm)·(1/C)·[ pull_i·(x'−μ)/s² + β·(μ−μ_ref)/kl_std² ], where pull_i is
     w_i·(−A·ρ_i) while the unclipped branch is active and the log-ratio is inside its clamp, else 0. At image
-    granularity the ratio and its branch are the image's.
+    granularity the ratio and its branch are the image's. With guard (x'−μ_old)/s takes the place of (x'−μ)/s².
     """
     terms = _terms(inputs)
     dtype = terms.deviation.dtype
     batch, channels = inputs.velocity.shape[:2]
-    grad_mean = (terms.pull / inputs.std.to(dtype)[:, None, None] ** 2)[:, None] * terms.deviation
+    power = 1 if inputs.objective == "guard" else 2
+    grad_mean = (terms.pull / inputs.std.to(dtype)[:, None, None] ** power)[:, None] * terms.deviation
     if terms.drift is not None and inputs.kl_weight > 0:
         grad_mean = grad_mean + (inputs.kl_weight / per_sample(inputs.kl_std, dtype) ** 2) * terms.drift
     scale = inputs.guidance_scale * inputs.velocity_scale.to(dtype) * terms.share / (batch * channels)
@@ -128,9 +141,17 @@ def _terms(inputs: Inputs) -> _Terms:
     x, advantage = inputs.sample.to(dtype), inputs.advantage.to(dtype)
     unconditional = None if inputs.unconditional_velocity is None else inputs.unconditional_velocity.to(dtype)
     velocity = guided_velocity(inputs.velocity.to(dtype), unconditional, inputs.guidance_scale)
-    shift = transition_shift(velocity, x, inputs.sample_drift, inputs.velocity_scale)
+    std = inputs.std.to(dtype)[:, None, None]
+    old_velocity = None if inputs.old_velocity is None else inputs.old_velocity.to(dtype)
+    compared = old_velocity if inputs.objective == "guard" and old_velocity is not None else velocity
+    shift = transition_shift(compared, x, inputs.sample_drift, inputs.velocity_scale)
     deviation = mean_deviation(inputs.next_sample.to(dtype), x, shift)
-    log_ratio = log_prob(deviation, inputs.std) - inputs.old_log_prob.to(dtype)  # [B, H, W]
+    move = None if old_velocity is None else per_sample(inputs.velocity_scale, dtype) * (velocity - old_velocity)
+    if move is not None and inputs.objective == "guard":
+        log_ratio = channel_sum(deviation * move) / (channels * std)  # [B, H, W]
+    else:
+        log_ratio = log_prob(deviation, inputs.std) - inputs.old_log_prob.to(dtype)
+    divergence = torch.zeros_like(log_ratio) if move is None else channel_sum(move * move) / (2 * channels * std**2)
 
     if inputs.reference_velocity is None:
         drift, kl = None, torch.zeros_like(log_ratio)
@@ -145,39 +166,50 @@ def _terms(inputs: Inputs) -> _Terms:
         weight = _on_latent_grid(inputs.weights.to(dtype), height, width)
     valid = torch.ones_like(log_ratio, dtype=torch.bool) if inputs.mask is None else inputs.mask
     bounded = (advantage[:, None, None] * weight).abs() < WEIGHTED_ADVANTAGE_LIMIT
-    finite = log_ratio.isfinite() & kl.isfinite() & bounded
+    finite = log_ratio.isfinite() & kl.isfinite() & divergence.isfinite() & bounded
     counted = valid & finite
     # A sample without a valid position has only zero terms; 1 keeps them from becoming 0/0.
     share = 1 / valid.sum((1, 2)).clamp(min=1).to(dtype)  # [B]
     log_ratio = torch.where(counted, log_ratio, 0.0)
     weight = torch.where(counted, weight, 0.0)
     kl = torch.where(counted, kl, 0.0)
+    divergence = torch.where(counted, divergence, 0.0)
 
     inside = log_ratio.abs() <= LOG_RATIO_LIMIT  # where the clamp does not act
     clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    low: Any = 1 - inputs.clip_low
-    high: Any = 1 + inputs.clip_high
+    clip_low, clip_high = inputs.clip_range()
+    low: Any = 1 - clip_low
+    high: Any = 1 + clip_high
     if inputs.granularity == "image":
         log_ratio, squares = _position_sums(weight * clamped, weight * weight).unbind(1)  # [B] each
         log_ratio = log_ratio * share
         number = counted.sum((1, 2))
         included = (number > 0) & log_ratio.isfinite() & squares.isfinite()
         counted = counted & included[:, None, None]
-        kl = torch.where(counted, kl, 0.0)
+        kl, divergence = torch.where(counted, kl, 0.0), torch.where(counted, divergence, 0.0)
         log_ratio = torch.where(included, log_ratio, 0.0)
         inside = inside & (log_ratio.abs() <= LOG_RATIO_LIMIT)[:, None, None]
         clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         # In double precision, so that weights of 1 leave the bounds as they are.
         spread = torch.where(included, squares.double() / number, 1.0).sqrt()
-        low, high = (1 - inputs.clip_low * spread).to(dtype), (1 + inputs.clip_high * spread).to(dtype)
+        low, high = (1 - clip_low * spread).to(dtype), (1 + clip_high * spread).to(dtype)
     else:
         advantage, included = advantage[:, None, None], counted
     advantage = torch.where(included, advantage, 0.0)
 
     ratio = clamped.exp()
     unclipped = -advantage * ratio
-    policy = torch.maximum(unclipped, -advantage * ratio.clamp(low, high))
-    slope = torch.where(unclipped >= policy, unclipped, 0.0)
+    divergence_by_sample = torch.zeros_like(share) if move is None else _position_sums(divergence, kl)[:, 0] * share
+    if inputs.objective == "dppo":
+        outward = ((ratio > 1) & (advantage > 0)) | ((ratio < 1) & (advantage < 0))
+        moved = divergence_by_sample if inputs.granularity == "image" else divergence
+        outside = outward & (moved >= inputs.divergence_limit)
+        policy = torch.where(outside, 0.0, unclipped)
+        slope = policy
+    else:
+        outside = (ratio < low) | (ratio > high)
+        policy = torch.maximum(unclipped, -advantage * ratio.clamp(low, high))
+        slope = torch.where(unclipped >= policy, unclipped, 0.0)
 
     if inputs.granularity == "image":
         slope = slope[:, None, None]
@@ -193,12 +225,13 @@ def _terms(inputs: Inputs) -> _Terms:
     metrics = {
         "policy_loss": policy_mean,
         "kl": kl_mean,
-        "clip_fraction": (included & ((ratio < low) | (ratio > high))).sum() / divisor,
+        "clip_fraction": (included & outside).sum() / divisor,
         "ratio_mean": torch.where(number > 0, torch.where(included, ratio, 0.0).sum() / divisor, 1.0),
         "ratio_min": torch.where(number > 0, torch.where(included, ratio, torch.inf).min(), 1.0),
         "ratio_max": torch.where(number > 0, torch.where(included, ratio, -torch.inf).max(), 1.0),
         "approx_kl": torch.where(included, clamped * clamped, 0.0).sum() / (2 * divisor),
         "non_finite": (valid & ~counted).sum().to(dtype),
+        "divergence": divergence_by_sample.sum() / batch,
     }
     stacked = torch.stack([metrics[name] for name in METRICS]).detach()
     return _Terms(loss, stacked, counted, share, pull, deviation, drift)

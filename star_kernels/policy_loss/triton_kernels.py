@@ -1,6 +1,6 @@
 """The spatially resolved objective on a GPU, with its gradient in the same pass (docs/method.md, section 5).
 
-Floor. Per latent entry one read of v, x and x', of v_u and v_ref where given, and one write of ∂loss/∂v: 4 to 6
+Floor. Per latent entry one read of v, x and x', of v_u, v_ref and v_old where given, and one write of ∂loss/∂v: 4 to 7
 entries of 2 or 4 bytes. Per position old_log_prob and the mask; the map is read once per token. Against that stand
 about 20 operations per entry and 60 per position, so memory binds: [256, 16, 64, 64] in bf16 without KL moves 138 MB,
 41 µs at 3.35 TB/s.
@@ -55,11 +55,12 @@ _RATIO_MIN = tl.constexpr(4)
 _RATIO_MAX = tl.constexpr(5)
 _SQUARED = tl.constexpr(6)
 _NON_FINITE = tl.constexpr(7)
-_INCLUDED = tl.constexpr(8)
-_LOG_RATIO = tl.constexpr(9)
-_SQUARED_WEIGHT = tl.constexpr(10)
-_COUNTED = tl.constexpr(11)
-_ROWS = 12
+_DIVERGENCE = tl.constexpr(8)
+_INCLUDED = tl.constexpr(9)
+_LOG_RATIO = tl.constexpr(10)
+_SQUARED_WEIGHT = tl.constexpr(11)
+_COUNTED = tl.constexpr(12)
+_ROWS = 13
 
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 _WEIGHTED_LIMIT = tl.constexpr(WEIGHTED_ADVANTAGE_LIMIT)
@@ -80,6 +81,7 @@ class _Inputs(NamedTuple):
     next_sample: Latent
     reference_velocity: Latent | None
     unconditional_velocity: Latent | None
+    old_velocity: Latent | None
     old_log_prob: Tensor  # [B, H, W]
     weights: Tensor | None  # [B, h, w]
     mask: Tensor | None  # [B, H, W]
@@ -125,14 +127,23 @@ def _terms(
     PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr,
     FLAT: tl.constexpr,
+    GUARDS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """x' − μ, μ − μ_ref [CP, BLOCK]; log-ratio, KL and weight [BLOCK], 0 where not counted; valid and counted [BLOCK].
+    """x' − μ, μ − μ_ref [CP, BLOCK]; log-ratio, KL, divergence and weight, valid and counted [BLOCK].
 
-    Where there is no reference velocity, the second is not to be used.
+    Where there is no reference velocity, the second is not to be used. If it `GUARDS`, the first is x' − μ_old. What
+    stands between them and the last two is 0 where not counted.
     """
     advantage, sample_drift, b, std, kl_std, _ = scalars
     inside = positions < shape.size
+    x = load_tile(inputs.sample, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
+    y = load_tile(inputs.next_sample, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
+    # What a tile was made of is not held when the next is read: with guard, registers are short.
+    if inputs.old_velocity is not None:
+        old = load_tile(inputs.old_velocity, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
+    if GUARDS:
+        deviation = (y - x) - (sample_drift * x + b * old)
     velocity = load_velocity(
         inputs.velocity,
         inputs.unconditional_velocity,
@@ -146,13 +157,17 @@ def _terms(
         FLAT,
         COMPUTE,
     )
-    x = load_tile(inputs.sample, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
-    y = load_tile(inputs.next_sample, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
-    deviation = (y - x) - (sample_drift * x + b * velocity)
-
     index = sample.to(tl.int64) * shape.size + positions
-    old_log_prob = tl.load(inputs.old_log_prob + index, mask=inside, other=0.0).to(COMPUTE)
-    log_ratio = log_prob(deviation, std, C) - old_log_prob
+    divergence = tl.full(positions.shape, 0.0, COMPUTE)
+    if inputs.old_velocity is not None:
+        move = b * (velocity - old)
+        divergence = channel_sum(move * move) * (1.0 / (2.0 * C * std * std))
+    if GUARDS:
+        log_ratio = channel_sum(deviation * move) * (1.0 / (C * std))
+    else:
+        deviation = (y - x) - (sample_drift * x + b * velocity)
+        old_log_prob = tl.load(inputs.old_log_prob + index, mask=inside, other=0.0).to(COMPUTE)
+        log_ratio = log_prob(deviation, std, C) - old_log_prob
     drift = deviation
     kl = tl.full(positions.shape, 0.0, COMPUTE)
     if inputs.reference_velocity is not None:
@@ -170,11 +185,14 @@ def _terms(
 
     bounded = tl.abs(advantage * weight) < _WEIGHTED_LIMIT
     finite = (tl.abs(log_ratio) < _INFINITY) & (tl.abs(kl) < _INFINITY) & bounded
+    if inputs.old_velocity is not None:
+        finite = finite & (divergence < _INFINITY)
     counted = valid & finite
     log_ratio = tl.where(counted, log_ratio, 0.0)
     kl = tl.where(counted, kl, 0.0)
+    divergence = tl.where(counted, divergence, 0.0)
     weight = tl.where(counted, weight, 0.0)
-    return deviation, drift, log_ratio, kl, weight, valid, counted
+    return deviation, drift, log_ratio, kl, divergence, weight, valid, counted
 
 
 @triton.jit
@@ -183,18 +201,25 @@ def _clamp(log_ratio):
 
 
 @triton.jit
-def _policy(log_ratio, advantage, low, high):
+def _policy(log_ratio, advantage, low, high, divergence, limit, DROPS: tl.constexpr):
     """Clamped log-ratio, ratio, policy term, whether the ratio is out of its range, and −A·ρ where that has a slope.
 
-    The last is the derivative of the policy term with respect to the log-prob.
+    The last is the derivative of the policy term with respect to the log-prob. If it `DROPS`, nothing is clipped, and
+    out is what has moved as far as the limit and would go further.
     """
     clamped = _clamp(log_ratio)
     ratio = tl.exp(clamped)
     unclipped = -advantage * ratio
-    clipped = -advantage * tl.minimum(tl.maximum(ratio, low), high)
-    active = (unclipped >= clipped) & (tl.abs(log_ratio) <= _LIMIT)
-    slope = tl.where(active, unclipped, 0.0)
-    return clamped, ratio, tl.maximum(unclipped, clipped), (ratio < low) | (ratio > high), slope
+    if DROPS:
+        outward = ((ratio > 1) & (advantage > 0)) | ((ratio < 1) & (advantage < 0))
+        outside = outward & (divergence >= limit)
+        policy = tl.where(outside, 0.0, unclipped)
+        slope = policy
+    else:
+        outside = (ratio < low) | (ratio > high)
+        policy = tl.maximum(unclipped, -advantage * tl.minimum(tl.maximum(ratio, low), high))
+        slope = tl.where(unclipped >= policy, unclipped, 0.0)
+    return clamped, ratio, policy, outside, tl.where(tl.abs(log_ratio) <= _LIMIT, slope, 0.0)
 
 
 @triton.jit
@@ -215,11 +240,13 @@ def _store_gradient(
     C: tl.constexpr,
     CP: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    GUARDS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """∂loss/∂v of a tile; `pull` is [1, BLOCK]."""
     _, _, b, std, kl_std, share = scalars
-    grad_mean = (pull * (1.0 / (std * std))) * deviation
+    scale = std if GUARDS else std * std
+    grad_mean = (pull * (1.0 / scale)) * deviation
     if inputs.reference_velocity is not None:
         grad_mean += (tl.full([], kl_weight, COMPUTE) / (kl_std * kl_std)) * drift
     factor = tl.full([], guidance_scale, COMPUTE) * b * share / (batch * C)
@@ -240,6 +267,7 @@ def _position_kernel(
     kl_weight: tl.float64,
     clip_low: tl.float64,
     clip_high: tl.float64,
+    divergence_limit: tl.float64,
     C: tl.constexpr,
     CP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -247,17 +275,20 @@ def _position_kernel(
     PATCH_W: tl.constexpr,
     FLAT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    GUARDS: tl.constexpr,
+    DROPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     sample = tl.program_id(0) // shape.tiles
     positions = tl.program_id(0) % shape.tiles * BLOCK + tl.arange(0, BLOCK)
     scalars = _load_scalars(inputs, sample, shape, COMPUTE)
-    deviation, drift, log_ratio, kl, weight, valid, counted = _terms(
-        inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, COMPUTE
+    deviation, drift, log_ratio, kl, divergence, weight, valid, counted = _terms(
+        inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, GUARDS, COMPUTE
     )
     advantage = tl.where(counted, scalars[0], 0.0)
     low, high = tl.full([], 1.0 - clip_low, COMPUTE), tl.full([], 1.0 + clip_high, COMPUTE)
-    clamped, ratio, policy, outside, slope = _policy(log_ratio, advantage, low, high)
+    limit = tl.full([], divergence_limit, COMPUTE)
+    clamped, ratio, policy, outside, slope = _policy(log_ratio, advantage, low, high, divergence, limit, DROPS)
     if gradient is not None:
         _store_gradient(
             gradient,
@@ -276,6 +307,7 @@ def _position_kernel(
             C,
             CP,
             CHANNELS_LAST,
+            GUARDS,
             COMPUTE,
         )
     share = scalars[5]
@@ -288,6 +320,7 @@ def _position_kernel(
     tl.store(sums + _RATIO_MAX * stride, tl.max(tl.where(counted, ratio, -_INFINITY), 0))
     tl.store(sums + _SQUARED * stride, position_sum(clamped * clamped))
     tl.store(sums + _NON_FINITE * stride, tl.sum((valid & ~counted).to(COMPUTE), 0))
+    tl.store(sums + _DIVERGENCE * stride, position_sum(divergence) * share)
     tl.store(sums + _INCLUDED * stride, tl.sum(counted.to(COMPUTE), 0))
 
 
@@ -303,16 +336,18 @@ def _image_sums_kernel(
     PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr,
     FLAT: tl.constexpr,
+    GUARDS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     sample = tl.program_id(0) // shape.tiles
     positions = tl.program_id(0) % shape.tiles * BLOCK + tl.arange(0, BLOCK)
     scalars = _load_scalars(inputs, sample, shape, COMPUTE)
-    _, _, log_ratio, kl, weight, valid, counted = _terms(
-        inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, COMPUTE
+    _, _, log_ratio, kl, divergence, weight, valid, counted = _terms(
+        inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, GUARDS, COMPUTE
     )
     sums, stride = partials + tl.program_id(0), tl.num_programs(0)
     tl.store(sums + _KL * stride, position_sum(kl) * scalars[5])
+    tl.store(sums + _DIVERGENCE * stride, position_sum(divergence) * scalars[5])
     tl.store(sums + _NON_FINITE * stride, tl.sum((valid & ~counted).to(COMPUTE), 0))
     tl.store(sums + _LOG_RATIO * stride, position_sum(weight * _clamp(log_ratio)))
     tl.store(sums + _SQUARED_WEIGHT * stride, position_sum(weight * weight))
@@ -340,6 +375,7 @@ def _image_kernel(
     kl_weight: tl.float64,
     clip_low: tl.float64,
     clip_high: tl.float64,
+    divergence_limit: tl.float64,
     C: tl.constexpr,
     CP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -347,6 +383,8 @@ def _image_kernel(
     PATCH_W: tl.constexpr,
     FLAT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    GUARDS: tl.constexpr,
+    DROPS: tl.constexpr,
     COMPUTE: tl.constexpr,
     SUMS: tl.constexpr,
 ):
@@ -363,7 +401,11 @@ def _image_kernel(
     # In double precision, so that weights of 1 leave the bounds as they are.
     spread = tl.sqrt(squares.to(tl.float64) / tl.maximum(number, 1.0).to(tl.float64))
     low, high = (1.0 - clip_low * spread).to(COMPUTE), (1.0 + clip_high * spread).to(COMPUTE)
-    clamped, ratio, policy, outside, slope = _policy(log_ratio, scalars[0], low, high)
+    divergence = tl.full([], 0.0, COMPUTE)
+    if DROPS:
+        divergence = _sum_of_tiles(first + _DIVERGENCE * stride, shape.tiles, SUMS)
+    limit = tl.full([], divergence_limit, COMPUTE)
+    clamped, ratio, policy, outside, slope = _policy(log_ratio, scalars[0], low, high, divergence, limit, DROPS)
 
     # An image is one entry of the metrics, which its first tile makes.
     mine = included & (tile == 0)
@@ -381,12 +423,14 @@ def _image_kernel(
     non_finite = tl.load(sums + _NON_FINITE * stride, mask=dropped, other=0.0)
     tl.store(sums + _NON_FINITE * stride, non_finite + counted_here, mask=dropped)
     tl.store(sums + _KL * stride, tl.full([], 0.0, COMPUTE), mask=dropped)
+    # Another tile of this image may read it before or after: it leaves the image out in either case.
+    tl.store(sums + _DIVERGENCE * stride, tl.full([], 0.0, COMPUTE), mask=dropped)
 
     if gradient is not None:
         positions = tile * BLOCK + tl.arange(0, BLOCK)
         end = tl.where(included, shape.size, 0)  # of the positions that get a gradient
-        deviation, drift, at_position, _, weight, _, counted = _terms(
-            inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, COMPUTE
+        deviation, drift, at_position, _, _, weight, _, counted = _terms(
+            inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, GUARDS, COMPUTE
         )
         pull = weight * tl.where(tl.abs(at_position) <= _LIMIT, slope, 0.0)
         _store_gradient(
@@ -406,6 +450,7 @@ def _image_kernel(
             C,
             CP,
             CHANNELS_LAST,
+            GUARDS,
             COMPUTE,
         )
 
@@ -454,7 +499,7 @@ def _metrics_kernel(partials, loss, metrics, batch, columns, kl_weight: tl.float
         value = -_row_minimum(row, -1.0, columns, COLUMNS)
     else:
         value = _row_total(row, columns, COLUMNS)
-    if metric <= _KL:
+    if (metric <= _KL) | (metric == _DIVERGENCE):
         value = value / batch
     elif metric == _SQUARED:
         value = value / (2.0 * divisor)
@@ -479,7 +524,7 @@ def _scale_kernel(gradient, scaled, scale, size, IN_PLACE: tl.constexpr, BLOCK: 
 
 
 def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss [], its metrics [8], and its gradient [B, C, H, W] in `inputs.gradient_dtype()` or, unasked for, [0]."""
+    """The loss [], its metrics [9], and its gradient [B, C, H, W] in `inputs.gradient_dtype()` or, unasked for, [0]."""
     dtype, device = inputs.dtype(), inputs.velocity.device
     loss = torch.empty((), dtype=dtype, device=device)
     metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
@@ -515,6 +560,7 @@ def kernel_calls(inputs: reference.Inputs, loss: Tensor, metrics: Tensor, gradie
         next_sample=inputs.next_sample,
         reference_velocity=inputs.reference_velocity,
         unconditional_velocity=inputs.unconditional_velocity,
+        old_velocity=inputs.old_velocity,
     )
     rows: dict[str, Any] = {
         name: row(getattr(inputs, name)) for name in ("advantage", "sample_drift", "velocity_scale", "std", "kl_std")
@@ -530,15 +576,19 @@ def kernel_calls(inputs: reference.Inputs, loss: Tensor, metrics: Tensor, gradie
         "PATCH_H": height // grid_height,
         "PATCH_W": width // grid_width,
         "FLAT": flat,
+        "GUARDS": inputs.objective == "guard",
         **constants,
     }
+    clip_low, clip_high = inputs.clip_range()
     objective: dict[str, Any] = {
         "gradient": gradient,
         "CHANNELS_LAST": inputs.gradient_format() == torch.channels_last,
         "batch": batch,
         "kl_weight": inputs.kl_weight,
-        "clip_low": inputs.clip_low,
-        "clip_high": inputs.clip_high,
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "divergence_limit": inputs.divergence_limit,
+        "DROPS": inputs.objective == "dppo",
     }
     programs = (batch * tiles,)
     calls = []
@@ -588,7 +638,12 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
         "fp32, C 4, channels last, guidance and mask": _without_memory(
             torch.float32, 4, last, "position", everything=True
         ),
+        "fp32, C 32, guidance, mask and guard": _without_memory(
+            torch.float32, 32, plain, "position", everything=True, objective="guard"
+        ),
+        "bf16, C 16, dppo": _without_memory(torch.bfloat16, 16, plain, "position", objective="dppo"),
         "image, bf16, C 16": _without_memory(torch.bfloat16, 16, plain, "image"),
+        "image, bf16, C 16, dppo": _without_memory(torch.bfloat16, 16, plain, "image", objective="dppo"),
     }.items():
         loss = torch.empty((), dtype=inputs.dtype(), device="meta")
         metrics, gradient = loss.new_empty(len(METRICS)), inputs.empty_gradient()
@@ -602,7 +657,12 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
 
 
 def _without_memory(
-    dtype: torch.dtype, channels: int, memory_format: torch.memory_format, granularity: str, everything: bool = False
+    dtype: torch.dtype,
+    channels: int,
+    memory_format: torch.memory_format,
+    granularity: str,
+    everything: bool = False,
+    objective: str = "clip",
 ) -> reference.Inputs:
     """Arguments of the loss at 512 px; with a KL, and with guidance and a mask too if it is to be `everything`."""
     batch, height, width = 9, 64, 64
@@ -625,8 +685,11 @@ def _without_memory(
         mask=positions.bool() if everything else None,
         reference_velocity=latent(),
         unconditional_velocity=latent() if everything else None,
+        old_velocity=None if objective == "clip" else latent(),
         clip_low=1e-4,
         clip_high=1e-4,
+        objective=objective,
+        divergence_limit=1e-5,
         granularity=granularity,
         kl_weight=0.01,
         guidance_scale=4.5 if everything else 1.0,

@@ -23,10 +23,12 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     move: float = 1e-2,
     masked: bool = True,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Latents [batch, channels, grid·patch] in `dtype`; float32 for the rest, or float64 with a float64 `dtype`.
 
-    `move` is how far the velocity is from the one that drew the sample: 0 is on policy.
+    `move` is how far the velocity is from the one that drew the sample: 0 is on policy. With an `objective` the case
+    has that velocity too, and the mean divergence as its limit.
     """
     generator = torch.Generator().manual_seed(seed)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -45,8 +47,14 @@ def make_case(
     weights = torch.rand(batch, *grid, generator=generator, dtype=torch.float64)
     mask = torch.rand(batch, height, width, generator=generator) > 0.3
     mask[:, 0, 0] = True
-    return {
-        "velocity": (velocity.double() + move * latent().double()).to(dtype),
+    moved = (velocity.double() + move * latent().double()).to(dtype)
+    chosen: dict[str, Any] = {}
+    if objective is not None:
+        means = (moved - velocity).double() * coefficients.velocity_scale.double()[:, None, None, None]
+        divergence = means.square() / (2 * coefficients.std.double()[:, None, None, None] ** 2)
+        chosen = {"objective": objective, "old_velocity": velocity, "divergence_limit": divergence.mean().item()}
+    return chosen | {
+        "velocity": moved,
         "sample": sample,
         "next_sample": next_sample,
         "old_log_prob": transition_log_prob(velocity, sample, next_sample, coefficients),

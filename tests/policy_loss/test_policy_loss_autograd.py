@@ -27,8 +27,11 @@ def reference_inputs(case: dict[str, Any], **options: Any) -> reference.Inputs:
         "std": c.std,
         "kl_std": c.std,
         "unconditional_velocity": None,
+        "old_velocity": case.get("old_velocity"),
         "clip_low": low,
         "clip_high": high,
+        "objective": case.get("objective", "clip"),
+        "divergence_limit": case.get("divergence_limit", 0.0),
         "granularity": "position",
         "guidance_scale": 1.0,
     }
@@ -46,6 +49,7 @@ def reference_inputs(case: dict[str, Any], **options: Any) -> reference.Inputs:
     weighted=st.booleans(),
     kl=st.sampled_from(["none", "variance", "std_dev"]),
     guidance=st.sampled_from([None, 1.0, 4.5]),
+    objective=st.sampled_from([None, *reference.OBJECTIVES]),
 )
 def test_the_analytic_gradient_is_that_of_autograd(
     seed: int,
@@ -57,8 +61,10 @@ def test_the_analytic_gradient_is_that_of_autograd(
     weighted: bool,
     kl: str,
     guidance: float | None,
+    objective: str | None,
 ) -> None:
-    case = make_case(seed=seed, channels=channels, grid=grid, dtype=torch.float64, move=move, masked=masked)
+    shape: dict[str, Any] = {"seed": seed, "channels": channels, "grid": grid, "masked": masked}
+    case = make_case(**shape, dtype=torch.float64, move=move, objective=objective)
     options: dict[str, Any] = {"granularity": granularity}
     if not weighted:
         options["weights"] = None
@@ -79,8 +85,9 @@ def test_the_analytic_gradient_is_that_of_autograd(
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
 @pytest.mark.parametrize("guidance", [None, 2.5])
-def test_gradcheck(granularity: str, guidance: float | None) -> None:
-    case = make_case(batch=2, channels=2, grid=(2, 2), dtype=torch.float64, move=0.3)
+@pytest.mark.parametrize("objective", [None, *reference.OBJECTIVES[1:]])
+def test_gradcheck(granularity: str, guidance: float | None, objective: str | None) -> None:
+    case = make_case(batch=2, channels=2, grid=(2, 2), dtype=torch.float64, move=0.3, objective=objective)
     case |= {"granularity": granularity, "kl_scale": "std_dev", "clip_range": 0.05}
     if guidance is not None:
         case |= {"unconditional_velocity": case["velocity"] + 0.1, "guidance_scale": guidance}
@@ -226,7 +233,7 @@ def test_the_loss_without_a_gradient_is_the_same() -> None:
 
 @pytest.mark.parametrize(("dtype", "full"), [(torch.float32, True), (torch.bfloat16, False), (torch.float64, True)])
 def test_opcheck(dtype: torch.dtype, full: bool) -> None:
-    case = make_case(dtype=dtype)
+    case = make_case(dtype=dtype, objective="guard" if full else None)
     inputs = reference_inputs(case, granularity="position" if full else "image")
     inputs = inputs._replace(velocity=inputs.velocity.requires_grad_())
     if not full:

@@ -29,7 +29,7 @@ from tests.policy_loss.cases import (
 pytestmark = pytest.mark.skipif(sk.available_backends()["cpu"] is not None, reason="the C++ extension is not built")
 
 LEVELS = ["default", "avx2", "avx512"]
-LATENTS = ("velocity", "sample", "next_sample", "reference_velocity", "unconditional_velocity")
+LATENTS = ("velocity", "sample", "next_sample", "reference_velocity", "unconditional_velocity", "old_velocity")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -71,6 +71,9 @@ def assert_agrees(case: dict[str, Any]) -> None:
     assert (got.loss - exact.loss).abs() <= 1e-5 * (terms + 1)
     for name in ("policy_loss", "kl", "ratio_mean", "ratio_min", "ratio_max", "clip_fraction", "non_finite"):
         torch.testing.assert_close(got.metrics[name].double(), exact.metrics[name], rtol=1e-5, atol=1e-5)
+    assert got.metrics.keys() == exact.metrics.keys() and ("divergence" in got.metrics) == ("old_velocity" in case)
+    if "divergence" in got.metrics:
+        torch.testing.assert_close(got.metrics["divergence"].double(), exact.metrics["divergence"], rtol=1e-5, atol=0)
     torch.testing.assert_close(got.metrics["approx_kl"].double(), exact.metrics["approx_kl"], rtol=1e-4, atol=1e-8)
 
 
@@ -87,12 +90,13 @@ def slice_case(case: dict[str, Any], rows: slice) -> dict[str, Any]:
     channels=st.sampled_from([1, 2, 3, 4, 5, 8, 16, 17, 32]),
     grid=st.tuples(st.integers(1, 9), st.integers(1, 23)),
     patch=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    dtypes=st.lists(st.sampled_from(FLOATS), min_size=5, max_size=5),
-    channels_last=st.lists(st.booleans(), min_size=5, max_size=5),
+    dtypes=st.lists(st.sampled_from(FLOATS), min_size=6, max_size=6),
+    channels_last=st.lists(st.booleans(), min_size=6, max_size=6),
     granularity=st.sampled_from(["position", "image"]),
+    objective=st.sampled_from([None, *reference.OBJECTIVES]),
     masked=st.booleans(),
     weighted=st.booleans(),
-    kl=st.sampled_from(["none", "reported", "variance", "std_dev"]),
+    kl=st.sampled_from(["none", "reported", "variance", "std_dev", "velocity"]),
     guidance=st.sampled_from([None, 1.0, 3.5]),
 )
 def test_agrees_with_float64_whatever_the_shape_dtypes_layouts_and_options(
@@ -105,14 +109,16 @@ def test_agrees_with_float64_whatever_the_shape_dtypes_layouts_and_options(
     dtypes: list[torch.dtype],
     channels_last: list[bool],
     granularity: str,
+    objective: str | None,
     masked: bool,
     weighted: bool,
     kl: str,
     guidance: float | None,
 ) -> None:
-    case = make_case(seed=seed, batch=batch, channels=channels, grid=grid, patch=patch, move=0.02, masked=masked)
-    # No ratio may be so near a bound that rounding decides which branch it takes.
-    case |= {"granularity": granularity, "clip_range": (0.9, 0.95)}
+    shape: dict[str, Any] = {"seed": seed, "batch": batch, "channels": channels, "grid": grid, "patch": patch}
+    case = make_case(**shape, move=0.02, masked=masked, objective=objective)
+    # No ratio may be so near a bound that rounding decides which branch it takes, and no divergence near its limit.
+    case |= {"granularity": granularity, "clip_range": (0.9, 0.95), "divergence_limit": 1e3}
     if guidance is not None:
         case |= {"unconditional_velocity": case["velocity"] + 0.01, "guidance_scale": guidance}
     for latent, dtype, last in zip(LATENTS, dtypes, channels_last, strict=True):
@@ -141,10 +147,12 @@ def test_agrees_with_float64_whatever_the_shape_dtypes_layouts_and_options(
 
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("granularity", ["position", "image"])
-def test_clipping_acts_where_it_does_in_float64(name: str, granularity: str) -> None:
+@pytest.mark.parametrize("objective", [None, "guard", "dppo"])
+def test_clipping_acts_where_it_does_in_float64(name: str, granularity: str, objective: str | None) -> None:
     clipped = 0.0
     for seed in range(8):
-        case = make_case(seed=seed, channels=4, grid=(9, 11), move=0.05) | {"granularity": granularity}
+        case = make_case(seed=seed, channels=4, grid=(9, 11), move=0.05, objective=objective)
+        case |= {"granularity": granularity}
         case["clip_range"] = (0.005, 0.01) if granularity == "position" else (2e-4, 5e-4)
         with level(name):
             got, gradient = run(case)
@@ -158,13 +166,13 @@ def test_clipping_acts_where_it_does_in_float64(name: str, granularity: str) -> 
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("granularity", ["position", "image"])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("objective", [None, "guard", "dppo"])
 def test_a_sample_depends_neither_on_its_batch_nor_on_the_threads(
-    name: str, granularity: str, dtype: torch.dtype, threads: int
+    name: str, granularity: str, dtype: torch.dtype, objective: str | None
 ) -> None:
-    before = torch.get_num_threads()
+    before, threads = torch.get_num_threads(), 2
     # More than one block of positions, a last one that is not full, and log-ratios large enough to show a last bit.
-    case = make_case(batch=4, channels=5, grid=(31, 23), patch=(2, 2), dtype=dtype, move=1.0)
+    case = make_case(batch=4, channels=5, grid=(31, 23), patch=(2, 2), dtype=dtype, move=1.0, objective=objective)
     case |= {"granularity": granularity, "clip_range": 0.5}
     if dtype == torch.float16:
         # Its gradient has numbers so small that four times less is rounded.
@@ -219,7 +227,7 @@ def test_a_non_finite_number_leaves_out_the_positions_it_reaches(
 ) -> None:
     if argument == "weights" and bad < 0:
         pytest.skip("a negative weight is an error")
-    case = make_case(channels=3, grid=(9, 13)) | {"granularity": granularity, "clip_range": 0.5}
+    case = make_case(channels=3, grid=(9, 13), objective="clip") | {"granularity": granularity, "clip_range": 0.5}
     case |= {"unconditional_velocity": case["velocity"] + 0.01, "guidance_scale": 1.5}
     case[argument] = case[argument].clone()
     case[argument][(0,) * case[argument].dim()] = bad
@@ -284,12 +292,12 @@ def test_a_weight_that_overflows_is_left_out(name: str, granularity: str, grid: 
 @pytest.mark.parametrize("granularity", ["position", "image"])
 # A sample that is one long row per channel, and one of a long and a short one, which ends within a tile.
 @pytest.mark.parametrize(
-    ("grid", "dtype", "layout", "kl_weight"),
+    ("grid", "dtype", "layout", "kl_weight", "objective"),
     [
-        ((32, 32), torch.float32, torch.contiguous_format, None),
-        pytest.param((37, 31), torch.float32, torch.contiguous_format, 0.0, marks=pytest.mark.exhaustive),
-        ((37, 31), torch.bfloat16, torch.contiguous_format, 0.05),
-        ((32, 32), torch.float32, torch.channels_last, None),
+        ((32, 32), torch.float32, torch.contiguous_format, None, None),
+        pytest.param((37, 31), torch.float32, torch.contiguous_format, 0.0, "guard", marks=pytest.mark.exhaustive),
+        ((37, 31), torch.bfloat16, torch.contiguous_format, 0.05, None),
+        ((32, 32), torch.float32, torch.channels_last, None, "dppo"),
     ],
 )
 def test_what_goes_past_the_caches_has_the_same_bits(
@@ -299,10 +307,12 @@ def test_what_goes_past_the_caches_has_the_same_bits(
     dtype: torch.dtype,
     layout: torch.memory_format,
     kl_weight: float | None,
+    objective: str | None,
 ) -> None:
     # 8 MB of velocities and more. One tile has a position that does not count.
     batch = 64 if dtype == torch.bfloat16 else 32
-    case = make_case(batch=batch, channels=16, grid=grid, masked=False) | {"granularity": granularity}
+    case = make_case(batch=batch, channels=16, grid=grid, masked=False, objective=objective)
+    case |= {"granularity": granularity}
     case["next_sample"][5, 3, 17, 9] = float("nan")
     for key in ("velocity", "reference_velocity"):
         case[key] = case[key].to(dtype)
@@ -348,7 +358,7 @@ def test_without_an_advantage_there_is_no_policy_gradient(name: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_memory_format_changes_no_bit(granularity: str, dtype: torch.dtype) -> None:
     for channels in (1, 2, 4, 7, 8, 16, 32):
-        case = make_case(channels=channels, grid=(9, 13), dtype=dtype) | {"granularity": granularity}
+        case = make_case(channels=channels, grid=(9, 13), dtype=dtype, objective="guard") | {"granularity": granularity}
         other = {
             key: value.to(memory_format=torch.channels_last) if key in LATENTS else value for key, value in case.items()
         }
@@ -495,7 +505,7 @@ def test_a_step_makes_no_second_tensor_of_the_latents_size(layout: torch.memory_
 @pytest.mark.parametrize("with_gradient", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_opcheck_of_the_kernel_behind_the_operator(dtype: torch.dtype, with_gradient: bool) -> None:
-    case = make_case(dtype=dtype)
+    case = make_case(dtype=dtype, objective="dppo")
     c = case["coefficients"]
     inputs = reference.Inputs(
         velocity=case["velocity"].requires_grad_(with_gradient),
@@ -508,6 +518,7 @@ def test_opcheck_of_the_kernel_behind_the_operator(dtype: torch.dtype, with_grad
         unconditional_velocity=None,
         clip_low=0.1,
         clip_high=0.1,
+        **{name: case[name] for name in ("objective", "old_velocity", "divergence_limit")},
         granularity="position",
         kl_weight=0.1,
         guidance_scale=1.0,

@@ -40,7 +40,7 @@ def is_plain(monkeypatch) -> Callable[[Case], bool]:
     def compare(case: Case) -> bool:
         outputs.clear()
         found, expected = run(case, spy), run(case, lambda *_: None)
-        assert len(found) == 2 + 8
+        assert len(found) == 2 + 8 + ("old_velocity" in case)
         for one, other in zip(found, expected, strict=True):
             assert one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
         return any(output is not None for output in outputs)
@@ -59,6 +59,10 @@ PLAIN: list[Callable[[Case], Case]] = [
     lambda case: {"weights": None, "mask": None, "reference_velocity": None, "kl_weight": 0.0},
     lambda case: {"weights": case["weights"].double(), "old_log_prob": case["old_log_prob"].bfloat16()},
     lambda case: {"granularity": "image", "kl_scale": "std_dev"},
+    lambda case: {"kl_scale": "velocity", "old_velocity": case["sample"]},
+    lambda case: {"objective": "none", "divergence_limit": 0.5},
+    lambda case: {"objective": "guard", "old_velocity": case["velocity"].bfloat16()},
+    lambda case: {"objective": "dppo", "old_velocity": case["velocity"] + 0.01, "divergence_limit": 1e-5},
     lambda case: {"unconditional_velocity": case["sample"] * 0.1, "guidance_scale": 3.0},
     lambda case: {"velocity": case["velocity"].bfloat16(), "sample": case["sample"].half()},
     lambda case: {
@@ -71,6 +75,7 @@ OTHER: list[Callable[[Case], Case]] = [
     lambda case: {"mask": case["mask"].float()},
     lambda case: {"clip_range": [2e-3, 5e-3]},
     lambda case: {"kl_weight": 0},
+    lambda case: {"objective": "dppo", "old_velocity": case["velocity"] + 0.01, "divergence_limit": 0},
     lambda case: {"sample": case["sample"].double()},
     lambda case: {"backend": "reference"},
 ]

@@ -22,7 +22,7 @@ from tests.policy_loss.cases import (
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-LATENTS = ("velocity", "sample", "next_sample", "reference_velocity", "unconditional_velocity")
+LATENTS = ("velocity", "sample", "next_sample", "reference_velocity", "unconditional_velocity", "old_velocity")
 Case = dict[str, Any]
 
 
@@ -77,14 +77,16 @@ def assert_same(first: tuple[PolicyLoss, Tensor], second: tuple[PolicyLoss, Tens
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
 @pytest.mark.parametrize(
-    ("dtype", "channels", "grid", "patch", "left_out"),
+    ("dtype", "channels", "grid", "patch", "left_out", "objective"),
     [
-        (F32, 16, (5, 4), (2, 2), ()),
-        (F32, 1, (1, 1), (1, 1), ("weights", "mask")),
-        (BF16, 4, (3, 5), (1, 1), ("reference_velocity",)),
-        (F16, 5, (1, 4), (3, 1), ("unconditional_velocity", "mask")),
-        (BF16, 32, (2, 3), (2, 1), ("weights", "unconditional_velocity")),
-        (F64, 3, (3, 2), (1, 2), ()),
+        (F32, 16, (5, 4), (2, 2), (), None),
+        (F32, 16, (5, 4), (2, 2), (), "guard"),
+        (F32, 16, (5, 4), (2, 2), ("reference_velocity",), "dppo"),
+        (F32, 1, (1, 1), (1, 1), ("weights", "mask"), None),
+        (BF16, 4, (3, 5), (1, 1), ("reference_velocity",), "none"),
+        (F16, 5, (1, 4), (3, 1), ("unconditional_velocity", "mask"), "dppo"),
+        (BF16, 32, (2, 3), (2, 1), ("weights", "unconditional_velocity"), "guard"),
+        (F64, 3, (3, 2), (1, 2), (), "clip"),
     ],
 )
 def test_agrees_with_the_reference_in_float64(
@@ -94,9 +96,10 @@ def test_agrees_with_the_reference_in_float64(
     grid: tuple[int, int],
     patch: tuple[int, int],
     left_out: tuple[str, ...],
+    objective: str | None,
 ) -> None:
-    case = case_of(dtype=dtype, channels=channels, grid=grid, patch=patch) | {"granularity": granularity}
-    assert_agrees(without(case, *left_out))
+    case = case_of(dtype=dtype, channels=channels, grid=grid, patch=patch, objective=objective)
+    assert_agrees(without(case | {"granularity": granularity}, *left_out))
 
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
@@ -107,10 +110,10 @@ def test_a_single_ratio_is_its_own_mean(granularity: str) -> None:
     assert metrics["ratio_mean"] == metrics["ratio_min"] == metrics["ratio_max"] != 1
 
 
-@pytest.mark.parametrize("kl_scale", ["variance", "std_dev"])
-def test_mixed_dtypes_and_both_scales_of_the_kl(kl_scale: str) -> None:
-    case = case_of(channels=4) | {"kl_scale": kl_scale, "kl_weight": 3.0}
-    dtypes = dict(zip(LATENTS, (BF16, F32, F64, F16, BF16), strict=True))
+@pytest.mark.parametrize("kl_scale", ["variance", "std_dev", "velocity"])
+def test_mixed_dtypes_and_all_scales_of_the_kl(kl_scale: str) -> None:
+    case = case_of(channels=4, objective="clip") | {"kl_scale": kl_scale, "kl_weight": 3.0}
+    dtypes = dict(zip(LATENTS, (BF16, F32, F64, F16, BF16, F16), strict=True))
     case |= {name: case[name].to(dtype) for name, dtype in dtypes.items()}
     assert_agrees(case | {"weights": case["weights"].half(), "advantage": case["advantage"].bfloat16()}, scale=-0.7)
 
@@ -145,10 +148,10 @@ def test_memory_layout_does_not_change_a_bit(layout: Any, granularity: str) -> N
     assert_same(run(case), run(other))
 
 
-@pytest.mark.parametrize("granularity", ["position", "image"])
-def test_a_samples_gradient_does_not_depend_on_its_batch(granularity: str) -> None:
+@pytest.mark.parametrize(("granularity", "objective"), [("position", None), ("image", "guard"), ("image", "dppo")])
+def test_a_samples_gradient_does_not_depend_on_its_batch(granularity: str, objective: str | None) -> None:
     # Two samples against one: the factor 1/B is then exact, and everything else has to be the same bits.
-    case = case_of(channels=16, grid=(5, 4), dtype=BF16) | {"granularity": granularity}
+    case = case_of(channels=16, grid=(5, 4), dtype=BF16, objective=objective) | {"granularity": granularity}
     _, together = run(case)
     one = slice(1, 2)
     alone = {name: value[one] if isinstance(value, Tensor) else value for name, value in case.items()}
@@ -158,15 +161,15 @@ def test_a_samples_gradient_does_not_depend_on_its_batch(granularity: str) -> No
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
 def test_what_is_not_finite_is_counted_and_adds_nothing(granularity: str) -> None:
-    case = case_of(channels=4, grid=(3, 2), masked=False) | {"granularity": granularity}
+    case = case_of(channels=4, grid=(4, 2), masked=False, objective="clip") | {"granularity": granularity}
     for index, name in enumerate(LATENTS):
         case[name] = case[name].clone()
         case[name][0, 1, index, 0] = float("inf") if index % 2 else float("nan")
-    case["old_log_prob"][0, 5, 3] = float("-inf")
+    case["old_log_prob"][0, 6, 3] = float("-inf")
     case["weights"][1, 0, 0] = float("nan")  # covers 2x2 positions
     result, gradient = run(case)
-    assert result.metrics["non_finite"] == 5 + 1 + 4
-    assert gradient.isfinite().all() and not gradient[0, :, :5, 0].any() and not gradient[0, :, 5, 3].any()
+    assert result.metrics["non_finite"] == 6 + 1 + 4
+    assert gradient.isfinite().all() and not gradient[0, :, :6, 0].any() and not gradient[0, :, 6, 3].any()
     assert not gradient[1, :, :2, :2].any() and gradient[1, :, 2:].any()
     assert_agrees(case)
 
@@ -201,7 +204,7 @@ def test_a_weight_that_overflows_is_left_out(granularity: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["position", "image"])
 def test_what_is_masked_is_not_looked_at_and_a_sample_without_valid_positions_adds_zero(granularity: str) -> None:
-    case = case_of(channels=4, grid=(3, 2)) | {"granularity": granularity}
+    case = case_of(channels=4, grid=(3, 2), objective="clip") | {"granularity": granularity}
     case["mask"][1] = False
     mask = case["mask"]
     clean = run(case)
@@ -271,7 +274,8 @@ def test_opcheck() -> None:
     c, clip = case["coefficients"], case["clip_range"]
     tensors = (case[name] for name in ("sample", "next_sample", "old_log_prob", "advantage"))
     rows = (c.sample_drift, c.velocity_scale, c.std, c.std)
-    rest = (case["weights"], case["mask"], case["reference_velocity"], None, *clip, "position", 0.1, 1.0)
+    chosen = (*clip, "guard", 0.0, "position", 0.1, 1.0)
+    rest = (case["weights"], case["mask"], case["reference_velocity"], None, case["velocity"] + 0.01, *chosen)
     op = torch.ops.star_kernels.policy_loss.default
     # Not that of the compiler, which looks at a tensor that no caller gets: the gradient, after backward has scaled it.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
