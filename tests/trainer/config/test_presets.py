@@ -53,6 +53,7 @@ FULL_STEPS = {
     "evaluation.guidance_scale": 4.5,
     "train.clip_range": 1e-4,
     "train.kl_scale": "std_dev",
+    "train.old_log_prob": "recompute",
 }
 FAST_STEPS = {
     "rollout.sampler": "cps",
@@ -62,6 +63,7 @@ FAST_STEPS = {
     "rollout.sde_window": SdeWindow(size=3, range=(0, 5)),
     "evaluation.guidance_scale": 1.0,
     "train.clip_range": 1e-5,
+    "train.old_log_prob": "recompute",
     "train.step_fraction": 1.0,
 }
 
@@ -140,10 +142,10 @@ def test_a_dry_run_needs_no_files_no_weights_and_no_network(
     assert printed["parameters, transformer"] == "2,243,171,520"
     assert printed["trainable parameters"] == "18,776,064"
     assert printed["images per iteration"] == "1,152 (48 prompts x 24), 144 on each of 8 processes"
-    # 9 batches of 16 by 10 steps; 2 updates of 9 batches of 8, by the trained steps; but for the fast one guided, and
-    # the KL twice more.
+    # 9 batches of 16 by 10 steps; 2 updates of 9 batches of 8, by the trained steps, once more for the old log-probs;
+    # but for the fast one guided, and the KL twice more.
     assert printed["model calls, rollout"].startswith("90 of up to 16 samples on each of 8")
-    update = "54 on each of 8 processes, 54" if name == FAST else "648 on each of 8 processes, 162"
+    update = "108 on each of 8 processes, 54" if name == FAST else "972 on each of 8 processes, 162"
     assert printed["model calls, update"].startswith(update)
     assert printed["reward calls"] == "9 on each of 8 processes"
     assert "GiB on each of 8 processes: weights " in printed["estimated GPU memory"]
