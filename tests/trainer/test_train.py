@@ -140,6 +140,9 @@ def test_a_run_that_an_earlier_version_left_goes_on_to_where_that_would_have_com
     settings += ["rollout.prompts=2", "rollout.samples=2", "rollout.steps=4", "rollout.sde_steps=2"]
     settings += ["evaluation.prompts=4", "evaluation.interim_prompts=2", "evaluation.pictures=1", "evaluation.steps=2"]
     options = [f"run.folder={tmp_path / 'run'}", "run.progress=false", "train.iterations=2"]
+    # What changes by rounding at most may be another.
+    options += ["train.batch_size=1", "rollout.batch_size=2", "rollout.keep_on_host=true", "rollout.encode_ahead=1"]
+    options += ["model.gradient_checkpointing=true", "model.embedding_cache=1", "evaluation.every=1"]
     assert main(["tiny", *settings, *options]) == 0
     found, expected = final_weights(tmp_path / "run"), load_file(kept / "policy_after_2.safetensors")
     before = load_file(kept / "checkpoints" / "iteration_000001" / "policy.safetensors")
@@ -149,6 +152,8 @@ def test_a_run_that_an_earlier_version_left_goes_on_to_where_that_would_have_com
     assert max(float((expected[name] - before[name]).abs().max()) for name in before) > 1e-3
     records = [json.loads(line)["iteration"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records == [0, 1, 2, 2]
+    kept_base, base = (load_file(run / "base_evaluation.safetensors") for run in (kept, tmp_path / "run"))
+    assert kept_base.keys() == base.keys() and all(torch.equal(kept_base[name], base[name]) for name in base)
 
 
 @pytest.mark.parametrize("method", ["uniform", "uniform_position", "shuffled", "inverted", "oracle"])
@@ -377,8 +382,47 @@ def test_one_bad_update_leaves_weights_and_optimiser_untouched(tmp_path: Path, m
 def test_the_command_reports_a_run_that_cannot_go_on_with_status_2(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["tiny", f"run.folder={uninterrupted}", *SMALL, "method=uniform"]) == 2
-    assert "method was 'star'" in capsys.readouterr().err
+    decisive = {"rollout.eta": 0.5, "train.weight_decay": 0.1, "train.clip_range": 2e-4, "model.lora.rank": 3}
+    changed = [f"{key}={value}" for key, value in decisive.items()]
+    free = ["evaluation.steps=3", "checkpoints.every=7", "train.max_skipped_updates=9"]
+    assert main(["tiny", f"run.folder={uninterrupted}", *SMALL, "method=uniform", *changed, *free]) == 2
+    error = capsys.readouterr().err
+    assert "method was 'star', is 'uniform'" in error and all(f"{key} was" in error for key in decisive)
+    assert not any(entry.partition("=")[0] in error for entry in free)
+
+
+def test_files_of_prompts_that_were_edited_between_two_starts_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+
+    def write(path: Path, *prompts: str) -> None:
+        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+    def start(iterations: int, folder: str = "run") -> dict[str, dict[str, float]]:
+        files = [f"prompts.source={source}", f"prompts.held_out={held_out}", "evaluation.prompts=8"]
+        options = [f"run.folder={tmp_path / folder}", f"train.iterations={iterations}", "method=uniform"]
+        assert main(["tiny", *SMALL, *files, *options]) == 0
+        return json.loads((tmp_path / folder / "summary.json").read_text())
+
+    write(source, "a red circle", "a blue square", "a green cross")
+    write(held_out, "a red cross", "a blue circle", "a cyan square")
+    first = start(1)
+    write(held_out, "a yellow triangle", "a purple cross", "a red square")
+    second = start(1)
+    # Measured anew, with the prompts of now, as a run that has never seen others does.
+    assert second["base"] == pytest.approx(start(1, "alone")["base"], rel=1e-6) != first["base"]
+    write(held_out, "a yellow triangle", "a purple cross", "a red square", "a green circle")
+    assert start(2)["held_out_prompts"] == 4
+    write(source, "a red circle", "a blue square", "a green triangle")
+    capsys.readouterr()
+    assert main(["tiny", *SMALL, f"prompts.source={source}", f"prompts.held_out={held_out}", "method=uniform",
+                 f"run.folder={tmp_path / 'run'}"]) == 2  # fmt: skip
+    assert "prompts.source was" in capsys.readouterr().err
+    source.rename(tmp_path / "moved.jsonl")
+    source = tmp_path / "moved.jsonl"
+    write(source, "a red circle", "a blue square", "a green cross")
+    assert start(3)["iterations"] == 3
 
 
 def test_paired_differences() -> None:

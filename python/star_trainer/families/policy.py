@@ -176,7 +176,8 @@ class Policy:
                 self.transformer = trained
         else:
             raise ConfigError(
-                "run.folder: the base model's evaluation is gone, and full training keeps no base weights"
+                "run.folder: the base model's evaluation is gone or was of other held-out prompts or settings, and "
+                "full training keeps no base weights"
             )
 
     @contextmanager

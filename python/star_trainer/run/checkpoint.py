@@ -6,7 +6,6 @@ manifest last, has reached the disk. A process killed at any point leaves the ch
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from star_trainer.config import TrainerError
+from star_trainer.run.files import file_digest
 
 FORMAT = 1
 
@@ -143,7 +143,7 @@ def commit(partial: Path, values: Mapping[str, Any], *, keep: int = 2) -> Path:
         raise ValueError(f"keep: expected at least 1, got {keep}")
     _write_json(partial / _STATE, values)
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": _digest(path)}
+        path.name: {"size": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(partial.iterdir())
         if path.name != _MANIFEST
     }
@@ -345,7 +345,7 @@ def _read(path: Path) -> Checkpoint:
             size = file.stat().st_size
             if size != recorded["size"]:
                 raise _DamageError(f"{file}: expected {recorded['size']} bytes, found {size}")
-            if _digest(file) != recorded["sha256"]:
+            if file_digest(file) != recorded["sha256"]:
                 raise _DamageError(f"{file}: its content is not what was written (sha256 differs)")
             if file.suffix == ".safetensors":
                 # Copied out of the mapped file, which may be removed or truncated while the tensors are in use.
@@ -368,14 +368,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(dict(content), indent=1), encoding="utf-8")
     _sync(path)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from star_trainer.config import Config
@@ -29,10 +31,14 @@ from star_trainer.sampling import denoise, text_units
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores [N] of N held-out prompts' images by reward name, and the first few of the images [n, H, W, 3] uint8."""
+    """Scores [N] of N held-out prompts' images by reward name, and the first few of the images [n, H, W, 3] uint8.
+
+    `measured` stands for the prompts and settings that were measured with; evaluations of different ones do not pair.
+    """
 
     images: np.ndarray
     scores: dict[str, np.ndarray]
+    measured: str | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.scores.values())))
@@ -43,19 +49,22 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write to a safetensors file, whole or not at all."""
         tensors = {f"score/{name}": torch.from_numpy(values) for name, values in self.scores.items()}
-        write_atomically(path, save({"images": torch.from_numpy(self.images), **tensors}))
+        said = None if self.measured is None else {"measured": self.measured}
+        write_atomically(path, save({"images": torch.from_numpy(self.images), **tensors}, said))
 
     @classmethod
     def load(cls, path: Path) -> Evaluation | None:
         """Read what `save` wrote; None where it is missing or cannot be read."""
         try:
+            with safe_open(path, framework="pt") as file:
+                said = file.metadata() or {}
             tensors = load_file(path)
         except (OSError, SafetensorError):
             return None
         if "images" not in tensors:
             return None
         scores = {name.removeprefix("score/"): t.numpy() for name, t in tensors.items() if name != "images"}
-        return cls(tensors["images"].numpy(), scores)
+        return cls(tensors["images"].numpy(), scores, said.get("measured"))
 
 
 def evaluate(
@@ -133,14 +142,28 @@ class HeldOut:
         self.latest: Evaluation | None = None
         self.latest_iteration = -1
         self._state = state
+        config = state.config
+        settings = [config.evaluation.steps, config.evaluation.guidance_scale, config.run.seed]
+        described = [settings, [[prompt.text, prompt.metadata] for prompt in self.prompts]]
+        self._measured = hashlib.sha256(json.dumps(described, default=str).encode()).hexdigest()
         self._path = Path(state.config.run.folder) / "base_evaluation.safetensors"
 
     def take_up_base(self) -> bool:
-        """Read the base evaluation that an earlier start of this run has left; False if any process finds none."""
+        """Read the base evaluation that an earlier start of this run has left; False if any process finds none.
+
+        One of other prompts or settings is none.
+        """
         saved = Evaluation.load(self._path) if self._state.iteration > 0 else None
+        if saved is not None and saved.measured is None and self._state.evaluates_as_before:
+            # A run of before did not say: its settings, and as many prompts, must do.
+            saved = replace(saved, measured=self._measured) if len(saved) == len(self.prompts) else None
+        if saved is not None and saved.measured != self._measured:
+            saved = None
         # To evaluate is the work of all processes: none may do it alone.
         if gather(self._state.accelerator, torch.tensor([saved is not None])).all():
+            assert saved is not None
             self.base = saved
+            self._keep_base()
         return self.base is not None
 
     def evaluate_base(self) -> Evaluation:
@@ -148,9 +171,13 @@ class HeldOut:
         state = self._state
         with nullcontext() if state.iteration == 0 else state.policy.base_weights():
             self.base = self._evaluate(self.prompts)
-        if state.accelerator.is_main_process:
-            self.base.save(self._path)
+        self._keep_base()
         return self.base
+
+    def _keep_base(self) -> None:
+        assert self.base is not None
+        if self._state.accelerator.is_main_process:
+            self.base.save(self._path)
 
     def evaluate(self, count: int | None = None) -> Evaluation:
         """Evaluate the policy's present weights on the first `count` prompts, by default all."""
@@ -159,7 +186,8 @@ class HeldOut:
 
     def _evaluate(self, prompts: Sequence[Prompt]) -> Evaluation:
         state = self._state
-        return evaluate(state.policy, state.config, prompts, self.scorers, state.accelerator)
+        found = evaluate(state.policy, state.config, prompts, self.scorers, state.accelerator)
+        return replace(found, measured=self._measured)
 
     @property
     def is_complete(self) -> bool:

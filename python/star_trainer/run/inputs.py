@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from star_kernels.text_units import stands_in
 from star_trainer.config import Config, ConfigError, Prompts
 from star_trainer.prompts import Prompt, read_prompts
 from star_trainer.rewards import check_prompts as check_rewarded
+from star_trainer.run.files import file_digest
 from star_trainer.worlds.scenes.captions import sample_prompts
 
 PromptSource = Callable[[np.random.Generator, int], list[Prompt]]
@@ -35,6 +37,12 @@ def load_prompts(config: Prompts) -> tuple[PromptSource, PromptSource]:
         raise ConfigError(f"prompts.held_out: {config.held_out} holds one prompt, and a comparison needs at least two")
     training = read_prompts(config.source, "prompts.source", config.origin)
     return _from_file(training, in_order=False), _from_file(held_out, in_order=True)
+
+
+def prompt_digests(config: Prompts) -> dict[str, str]:
+    """The SHA-256 of the file that training prompts are read from, by its setting; empty where there is none."""
+    path = Path(config.source)
+    return {"prompts.source": file_digest(path)} if path.is_file() else {}
 
 
 def check_prompts(config: Config) -> None:

@@ -21,9 +21,9 @@ from pydantic import ValidationError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from star_trainer.config import Config, ConfigError
-from star_trainer.families.family import Family
 from star_trainer.families.policy import Policy, load_policy, lora_targets
 from star_trainer.run import checkpoint
+from star_trainer.run.inputs import prompt_digests
 from star_trainer.run.processes import distribute_like, full_tensor, is_distributed_tensor
 from star_trainer.run.randomness import stream
 
@@ -37,7 +37,11 @@ class TrainingState:
     policy: Policy
     optimizer: Any
     average: EMAModel
+    # Digests of the files that training reads, by setting.
+    files: dict[str, str] = field(default_factory=dict)
     iteration: int = 0
+    # Whether the run that is resumed had the same settings of evaluation.
+    evaluates_as_before: bool = True
     skipped_in_a_row: int = 0
     # Whether this start has compared its training passes with the rollout.
     agreement_checked: bool = False
@@ -84,6 +88,7 @@ class TrainingState:
         if main:
             values = {
                 "config": self.config.model_dump(mode="json"),
+                "files": self.files,
                 "optimizer": optimizer_values,
                 "rng": rng_values,
                 "average_steps": self.average.optimization_step,
@@ -103,7 +108,7 @@ class TrainingState:
         found = checkpoint.load_latest(root)
         if found is None:
             return False
-        _check_same_settings(found.values["config"], self.config, self.policy.family, root)
+        self.evaluates_as_before = _check_same_settings(found.values, self, root)
         parameters = self.policy.trainable()
         _copy([found.tensors["policy"][name] for name in parameters], list(parameters.values()))
         _copy([found.tensors["average"][name] for name in parameters], self.average.shadow_params)
@@ -141,20 +146,43 @@ class TrainingState:
         return True
 
 
-# Settings that may change between a run and its resumption: they do not touch what is computed.
+# Settings that may change between a run and its resumption: they change what is learnt by rounding at most.
 _FREE_KEYS = (
+    "backend",
     "run.",
-    "checkpoints.",
-    "reward.remote.",
-    "r0.stop_",
+    "model.gradient_checkpointing",
+    "model.sharded",
+    "model.embedding_cache",
+    "prompts.held_out",
+    "prompts.origin",
     "units.cache",
     "units.endpoint",
     "units.key_variable",
     "units.timeout",
+    "rollout.batch_size",
+    "rollout.keep_on_host",
+    "rollout.encode_ahead",
+    "reward.remote.",
+    "train.batch_size",
+    "train.max_skipped_updates",
+    "r0.checkpointing",
+    "r0.decode_batch_size",
+    "r0.stop_",
+    "evaluation.",
+    "checkpoints.",
 )
+# Those of them that a held-out score depends on.
+_EVALUATION_KEYS = ("prompts.held_out", "evaluation.prompts", "evaluation.steps", "evaluation.guidance_scale")
 
 
-def _check_same_settings(saved: dict[str, Any], config: Config, family: Family, root: Path) -> None:
+def _check_same_settings(values: dict[str, Any], state: TrainingState, root: Path) -> bool:
+    """Whether held-out scores of then are comparable with those of now, as far as settings tell.
+
+    Raises:
+        CheckpointError: a setting, or the content of the file of prompts, that decides what is learnt has changed.
+    """
+    config, family = state.config, state.policy.family
+
     def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix: tree}
@@ -168,24 +196,34 @@ def _check_same_settings(saved: dict[str, Any], config: Config, family: Family, 
         return flat
 
     # A setting that did not exist yet had the effect of its default, but for these.
+    saved = values["config"]
     earlier: dict[str, dict[str, Any]] = {"train": {"betas": [0.9, 0.99]}}
     if "geneval_graded" in saved.get("reward", {}).get("terms", {}):
         earlier["reward"] = {"extra_objects": "ignored"}
-    saved = saved | {name: values | saved.get(name, {}) for name, values in earlier.items()}
+    saved = saved | {name: section | saved.get(name, {}) for name, section in earlier.items()}
     try:
         old = settled(Config.model_validate(saved))
     except ValidationError:
         old = flatten(saved)
     new = settled(config)
+    # What is in the file counts, not where it is; checkpoints of before do not say what was in it.
+    for key, digest in values.get("files", {}).items():
+        if key in state.files and digest == state.files[key]:
+            old[key] = new[key]
+        elif key in state.files:
+            old[key] = f"{old[key]} with the sha256 {digest}"
+            new[key] = f"{new[key]} with the sha256 {state.files[key]}"
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     # More iterations of the same training is what resuming is for.
     changed = [key for key in keys if not key.startswith(_FREE_KEYS) or key == "run.seed"]
     changed = [key for key in changed if key != "train.iterations"]
     if changed:
-        shown = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:4])
+        shown = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
         raise checkpoint.CheckpointError(
-            f"{root}: the checkpoint belongs to other settings ({shown}); choose another run.folder or run.resume=false"
+            f"{root}: the checkpoint belongs to other settings, which decide what is learnt ({shown}); "
+            "choose another run.folder or run.resume=false"
         )
+    return not set(keys) & set(_EVALUATION_KEYS)
 
 
 def _as_parameter(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -249,7 +287,7 @@ def build_state(config: Config, pipeline: Any = None) -> TrainingState:
     if processes > 1:
         # What has no stream of its own, such as a reward's own draws, must not be the same in every process.
         torch.manual_seed(stream(config.run.seed, "process", accelerator.process_index).initial_seed())
-    return TrainingState(config, accelerator, policy, optimizer, average)
+    return TrainingState(config, accelerator, policy, optimizer, average, prompt_digests(config.prompts))
 
 
 def _shard(policy: Policy) -> None:
