@@ -32,6 +32,8 @@ from star_trainer.run.inputs import check_backend, check_prompts, load_prompts, 
 from star_trainer.run.log import Iteration, RunLog
 from star_trainer.run.processes import fail_together, gather, locked_folder
 from star_trainer.run.randomness import numpy_stream
+from star_trainer.run.snapshots import folder_of as snapshots_of
+from star_trainer.run.snapshots import keep_snapshot
 from star_trainer.run.state import TrainingState, build_state
 from star_trainer.sampling import missing_units, text_units
 
@@ -80,6 +82,7 @@ def train(config: Config) -> dict[str, object]:
     with locked_folder(folder, accelerator):
         if not config.run.resume and accelerator.is_main_process:
             set_aside(folder / "checkpoints")
+            set_aside(snapshots_of(folder))
         accelerator.wait_for_everyone()
         log = RunLog(state, resumed=state.restore(folder / "checkpoints"))
         # The log ends what connects the processes, which saving needs.
@@ -107,6 +110,7 @@ def train(config: Config) -> dict[str, object]:
                 with state.averaged_weights():
                     held_out.evaluate(count)
                     log.evaluated(held_out)
+                    keep_snapshot(state, held_out)
 
             encoded = state.iteration
             for iteration in range(state.iteration, state.iteration if state.stopped else config.train.iterations):

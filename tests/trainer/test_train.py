@@ -19,9 +19,12 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
+from star_trainer.families.adapters import read_adapter
+from star_trainer.families.sd3 import StableDiffusion3
 from star_trainer.run.checkpoint import CheckpointError
 from star_trainer.run.statistics import paired_difference
 from star_trainer.sampling import NonFiniteError
+from star_trainer.studies.export import main as export_main
 from star_trainer.train import train
 
 from tests.trainer import kill_run
@@ -99,6 +102,49 @@ def test_a_run_leaves_everything_it_promises(uninterrupted: Path) -> None:
         assert all(np.isfinite(record[key]) for record in iterations), key
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert summary["iterations"] == 4 and summary["held_out_prompts"] == 4
+
+
+def test_every_evaluation_leaves_its_adapter_and_scores_and_the_best_is_named(uninterrupted: Path) -> None:
+    root = uninterrupted / "snapshots"
+    kept = {path.name: json.loads((path / "scores.json").read_text()) for path in root.glob("iteration_*")}
+    assert sorted(kept) == ["iteration_000002", "iteration_000004"]
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    logged = {line["iteration"]: line["eval/graded"] for line in lines if "eval/graded" in line}
+    assert {entry["iteration"]: entry["scores"]["graded"] for entry in kept.values()} == {
+        key: value for key, value in logged.items() if key
+    }
+    best = max((2, 4), key=lambda iteration: (logged[iteration], -iteration))
+    assert json.loads((root / "best.json").read_text())["iteration"] == best
+    weights = [load_file(root / name / "pytorch_lora_weights.safetensors") for name in sorted(kept)]
+    final = load_file(uninterrupted / "adapter" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(weights[1][name], value) for name, value in final.items())
+    assert any(not torch.equal(weights[0][name], value) for name, value in final.items())
+
+
+def test_any_checkpoint_and_snapshot_becomes_an_adapter(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run, ignore=shutil.ignore_patterns("iteration_000004", "adapter"))
+    shutil.copytree(uninterrupted / "checkpoints" / "iteration_000004", run / "checkpoints" / "iteration_000004")
+
+    def exported(*options: str) -> dict[str, torch.Tensor]:
+        out = tmp_path / "_".join(("out", *options))
+        assert export_main([str(run), *options, "--out", str(out)]) == 0
+        return load_file(out / "pytorch_lora_weights.safetensors")
+
+    # Of a checkpoint, as the run itself exports it; of a snapshot, whose checkpoint is gone; of the last but one.
+    final = load_file(uninterrupted / "adapter" / "pytorch_lora_weights.safetensors")
+    third = load_file(run / "checkpoints" / "iteration_000003" / "average.safetensors")
+    snapshot = load_file(run / "snapshots" / "iteration_000002" / "pytorch_lora_weights.safetensors")
+    for found, expected in ((exported(), final), (exported("--iteration", "2"), snapshot)):
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    as_saved = {f"transformer.{name.replace('.default', '')}": value for name, value in third.items()}
+    found = exported("--iteration", "3")
+    assert found.keys() == as_saved.keys() and all(torch.equal(found[name], as_saved[name]) for name in found)
+    assert read_adapter(str(tmp_path / "out"), StableDiffusion3(), "x").metadata["lora_alpha"] == 32
+    assert export_main([str(run), "--iteration", "1"]) == 2
+    assert "(2, 3, 4), got 1" in capsys.readouterr().err
 
 
 def test_training_moves_the_weights(uninterrupted: Path) -> None:

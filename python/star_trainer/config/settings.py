@@ -76,6 +76,11 @@ class Model(Section):
         "1/steps evenly before its shift (the pipeline's argument sigmas)",
     )
     lora: Lora | None = Field(Lora(), description="adapters, or null to train all weights of the transformer")
+    adapter: str | None = Field(
+        None,
+        description="LoRA weights to start from (diffusers' or peft's: a folder, a file or a name on a hub), with "
+        "rank, alpha and layers of their own; base and KL stay those of the pipeline without them",
+    )
     gradient_checkpointing: bool = False
     sharded: bool = Field(False, description="spread the transformer over the processes (FSDP) instead of copying it")
     embedding_cache: float = Field(8.0, gt=0.0, description="GiB of host memory for prompt embeddings, per process")
@@ -404,6 +409,8 @@ class Config(Section):
             raise ValueError("rollout.prompts: expected at least 2 for the method shuffled, which exchanges maps")
         if self.method == "oracle" and self.prompts.source != "scenes":
             raise ValueError("method: oracle is for prompts.source=scenes, where it is known what an image shows")
+        if self.model.adapter is not None and self.model.lora is None:
+            raise ValueError("model.adapter: expected null where all weights are trained (model.lora=null)")
         limited_by, most = "steps", self.rollout.steps
         if compares and self.rollout.sde_window:
             limited_by, most = "sde_window.range", self.rollout.sde_window.range[1]

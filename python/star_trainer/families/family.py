@@ -139,5 +139,8 @@ class Family(Protocol):
     def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], differentiably, by the pipeline's decoder or (not None) another."""
 
-    def save_adapter(self, pipeline: Any, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    def save_adapter(self, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write LoRA weights so that the pipeline's `load_lora_weights` reads them."""
+
+    def read_adapter(self, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `save_adapter` wrote, names with ``transformer.`` before them; OSError or ValueError without one."""

@@ -19,6 +19,7 @@ import star_kernels as sk
 from star_trainer.config import Config, ConfigError, Model
 from star_trainer.config.paths import folder_or_name
 from star_trainer.families import family_named, family_of, pipeline_source
+from star_trainer.families.adapters import add_saved_adapter, read_adapter
 from star_trainer.families.conditioning import Conditioning, Guidance, Prediction
 from star_trainer.families.family import Family
 
@@ -160,7 +161,8 @@ class Policy:
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
-        """Within this context the policy has the weights that training started from.
+        """Within this context the policy has the pipeline's own weights: those that training started from, but for
+        an adapter that it may have started from.
 
         Raises:
             ConfigError: all weights are trained and no copy of the first ones is kept.
@@ -211,14 +213,17 @@ def lora_targets(config: Model, family: Family) -> list[str]:
 
 
 def add_adapter(transformer: Any, config: Model, family: Family) -> None:
-    """Add low-rank adapters to a transformer.
+    """Add low-rank adapters to a transformer: new ones, or those that `model.adapter` names.
 
     Raises:
-        ConfigError: targets that match no layer.
+        ConfigError: targets that match no layer, or an adapter that does not fit.
     """
     from peft import LoraConfig
 
     assert config.lora is not None, "there are adapters"
+    if config.adapter is not None:
+        add_saved_adapter(transformer, read_adapter(config.adapter, family, "model.adapter"))
+        return
     adapter = LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,

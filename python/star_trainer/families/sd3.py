@@ -314,7 +314,17 @@ class StableDiffusion3:
         unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         return (vae.decode(unscaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
-    def save_adapter(self, pipeline: Any, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-        type(pipeline).save_lora_weights(
+    def save_adapter(self, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+        from diffusers import StableDiffusion3Pipeline
+
+        StableDiffusion3Pipeline.save_lora_weights(
             folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
         )
+
+    def read_adapter(self, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        from diffusers import StableDiffusion3Pipeline
+
+        layers, metadata = StableDiffusion3Pipeline.lora_state_dict(
+            source, use_safetensors=True, return_lora_metadata=True
+        )
+        return layers, metadata or {}

@@ -174,6 +174,26 @@ def commit(partial: Path, values: Mapping[str, Any], *, keep: int = 2) -> Path:
     return target
 
 
+def load_iteration(root: Path, iteration: int) -> Checkpoint | None:
+    """Read the checkpoint of an iteration; None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    for path in _folders(Path(root)):
+        if _place(path)[0] == iteration:
+            try:
+                return _read(path)
+            except _DamageError as damage:
+                raise CheckpointError(str(damage)) from damage
+    return None
+
+
+def iterations(root: Path) -> list[int]:
+    """Those of which there is a checkpoint, whole or not, the newest first."""
+    return list(dict.fromkeys(_place(path)[0] for path in _folders(Path(root))))
+
+
 def load_latest(root: Path) -> Checkpoint | None:
     """Read the newest checkpoint that is whole; None if there is none at all.
 
@@ -198,14 +218,14 @@ def load_latest(root: Path) -> Checkpoint | None:
 
 
 def set_aside(root: Path) -> None:
-    """Give a folder of checkpoints another name, so that a run that starts anew can never go on from them."""
+    """Give a folder of checkpoints or snapshots another name, so that a run that starts anew never takes up any."""
     if not root.is_dir():
         return
     number = 1
     while (target := root.with_name(f"{root.name}.old{number}")).exists():
         number += 1
     os.rename(root, target)
-    _log.warning("%s: starting anew; the checkpoints that were there are now in %s", root, target)
+    _log.warning("%s: starting anew; what was there is now in %s", root, target)
 
 
 def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -130,7 +130,7 @@ class HeldOut:
     Attributes:
         prompts: N prompts, whose order decides their noise.
         scorers: what scores an image, by name.
-        base: of the first weights, on all prompts.
+        base: of the pipeline's own weights, on all prompts.
         latest: of the newest weights that were evaluated, on as many of the first prompts, or None.
         latest_iteration: the iteration of `latest`, or -1.
     """
@@ -167,9 +167,10 @@ class HeldOut:
         return self.base is not None
 
     def evaluate_base(self) -> Evaluation:
-        """Evaluate the weights that training started from on all prompts, and keep that in the run's folder."""
+        """Evaluate the pipeline's own weights on all prompts, and keep that in the run's folder."""
         state = self._state
-        with nullcontext() if state.iteration == 0 else state.policy.base_weights():
+        untrained = state.iteration == 0 and state.config.model.adapter is None
+        with nullcontext() if untrained else state.policy.base_weights():
             self.base = self._evaluate(self.prompts)
         self._keep_base()
         return self.base

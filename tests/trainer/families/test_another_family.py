@@ -179,9 +179,13 @@ class TextFirst:
     def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
         return (pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def save_adapter(self, pipeline: Any, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-        folder.mkdir()
+    def save_adapter(self, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+        folder.mkdir(exist_ok=True)
         save_file(dict(layers), folder / "adapter.safetensors")
+
+    def read_adapter(self, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = load_file(Path(source) / "adapter.safetensors")
+        return {f"transformer.{name}": value for name, value in tensors.items()}, {}
 
 
 class TextFirstRecording:

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "settings that replace those, as of star-train",
     )
     parser.add_argument("--pipeline", help="model.pipeline: 'tiny', a folder, or a name on a hub")
-    parser.add_argument("--adapter", type=place, help="folder of LoRA weights (or of a whole transformer) to compare")
+    parser.add_argument("--adapter", type=place, help="LoRA weights, diffusers' or peft's, or a whole transformer")
     parser.add_argument("--prompts", help="file of prompts (.jsonl, .txt, .tsv), or 'scenes'; the run's held-out ones")
     parser.add_argument(
         "--count", type=int, help="how many prompts to take (all of a file's); one that comes again counts once"
@@ -177,6 +177,8 @@ def _models(config: Config, adapter: Path | None, run: Path | None) -> tuple[Pol
     """The model with what was trained, if anything, and the digest of that."""
     from star_trainer.studies.evaluate.models import load_adapted, load_base, load_trained
 
+    if adapter is None and run is None and config.model.adapter is not None:
+        adapter = Path(config.model.adapter)
     if adapter is not None:
         return load_adapted(config, adapter)
     if run is not None:

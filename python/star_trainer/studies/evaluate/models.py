@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from star_trainer.config import Config, ConfigError, Lora
+from star_trainer.families import family_of
+from star_trainer.families.adapters import add_saved_adapter, read_adapter
 from star_trainer.families.policy import Policy, load_pipeline, load_policy
 from star_trainer.run.checkpoint import load_latest
 
@@ -29,8 +31,8 @@ def load_adapted(config: Config, adapter: Path) -> tuple[Policy, str]:
 
     Args:
         config: the model section says which pipeline.
-        adapter: a folder or file of LoRA weights in diffusers' format, or a folder with a whole transformer, as full
-            training leaves it.
+        adapter: a folder or file of LoRA weights in diffusers' or peft's format, or a folder with a whole transformer,
+            as full training leaves it.
 
     Raises:
         ConfigError: nothing there, or weights that do not fit the pipeline.
@@ -45,14 +47,13 @@ def load_adapted(config: Config, adapter: Path) -> tuple[Policy, str]:
             whole = config.model.model_copy(update={"lora": None})
             policy = Policy(pipeline, trained.requires_grad_(False).eval(), whole, base)
             return _ready(policy, config), _digest(trained.state_dict())
-        pipeline.load_lora_weights(str(adapter), use_safetensors=True)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ConfigError(f"--adapter: {adapter} cannot be loaded: {error}") from error
-    layers = {name: value for name, value in pipeline.transformer.named_parameters() if "lora_" in name}
-    if not layers:
-        raise ConfigError(f"--adapter: {adapter} holds no weights for the transformer of {config.model.pipeline}")
+    saved = read_adapter(str(adapter), family_of(pipeline), "--adapter")
+    add_saved_adapter(pipeline.transformer, saved)
     section = config.model.model_copy(update={"lora": config.model.lora or Lora()})
-    return _ready(Policy(pipeline, pipeline.transformer, section), config), _digest(layers)
+    policy = Policy(pipeline, pipeline.transformer.requires_grad_(False).eval(), section)
+    return _ready(policy, config), _digest(saved.layers)
 
 
 def load_trained(config: Config, run: Path) -> tuple[Policy, str]:
