@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from star_trainer.algorithms.policy_gradient import policy_gradient_iteration
 from star_trainer.algorithms.r0 import load_supervision, reward_gradient_iteration, stop_reason
-from star_trainer.config import Config
+from star_trainer.config import Config, TrainerError
 from star_trainer.prompts import Prompt
 from star_trainer.prompts.units import UnitExtractor
 from star_trainer.prompts.units.cache import CacheError
@@ -25,12 +26,20 @@ from star_trainer.rewards import (
     load_terms,
     weighted_sum,
 )
-from star_trainer.run.checkpoint import set_aside
+from star_trainer.run.checkpoint import CheckpointError, set_aside
 from star_trainer.run.evaluation import HeldOut
 from star_trainer.run.export import export
 from star_trainer.run.inputs import check_backend, check_prompts, load_prompts, units_not_found
+from star_trainer.run.interruption import Interrupted, listening
 from star_trainer.run.log import Iteration, RunLog
-from star_trainer.run.processes import fail_together, gather, locked_folder
+from star_trainer.run.processes import (
+    OutOfMemory,
+    fail_together,
+    gather,
+    lacks_memory,
+    locked_folder,
+    lost_process,
+)
 from star_trainer.run.randomness import numpy_stream
 from star_trainer.run.snapshots import folder_of as snapshots_of
 from star_trainer.run.snapshots import keep_snapshot
@@ -86,7 +95,7 @@ def train(config: Config) -> dict[str, object]:
         accelerator.wait_for_everyone()
         log = RunLog(state, resumed=state.restore(folder / "checkpoints"))
         # The log ends what connects the processes, which saving needs.
-        with log, saved_on_failure(state, folder / "checkpoints"), ThreadPoolExecutor(1) as worker:
+        with listening(), log, saved_on_failure(state, folder / "checkpoints"), _worker() as worker:
             iterate: Callable[[list[Prompt], int], Iteration]
             if supervision is None:
                 iterate = partial(policy_gradient_iteration, state, reward, worker, first_prompt)
@@ -153,14 +162,48 @@ def train(config: Config) -> dict[str, object]:
 
 
 @contextmanager
+def _worker() -> Iterator[Executor]:
+    """A thread for rewards; what still waits for it when training fails is dropped."""
+    worker = ThreadPoolExecutor(1)
+    try:
+        yield worker
+    finally:
+        worker.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
 def saved_on_failure(state: TrainingState, root: Path) -> Iterator[None]:
-    """Save what was trained so far when something outside of the trainer (a server, a model, a disk) gives out."""
+    """Save what was trained so far when a signal or a failure ends the run.
+
+    What is raised in all processes is answered by all. Of a process that stands alone, out of memory in an update or
+    with others that are gone, the weights are saved as they are: those of the last iteration, and of updates since.
+    """
     try:
         yield
-    except OUTSIDE as error:
+    except CheckpointError:
+        raise
+    except (TrainerError, Interrupted) as error:
         if state.iteration == 0:
             raise
-        state.save(root)
-        raise type(error)(
-            f"{error}. {state.iteration} iterations are saved; the same command goes on from there"
-        ) from error
+        if state.saved_iteration != state.iteration:
+            state.save(root)
+        text = f"{error}. {state.iteration} iterations are saved; the same command goes on from there"
+        if isinstance(error, Interrupted):
+            raise Interrupted(text, error.number) from error
+        raise _said_anew(error, text) from error
+    except (MemoryError, RuntimeError) as error:
+        if not (lacks_memory(error) or lost_process(error)):
+            raise
+        saved = state.iteration > 0 and state.save_alone(root)
+        if not lacks_memory(error):
+            raise
+        text = f"{OutOfMemory(error)}. "
+        text += f"{state.iteration} iterations are saved; " if saved else ""
+        raise TrainerError(f"{text}the same command goes on from the last checkpoint") from error
+
+
+def _said_anew(error: TrainerError, text: str) -> TrainerError:
+    """An error of the same kind that says something else."""
+    other = copy.copy(error)
+    other.args = (text,)
+    return other

@@ -1,6 +1,6 @@
-"""Run a training that kills itself with SIGKILL at a chosen point: ``python kill_run.py POINT FOLDER override...``.
+"""Run a training that kills or fails itself at a chosen point: ``python kill_run.py POINT FOLDER override...``.
 
-Launched as several processes, the last one alone kills itself.
+Launched as several processes, the last one alone does.
 """
 
 from __future__ import annotations
@@ -18,15 +18,23 @@ def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def after_calls(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """`function`, which works `count` times and then kills the process."""
+def terminate(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_out_of_memory(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def after_calls(function: Callable[..., Any], count: int, end: Callable[[], None] = die) -> Callable[..., Any]:
+    """`function`, which works `count` times and then kills the process, or ends it otherwise."""
     calls = 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls > count:
-            die()
+        if calls == count + 1:
+            end()
         return function(*args, **kwargs)
 
     return counted
@@ -47,6 +55,11 @@ def main() -> None:
     elif point == "update":
         # Between the second and the third backward pass of an update: half of a gradient is there.
         policy_gradient.step_loss = after_calls(policy_gradient.step_loss, 6)
+    elif point == "signal":
+        # In the first pass of the third iteration.
+        policy_gradient.step_loss = after_calls(policy_gradient.step_loss, 8, terminate)
+    elif point == "memory":
+        policy_gradient.step_loss = after_calls(policy_gradient.step_loss, 8, run_out_of_memory)
     elif point == "checkpoint":
         # The second checkpoint's files are written, its name is not.
         checkpoint.os.rename = after_calls(checkpoint.os.rename, 1)

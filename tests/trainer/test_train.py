@@ -157,13 +157,17 @@ def test_training_moves_the_weights(uninterrupted: Path) -> None:
     "point",
     [
         "rollout",
+        "signal",
         pytest.param("update", marks=pytest.mark.exhaustive),
         pytest.param("checkpoint", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_killed_run_ends_in_the_same_weights_bit_for_bit(point: str, uninterrupted: Path, tmp_path: Path) -> None:
-    codes, printed = run_forked(kill_run.main, [point, str(tmp_path), *SMALL])
-    assert codes == [-signal.SIGKILL], printed
+    # What asks a run to end lets it save first.
+    often = "checkpoints.every=100" if point == "signal" else "checkpoints.every=1"
+    codes, printed = run_forked(kill_run.main, [point, str(tmp_path), *SMALL, often])
+    assert codes == [128 + signal.SIGTERM if point == "signal" else -signal.SIGKILL], printed
+    assert (point == "signal") == ("stopped by SIGTERM. 2 iterations are saved" in printed[0])
     assert not (tmp_path / "summary.json").exists()
     run(tmp_path)
     expected, resumed = final_weights(uninterrupted), final_weights(tmp_path)
@@ -402,6 +406,29 @@ def _poison(velocity):
         return result
 
     return poisoned
+
+
+@pytest.mark.parametrize(
+    ("where", "failure"),
+    [("collect", NonFiniteError("NaN in samples")), ("step_loss", torch.OutOfMemoryError("CUDA out of memory"))],
+)
+def test_what_was_trained_is_saved_when_the_next_iteration_fails(
+    where: str, failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = getattr(update_module, where), []
+
+    def fails_in_the_second(*arguments):
+        calls.append(where)
+        if len(calls) > {"collect": 1, "step_loss": 4}[where]:
+            raise failure
+        return real(*arguments)
+
+    monkeypatch.setattr(update_module, where, fails_in_the_second)
+    options = ["checkpoints.every=100", "evaluation.every=100", "method=uniform"]
+    assert main(["tiny", f"run.folder={tmp_path}", *SMALL, *options]) == 2
+    error = capsys.readouterr().err
+    assert "1 iterations are saved" in error and str(failure) in error
+    assert [path.name for path in (tmp_path / "checkpoints").glob("iteration_*")] == ["iteration_000001"]
 
 
 def test_one_bad_update_leaves_weights_and_optimiser_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,16 @@ from star_trainer.algorithms.rollout import Rollout, collect
 from star_trainer.families.conditioning import Prediction
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardError, RewardFunction
+from star_trainer.run.interruption import stop_if_asked
 from star_trainer.run.log import Iteration
-from star_trainer.run.processes import fail_together, full_tensor, gather, gather_array, without_synchronisation
+from star_trainer.run.processes import (
+    fail_together,
+    full_tensor,
+    gather,
+    gather_array,
+    stop_together,
+    without_synchronisation,
+)
 from star_trainer.run.randomness import numpy_stream
 from star_trainer.run.state import TrainingState
 from star_trainer.sampling import NonFiniteError
@@ -59,7 +67,7 @@ def policy_gradient_iteration(
     """
     config, accelerator = state.config, state.accelerator
     sample = partial(collect, state.policy, config, prompts, reward, worker, iteration, first_prompt)
-    rollout = fail_together(accelerator, sample, RewardError)
+    rollout = fail_together(accelerator, sample, RewardError, NonFiniteError)
     rewards = gather_array(accelerator, rollout.rewards)
     advantages = group_advantages(
         rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
@@ -94,12 +102,15 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
     totals: list[dict[str, float]] = []
     skipped = 0
     for part in parts:
+        stop_together(accelerator)
         state.policy.transformer.train()
         state.optimizer.zero_grad()
         passes: list[Pass] = []
         on_policy = config.train.old_log_prob == "rollout" and part is parts[0]
         for index, (rows, step) in enumerate(itertools.product(part.chunks, steps)):
             more = index + 1 < len(part.chunks) * len(steps)
+            if accelerator.num_processes == 1:
+                stop_if_asked()
             with without_synchronisation(accelerator, state.policy.transformer, active=more):
                 # A process that has no samples left goes along with one that weighs nothing.
                 taken = torch.from_numpy(rows if len(rows) else np.zeros(1, dtype=np.int64))

@@ -17,6 +17,7 @@ from star_trainer.families.conditioning import Conditioning
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardFunction
+from star_trainer.run.interruption import stop_if_asked
 from star_trainer.run.randomness import numpy_stream, stream
 from star_trainer.sampling import Trajectory, denoise, text_units
 from star_trainer.worlds.scenes.oracle import true_maps
@@ -75,6 +76,7 @@ def collect(
     first_sample = first_prompt * section.samples
     start = time.perf_counter()
     for first in range(0, len(repeated), section.batch_size):
+        stop_if_asked()
         rows = torch.arange(first, min(first + section.batch_size, len(repeated)))
         groups = rows // section.samples
         trajectory = denoise(

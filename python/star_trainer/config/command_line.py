@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,8 @@ def run_command(
     stopped: str,
     expected: tuple[type[Exception], ...] = (TrainerError, OSError),
 ) -> int:
-    """The exit status of `action`: its own, or 0; 2 with one line for an `expected` error; 130 for Ctrl-C.
+    """The exit status of `action`: its own, or 0; 2 with one line for an `expected` error; 130 for Ctrl-C
+    (128 and its number for another signal).
 
     `stopped` is what Ctrl-C leaves behind, in a few words.
     """
@@ -31,9 +33,9 @@ def run_command(
     except expected as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{name}: {stopped}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"{name}: {error if error.args else stopped}", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

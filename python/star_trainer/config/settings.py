@@ -213,6 +213,9 @@ class Reward(Section):
     extra_objects: Literal["punished", "ignored"] = Field(
         "punished", description="whether more objects than asked for cost geneval_graded something"
     )
+    timeout: float = Field(
+        900.0, gt=0.0, description="seconds until a term that has not returned for a batch of images counts as dead"
+    )
     models: RewardModels = RewardModels()
     remote: RemoteReward = RemoteReward()
 

@@ -19,6 +19,7 @@ import torch
 
 from star_trainer.config import Config, ConfigError, Reward
 from star_trainer.prompts import Prompt
+from star_trainer.rewards.deadline import call_within
 from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.geneval_classes import CLASSES, COLOURS
 from star_trainer.rewards.scenes import scene_graded, scene_strict
@@ -147,18 +148,25 @@ def load_terms(config: Reward) -> dict[str, RewardFunction]:
         ConfigError, RewardError: as of `load_reward`.
     """
     models = _Models(config)
-    return {name: _checked(name, _find(name, models)) for name in config.terms}
+    return {name: _checked(name, _find(name, models), config.timeout) for name in config.terms}
 
 
-def _checked(name: str, function: RewardFunction) -> RewardFunction:
-    """A reward that refuses bad images and prompts it can tell nothing of, and returns finite numbers [B] float64."""
+def _checked(name: str, function: RewardFunction, timeout: float) -> RewardFunction:
+    """A reward that refuses bad images and prompts it can tell nothing of, and returns finite numbers [B] float64.
+
+    One that has not returned after `timeout` seconds is given up.
+    """
 
     def call(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         _check_images(images, len(prompts))
         for prompt in prompts:
             if (reason := unsuitable(name, prompt)) is not None:
                 raise RewardError(f"reward {name}: {reason}")
-        return _values(name, function(images, prompts), len(prompts))
+        try:
+            values = call_within(timeout, function, images, prompts)
+        except TimeoutError as error:
+            raise RewardError(f"reward {name}: {error} (reward.timeout)") from error
+        return _values(name, values, len(prompts))
 
     return _as_differentiable(function, call)
 

@@ -101,8 +101,9 @@ def begin(root: Path, iteration: int) -> Path:
     partial = partial_folder(root, iteration)
     partial.parent.mkdir(parents=True, exist_ok=True)
     for stale in partial.parent.glob(f"iteration_*{_PARTIAL}"):
-        shutil.rmtree(stale)
-    partial.mkdir()
+        _discard(stale)
+    # What could not be removed of it is written over, or is in no manifest.
+    partial.mkdir(exist_ok=True)
     return partial
 
 
@@ -145,7 +146,7 @@ def commit(partial: Path, values: Mapping[str, Any], *, keep: int = 2) -> Path:
     files = {
         path.name: {"size": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(partial.iterdir())
-        if path.name != _MANIFEST
+        if path.name != _MANIFEST and _NAME.fullmatch(path.name)
     }
     target = partial.with_name(partial.name.removesuffix(_PARTIAL))
     iteration = _place(target)[0]
@@ -171,6 +172,10 @@ def commit(partial: Path, values: Mapping[str, Any], *, keep: int = 2) -> Path:
             kept += path != target
         else:
             _remove(path)
+    for aside in target.parent.glob(f"iteration_*{_ABANDONED}"):
+        # The run has come as far again.
+        if int(aside.name.split(".")[0].removeprefix("iteration_")) <= iteration:
+            _discard(aside)
     return target
 
 
@@ -402,5 +407,17 @@ def _sync(path: Path) -> None:
 def _remove(path: Path) -> None:
     """Remove a checkpoint; killed meanwhile, it leaves a partial folder rather than a damaged checkpoint."""
     stale = path.with_name(path.name + _PARTIAL)
-    os.rename(path, stale)
-    shutil.rmtree(stale)
+    try:
+        os.rename(path, stale)
+    except OSError as error:
+        _log.warning("%s is not needed any more and cannot be removed: %s", path, error)
+        return
+    _discard(stale)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder as far as that goes: a network file system keeps files that somebody has open."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        _log.warning("%s is not needed any more and cannot be removed: %s", path, error)

@@ -26,7 +26,7 @@ from star_trainer.run.processes import fail_together, gather, gather_array
 from star_trainer.run.randomness import stream
 from star_trainer.run.state import TrainingState
 from star_trainer.run.statistics import PairedDifference, paired_difference
-from star_trainer.sampling import denoise, text_units
+from star_trainer.sampling import NonFiniteError, denoise, text_units
 
 
 @dataclass(frozen=True)
@@ -91,27 +91,34 @@ def evaluate(
     for first in range(0, share, config.rollout.batch_size):
         places = own[first : first + config.rollout.batch_size]
         batch = [prompts[place] for place in places]
-        trajectory = denoise(
-            policy,
-            policy.encode([prompt.text for prompt in batch]),
-            steps=config.evaluation.steps,
-            kind="ode",
-            generator=[stream(config.run.seed, "evaluation", place) for place in places],
-            guidance_scale=config.evaluation.guidance_scale,
-            backend=config.backend,
-        )
-        decoded = policy.decode(trajectory.latents[-1])
+        judge = partial(_draw_and_score, policy, config, places, batch, scorers)
+        decoded, found = fail_together(accelerator, judge, RewardError, NonFiniteError)
         images.append(decoded[: max(0, config.evaluation.pictures - first)])
-        judge = partial(_score, decoded, batch, scorers)
-        for name, values in fail_together(accelerator, judge, RewardError).items():
+        for name, values in found.items():
             scores[name].append(values)
     shown = gather_array(accelerator, np.concatenate(images))[: min(config.evaluation.pictures, len(prompts))]
     gathered = {name: gather_array(accelerator, np.concatenate(parts)) for name, parts in scores.items()}
     return Evaluation(shown, {name: values[: len(prompts)] for name, values in gathered.items()})
 
 
-def _score(images: np.ndarray, prompts: Sequence[Prompt], scorers: dict[str, RewardFunction]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(scorer(images, prompts), dtype=np.float64) for name, scorer in scorers.items()}
+def _draw_and_score(
+    policy: Policy,
+    config: Config,
+    places: Sequence[int],
+    prompts: Sequence[Prompt],
+    scorers: dict[str, RewardFunction],
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    trajectory = denoise(
+        policy,
+        policy.encode([prompt.text for prompt in prompts]),
+        steps=config.evaluation.steps,
+        kind="ode",
+        generator=[stream(config.run.seed, "evaluation", place) for place in places],
+        guidance_scale=config.evaluation.guidance_scale,
+        backend=config.backend,
+    )
+    images = policy.decode(trajectory.latents[-1])
+    return images, {name: np.asarray(scorer(images, prompts), dtype=np.float64) for name, scorer in scorers.items()}
 
 
 def draw_comparison(prompts: Sequence[str], before: Evaluation, after: Evaluation, score: str, path: Path) -> None:

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from star_trainer.config import ConfigError
+from star_trainer.config import ConfigError, TrainerError
+from star_trainer.run.interruption import Interrupted, asked
 
 Result = TypeVar("Result")
 
@@ -31,25 +32,68 @@ def gather_array(accelerator: Accelerator, values: np.ndarray) -> np.ndarray:
     return gather(accelerator, torch.from_numpy(np.ascontiguousarray(values))).numpy()
 
 
-def fail_together(accelerator: Accelerator, action: Callable[[], Result], *failures: type[Exception]) -> Result:
+class OutOfMemory(TrainerError, RuntimeError):
+    """A device, or the host, has no memory left."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(
+            f"out of memory ({str(reason).splitlines()[0]}); smaller batch sizes, model.gradient_checkpointing=true, "
+            "rollout.keep_on_host=true or model.sharded=true need less"
+        )
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether `error` says that there is no memory left, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+
+
+def fail_together(
+    accelerator: Accelerator, action: Callable[[], Result], *failures: type[Exception], stoppable: bool = True
+) -> Result:
     """Run `action`; where it fails in one process, all fail, so that none waits for a process that is gone.
 
     Args:
         accelerator: knows the processes.
         action: must not itself wait for other processes.
         failures: what may be raised by it and is told to the others, which raise the first of these types.
+        stoppable: whether a signal to any process ends all of them here.
+
+    Raises:
+        OutOfMemory: in the process that has none left.
+        Interrupted: in all processes, where one was asked to end the run.
     """
-    error: Exception | None = None
+    error: BaseException | None = None
+    told_to_others: tuple[type[BaseException], ...] = (*failures, Interrupted)
     try:
         result = action()
-    except failures as raised:
+    except told_to_others as raised:
         error = raised
-    failed = gather(accelerator, torch.tensor([error is not None]))
-    if error is not None:
+    except (MemoryError, RuntimeError) as raised:
+        if not lacks_memory(raised):
+            raise
+        error = OutOfMemory(raised)
+    signal = (asked() or 0) if stoppable else 0
+    failed = error is not None and not isinstance(error, Interrupted)
+    told = gather(accelerator, torch.tensor([[int(failed), signal]]))
+    if failed:
+        assert error is not None
         raise error
-    if failed.any():
-        raise failures[0](f"process {int(failed.int().argmax())} of {len(failed)} cannot go on, as it says itself")
+    if told[:, 0].any():
+        raise failures[0](f"process {int(told[:, 0].argmax())} of {len(told)} cannot go on, as it says itself")
+    if told[:, 1].any():
+        raise Interrupted.by(int(told[:, 1].max()))
     return result
+
+
+def stop_together(accelerator: Accelerator) -> None:
+    """End the run here, in all processes, where one of them was asked to; all must call it.
+
+    Raises:
+        Interrupted: one was.
+    """
+    fail_together(accelerator, lambda: None)
 
 
 @contextmanager

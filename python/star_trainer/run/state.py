@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate import (
     InitProcessGroupKwargs,
 )
 from diffusers.training_utils import EMAModel
+from filelock import FileLock
 from pydantic import ValidationError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -24,8 +26,11 @@ from star_trainer.config import Config, ConfigError
 from star_trainer.families.policy import Policy, load_policy, lora_targets
 from star_trainer.run import checkpoint
 from star_trainer.run.inputs import prompt_digests
-from star_trainer.run.processes import distribute_like, full_tensor, is_distributed_tensor
+from star_trainer.run.processes import distribute_like, fail_together, full_tensor, is_distributed_tensor
 from star_trainer.run.randomness import stream
+
+# Seconds that processes wait for each other beyond the longest that a reward may take: models load and download.
+_PATIENCE = 900.0
 
 
 @dataclass
@@ -40,6 +45,8 @@ class TrainingState:
     # Digests of the files that training reads, by setting.
     files: dict[str, str] = field(default_factory=dict)
     iteration: int = 0
+    # The last one that has a checkpoint.
+    saved_iteration: int = 0
     # Whether the run that is resumed had the same settings of evaluation.
     evaluates_as_before: bool = True
     skipped_in_a_row: int = 0
@@ -66,12 +73,35 @@ class TrainingState:
             _copy(trained, parameters)
 
     def save(self, root: Path) -> None:
-        """Write a checkpoint of this state, whole or not at all; every process must call it."""
-        rank, main = self.accelerator.process_index, self.accelerator.is_main_process
-        partial = checkpoint.begin(root, self.iteration) if main else checkpoint.partial_folder(root, self.iteration)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint of this state, whole or not at all; every process must call it.
+
+        Raises:
+            OSError: writing failed in this process.
+            CheckpointError: it failed in another one.
+        """
+        self._save(root, self.accelerator.is_main_process, partial(fail_together, self.accelerator, stoppable=False))
+
+    def save_alone(self, root: Path) -> bool:
+        """`save` without the other processes, which may be gone; False where this one cannot.
+
+        That is where the weights are spread over all of them. What another process has saved of this iteration stays.
+        """
+        if self.config.model.sharded:
+            return False
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".saving"):
+            if self.iteration not in checkpoint.iterations(root):
+                self._save(root, True, lambda action, *failures: action())
+        return True
+
+    def _save(self, root: Path, writes: bool, agreed: Callable[..., None]) -> None:
+        """Write what is this process's, and, if it `writes`, what all have; each step ends when it is `agreed`."""
+        failures = (checkpoint.CheckpointError, OSError)
+        folder = checkpoint.partial_folder(root, self.iteration)
+        agreed(lambda: checkpoint.begin(root, self.iteration) if writes else None, *failures)
         rng_tensors, rng_values = checkpoint.rng_state()
-        checkpoint.add(partial, f"rng_{rank:04d}", rng_tensors)
+        rank = self.accelerator.process_index
+        agreed(lambda: checkpoint.add(folder, f"rng_{rank:04d}", rng_tensors), *failures)
         optimizer_tensors, optimizer_values = checkpoint.optimizer_state(self.optimizer)
         parameters = self.policy.trainable()
         averages = dict(zip(parameters, self.average.shadow_params, strict=True))
@@ -80,24 +110,22 @@ class TrainingState:
             complete: dict[str, torch.Tensor] = {}
             for key, tensor in tensors.items():
                 value = full_tensor(tensor.detach())
-                if main:
+                if writes:
                     complete[key] = value.cpu() if is_distributed_tensor(tensor) else value
-            if main:
-                checkpoint.add(partial, name, complete)
-        self.accelerator.wait_for_everyone()
-        if main:
-            values = {
-                "config": self.config.model_dump(mode="json"),
-                "files": self.files,
-                "optimizer": optimizer_values,
-                "rng": rng_values,
-                "average_steps": self.average.optimization_step,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "stopped": self.stopped,
-                "seconds": self.seconds(),
-            }
-            checkpoint.commit(partial, values, keep=self.config.checkpoints.keep)
-        self.accelerator.wait_for_everyone()
+            agreed(partial(checkpoint.add, folder, name, complete) if writes else lambda: None, *failures)
+        values = {
+            "config": self.config.model_dump(mode="json"),
+            "files": self.files,
+            "optimizer": optimizer_values,
+            "rng": rng_values,
+            "average_steps": self.average.optimization_step,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "stopped": self.stopped,
+            "seconds": self.seconds(),
+        }
+        keep = self.config.checkpoints.keep
+        agreed(lambda: checkpoint.commit(folder, values, keep=keep) if writes else None, *failures)
+        self.saved_iteration = self.iteration
 
     def restore(self, root: Path) -> bool:
         """Take up the newest whole checkpoint under `root`; False if there is none.
@@ -120,7 +148,7 @@ class TrainingState:
         own = found.tensors.get(f"rng_{self.accelerator.process_index:04d}")
         if own is not None:
             checkpoint.set_rng_state(own, found.values["rng"])
-        self.iteration = found.iteration
+        self.iteration = self.saved_iteration = found.iteration
         self.seconds_before = found.values["seconds"]
         self.skipped_in_a_row = found.values["skipped_in_a_row"]
         limits = {key: found.values["config"].get("r0", {}).get(key) for key in ("stop_distance", "stop_drop")}
@@ -163,6 +191,7 @@ _FREE_KEYS = (
     "rollout.keep_on_host",
     "rollout.encode_ahead",
     "reward.remote.",
+    "reward.timeout",
     "train.batch_size",
     "train.max_skipped_updates",
     "r0.checkpointing",
@@ -251,7 +280,7 @@ def build_state(config: Config, pipeline: Any = None) -> TrainingState:
         kwargs_handlers=[
             # Every process has the same buffers: sending them about would only make evaluations wait for each other.
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.reward.timeout + _PATIENCE)),
         ],
     )
     torch.backends.cuda.matmul.allow_tf32 = config.model.tf32

@@ -184,6 +184,10 @@ def test_later_checkpoints_of_a_run_that_went_back_are_set_aside(
     caplog.clear()
     assert loaded_iteration(tmp_path) == 5
     assert caplog.text == ""
+    save(tmp_path, 8)
+    assert "iteration_000009.abandoned" in names(tmp_path)
+    save(tmp_path, 9)
+    assert names(tmp_path) == ["iteration_000008", "iteration_000009"]
 
 
 def flip_a_bit(path: Path) -> None:
@@ -282,12 +286,12 @@ def at_call(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], obje
         yield calls
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, root: Path, prepare: Callable[[Path], None]) -> int:
+def recorded_calls(monkeypatch: pytest.MonkeyPatch, root: Path, prepare: Callable[[Path], None]) -> list[str]:
     prepare(root)
     with at_call(monkeypatch, -1, lambda: None) as calls:
         save(root, 2, keep=1)
     assert {"save_file", "fsync", "rename", "unlink", "rmdir"} <= set(calls)
-    return len(calls)
+    return calls
 
 
 def one_before(root: Path) -> None:
@@ -304,7 +308,7 @@ def test_a_kill_at_any_point_leaves_a_whole_checkpoint(
 ) -> None:
     # What a killed process has written stays without it; only a machine that goes down needs the disk to be reached.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    total = count_calls(monkeypatch, tmp_path / "count", prepare)
+    total = len(recorded_calls(monkeypatch, tmp_path / "count", prepare))
     assert total > 15
     seen = set()
     for number in range(total):
@@ -328,16 +332,17 @@ def test_a_kill_at_any_point_leaves_a_whole_checkpoint(
 
 
 @pytest.mark.parametrize("prepare", [one_before, same_iteration_before])
-def test_an_error_at_any_point_propagates_and_leaves_a_whole_checkpoint(
+def test_an_error_while_saving_propagates_and_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Path], None]
 ) -> None:
-    total = count_calls(monkeypatch, tmp_path / "count", prepare)
+    calls = recorded_calls(monkeypatch, tmp_path / "count", prepare)
+    on_disk = len(calls) - calls[::-1].index("fsync")
 
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     # From the second call on: the first makes the folder, which is there already.
-    for number in range(1, total):
+    for number in range(1, on_disk):
         root = tmp_path / str(number)
         prepare(root)
         with at_call(monkeypatch, number, full), pytest.raises(OSError, match="No space left") as error:
@@ -347,6 +352,31 @@ def test_an_error_at_any_point_propagates_and_leaves_a_whole_checkpoint(
         # Until the rename nothing of the failed one remains; after it the new one counts.
         if loaded_iteration(root) == 1:
             assert names(root) == ["iteration_000001"]
+
+
+@pytest.mark.parametrize("prepare", [one_before, same_iteration_before])
+def test_what_cannot_be_removed_is_said_and_fails_no_save(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prepare: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls = recorded_calls(monkeypatch, tmp_path / "count", prepare)
+
+    def busy() -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    for number in range(len(calls) - calls[::-1].index("fsync"), len(calls)):
+        root = tmp_path / str(number)
+        prepare(root)
+        caplog.clear()
+        with at_call(monkeypatch, number, busy):
+            save(root, 2, keep=1)
+        assert "cannot be removed: [Errno 16] Device or resource busy" in caplog.text
+        assert loaded_iteration(root) == 2
+        # The next save has another try.
+        save(root, 3, keep=1)
+        assert names(root) == ["iteration_000003"]
 
 
 def test_a_real_failure_to_write_is_an_os_error_and_cleans_up(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +18,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from star_trainer import cli
 from star_trainer.config import ConfigError, load_config
+from star_trainer.run.checkpoint import load_latest
 from star_trainer.run.processes import lost_process
 from star_trainer.train import train
 
-from tests.trainer import sharded_velocity
+from tests.trainer import kill_run, sharded_velocity
 from tests.trainer.forked import run_forked
 
 HERE = Path(__file__).parents[1]
@@ -197,6 +200,36 @@ def test_a_reward_that_fails_in_one_process_ends_all_with_a_checkpoint(tmp_path:
     assert any("process 1 of 2 cannot go on" in output for output in printed), printed
     assert "the reward is gone" in printed[1] and any("iterations are saved" in output for output in printed), printed
     assert list((tmp_path / "checkpoints").glob("iteration_*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("point", "code", "said"),
+    [
+        ("signal", 128 + signal.SIGTERM, "stopped by SIGTERM. 2 iterations are saved"),
+        ("memory", 2, "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)"),
+    ],
+)
+def test_what_ends_one_process_ends_all_and_what_was_trained_is_saved(
+    point: str, code: int, said: str, tmp_path: Path
+) -> None:
+    # Each process has eight passes in the first two iterations.
+    options = ["train.batch_size=6", "checkpoints.every=100", "evaluation.every=100"]
+    codes, printed = run_forked(kill_run.main, [point, str(tmp_path), *SMALL, *options], processes=2)
+    assert codes == [code, code], printed
+    assert said in printed[1], printed
+    assert ("another process of this run is gone" in printed[0]) == (point == "memory"), printed
+    found = load_latest(tmp_path / "checkpoints")
+    assert found is not None and found.iteration == 2
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+def test_a_reward_that_hangs_in_one_process_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
+    hanging = ["reward.terms={'reward_for_tests:hangs_in_the_last_process': 1.0}", "reward.timeout=5"]
+    start = time.monotonic()
+    codes, printed = run_forked(cli.main, ["tiny", f"run.folder={tmp_path}", *SMALL, *hanging], processes=2)
+    assert codes == [2, 2] and time.monotonic() - start < 250, printed
+    assert "no answer within 5 s (reward.timeout). 1 iterations are saved" in printed[1], printed
+    assert load_latest(tmp_path / "checkpoints").iteration == 1
 
 
 def test_groups_that_cannot_be_divided_are_refused_by_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
