@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from star_trainer.config import load_config
 from star_trainer.config.command_line import quieten
+from star_trainer.prompts import Prompt
 from star_trainer.rewards import load_reward
 from star_trainer.rewards.scenes import scene_graded, scene_strict
 from star_trainer.run.evaluation import evaluate
@@ -58,10 +60,15 @@ def measure(runs: str | None, seed: int, steps: int, levels: str) -> dict[str, f
         raise SystemExit(f"{runs.format(seed=seed)}: expected a run with a checkpoint")
     _, draw_held_out = load_prompts(config.prompts)
     prompts = draw_held_out(numpy_stream(seed, "held-out"), config.evaluation.prompts)
-    scorers = {"strict": scene_strict, "graded": scene_graded, "clip_score": load_reward(config.reward)}
+    clip_score = load_reward(config.reward)
+
+    def score(images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        scorers = {"strict": scene_strict, "graded": scene_graded, "clip_score": clip_score}
+        return {name: scorer(images, prompts) for name, scorer in scorers.items()}
+
     with state.policy.base_weights() if runs is None else nullcontext():
         start = time.perf_counter()
-        found = evaluate(state.policy, config, prompts, scorers, state.accelerator)
+        found = evaluate(state.policy, config, prompts, score, state.accelerator)
     return {**found.means(), "seconds_per_image": (time.perf_counter() - start) / len(prompts)}
 
 

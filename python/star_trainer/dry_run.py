@@ -16,7 +16,7 @@ from star_trainer.families.family import Family
 from star_trainer.families.policy import add_adapter, check_against_model
 from star_trainer.prompts import read_prompts
 from star_trainer.rewards import check_differentiable, check_reward
-from star_trainer.run.inputs import check_backend, check_prompts, units_not_found
+from star_trainer.run.inputs import check_backend, check_prompts, check_trackers, units_not_found
 
 _MIB, _GIB = 1 << 20, 1 << 30
 # How many times its input a transformer block keeps for its backward pass, attention maps aside: 34 bytes where a
@@ -156,6 +156,7 @@ def report(config: Config, processes: int = 1) -> str:
             that are there and cannot be used.
     """
     check_backend(config.backend)
+    check_trackers(config.run.trackers)
     (check_differentiable if config.trains_by_reward_gradient else check_reward)(config.reward)
     prompts = _prompts(config)
     found = plan(config, processes)

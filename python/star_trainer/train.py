@@ -20,22 +20,25 @@ from star_trainer.prompts.units.cache import CacheError
 from star_trainer.prompts.units.chat import ChatError
 from star_trainer.rewards import (
     RewardError,
+    WeightedSum,
     check_differentiable,
     differentiable_terms,
-    held_out_scorers,
+    held_out_scorer,
+    held_out_terms,
     load_terms,
     weighted_sum,
 )
 from star_trainer.run.checkpoint import CheckpointError, set_aside
 from star_trainer.run.evaluation import HeldOut
 from star_trainer.run.export import export
-from star_trainer.run.inputs import check_backend, check_prompts, load_prompts, units_not_found
+from star_trainer.run.inputs import check_backend, check_prompts, check_trackers, load_prompts, units_not_found
 from star_trainer.run.interruption import Interrupted, listening
 from star_trainer.run.log import Iteration, RunLog
 from star_trainer.run.processes import (
     OutOfMemory,
     fail_together,
     gather,
+    gather_array,
     lacks_memory,
     locked_folder,
     lost_process,
@@ -62,11 +65,12 @@ def train(config: Config) -> dict[str, object]:
         NonFiniteError: too many updates in a row with NaN or infinity.
     """
     check_backend(config.backend)
+    check_trackers(config.run.trackers)
     check_prompts(config)
     if config.trains_by_reward_gradient:
         check_differentiable(config.reward)
     draw_training, draw_held_out = load_prompts(config.prompts)
-    terms = load_terms(config.reward)
+    terms = load_terms(config.reward, held_out_terms(config.reward))
     reward = weighted_sum(config.reward, terms)
     prompts = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
     extractor = UnitExtractor(config.units) if config.uses_maps else None
@@ -74,11 +78,11 @@ def train(config: Config) -> dict[str, object]:
     accelerator = state.accelerator
     supervision = None
     if config.trains_by_reward_gradient:
-        supervision = load_supervision(config, differentiable_terms(terms), state.policy)
+        supervision = load_supervision(config, differentiable_terms(reward.terms), state.policy)
     if extractor is not None:
         shown = config.evaluation.pictures
         prompts[:shown] = fail_together(accelerator, lambda: extractor.fill(prompts[:shown]), *OUTSIDE)
-    held_out = HeldOut(state, prompts, held_out_scorers(config, reward))
+    held_out = HeldOut(state, prompts, held_out_scorer(config, terms))
     folder = Path(config.run.folder)
     # Whole groups, next to each other: sample i of the iteration is in process i // (samples per process).
     count = config.rollout.prompts // accelerator.num_processes
@@ -137,6 +141,7 @@ def train(config: Config) -> dict[str, object]:
                     if config.units.source == "llm":
                         done.metrics["units_by_rules_instead"] = float(extractor.replaced)
                     log.units(done.metrics)
+                done.metrics.update(term_means(state, reward))
                 state.iteration = iteration + 1
                 log.iteration(done)
 
@@ -159,6 +164,12 @@ def train(config: Config) -> dict[str, object]:
             with state.averaged_weights():
                 export(state, folder)
             return log.finish(held_out)
+
+
+def term_means(state: TrainingState, reward: WeightedSum) -> dict[str, float]:
+    """What each term gave the iteration's images of all processes on average; empty where `reward` was not asked."""
+    images, *totals = gather_array(state.accelerator, reward.take_totals()[None]).sum(axis=0).tolist()
+    return {f"reward_{name}": total / images for name, total in zip(reward.terms, totals, strict=True) if images}
 
 
 @contextmanager

@@ -9,12 +9,14 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import accelerate.tracking
 import numpy as np
 import pytest
 import star_trainer.algorithms.policy_gradient as update_module
 import star_trainer.train as loop
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from filelock import FileLock
 from safetensors.torch import load_file
 from star_trainer.cli import main
@@ -354,6 +356,60 @@ def test_a_reward_with_nan_ends_the_run_with_its_name(tmp_path: Path, capsys: py
     arguments = ["tiny", f"run.folder={tmp_path}", *SMALL, "reward.terms={'reward_for_tests:not_a_number': 1.0}"]
     assert main(arguments) == 2
     assert "reward_for_tests:not_a_number" in capsys.readouterr().err
+
+
+class Tracker(GeneralTracker):
+    """What anybody may register with accelerate."""
+
+    name, requires_logging_directory = "ours", False
+    seen: list[Tracker] = []
+
+    def __init__(self, project: str, **options: str) -> None:
+        super().__init__()
+        self.project, self.options, self.logged = project, options, {}
+        Tracker.seen.append(self)
+
+    @property
+    def tracker(self) -> Tracker:
+        return self
+
+    def store_init_configuration(self, values: dict[str, object]) -> None:
+        self.settings = values
+
+    def log(self, values: dict[str, float], step: int, **_: object) -> None:
+        self.logged.setdefault(step, {}).update(values)
+
+
+def test_every_term_is_logged_and_evaluated_by_itself_and_trackers_are_a_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "ours", Tracker)
+    terms = "reward.terms={'reward_for_tests:brightness': 2.0, scene_graded: 1.0}"
+    tracked = ["run.trackers={ours: {team: x}}", "run.project=week"]
+    run(tmp_path, terms, *tracked, "train.iterations=1", "method=uniform")
+    (tracker,) = Tracker.seen
+    assert (tracker.project, tracker.options) == ("week", {"team": "x"}) and tracker.settings["method"] == "uniform"
+    assert not list(tmp_path.rglob("events.out.tfevents.*"))
+    base, line, final = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["reward/mean"] == pytest.approx(
+        2.0 * line["train/reward_reward_for_tests:brightness"] + line["train/reward_scene_graded"]
+    )
+    for entry in (base, final):
+        assert entry["eval/reward"] == pytest.approx(
+            2.0 * entry["eval/reward_for_tests:brightness"] + entry["eval/scene_graded"]
+        )
+        assert entry["eval/scene_graded"] == entry["eval/graded"]
+    assert tracker.logged[1]["reward/mean"] == line["reward/mean"]
+    assert tracker.logged[1]["eval/scene_graded"] == final["eval/scene_graded"]
+
+
+def test_trackers_that_cannot_be_had_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [])
+    for name, said in (("wandb", "the package of wandb is not installed"), ("waandb", "expected some of .*wandb")):
+        with pytest.raises(ConfigError, match=rf"run\.trackers: {said}"):
+            train(load_config("tiny", [f"run.trackers=[{name}]"]))
+    assert load_config("tiny", ["run.trackers=[]"]).run.trackers == {}
+    assert load_config("tiny", ["run.trackers=wandb"]).run.trackers == {"wandb": {}}
 
 
 def test_tensorboard_gets_the_scalars_samples_and_maps(uninterrupted: Path) -> None:

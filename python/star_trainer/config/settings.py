@@ -40,6 +40,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
+def _as_trackers(value: Any) -> Any:
+    """A name, or a list of names, as trackers without options."""
+    names = [value] if isinstance(value, str) else value
+    return {name: {} for name in names} if isinstance(names, list) else names
+
+
 class Run(Section):
     """Where the run lives."""
 
@@ -47,6 +53,12 @@ class Run(Section):
     seed: int = Field(0, ge=0, lt=1 << 63, description="seed of every random number of the run")
     resume: bool = Field(True, description="go on from the newest whole checkpoint in the folder")
     progress: bool = Field(True, description="show a progress bar")
+    trackers: Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_trackers)] = Field(
+        {"tensorboard": {}},
+        description="where curves and images go: tensorboard, wandb or whatever else accelerate knows, as a name, a "
+        "list, or with options of their own, such as '{wandb: {mode: offline}}'; [] for none",
+    )
+    project: str = Field("star_kernels", description="the project of trackers that have projects")
 
 
 class Lora(Section):

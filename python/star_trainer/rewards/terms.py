@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from star_trainer.rewards.geneval import Detector
 
 RewardFunction = Callable[[np.ndarray, Sequence[Prompt]], np.ndarray]
+HeldOutScorer = Callable[[np.ndarray, Sequence[Prompt]], dict[str, np.ndarray]]
 DifferentiableReward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
 
 
@@ -100,6 +101,8 @@ _BY_NAME: dict[str, Callable[[_Models], RewardFunction]] = {
 }
 
 
+# GenEval's own measure.
+GENEVAL = "geneval_strict"
 # What judges requirements, and so can tell nothing of a prompt without any.
 _OF_REQUIREMENTS = ("scene_strict", "scene_graded", "geneval_flow_grpo", "geneval_graded", "geneval_strict")
 
@@ -119,36 +122,77 @@ def load_reward(config: Reward) -> RewardFunction:
     return weighted_sum(config, load_terms(config))
 
 
-def held_out_scorers(config: Config, reward: RewardFunction) -> dict[str, RewardFunction]:
-    """What held-out images are scored by: in the scenes world by whether and how far they meet their prompt.
-
-    `reward`, what is trained on, is among them under its own name unless it is one of these two.
+def held_out_terms(config: Reward) -> list[str]:
+    """The terms that held-out images are scored by: those that are trained on, and GenEval's own measure where one
+    of them is made from it.
     """
-    scorers: dict[str, RewardFunction] = {}
-    if config.prompts.source == "scenes":
-        scorers = {"strict": scene_strict, "graded": scene_graded}
-    if not scorers or list(config.reward.terms) not in (["scene_strict"], ["scene_graded"]):
-        scorers["reward"] = reward
-    return scorers
+    names = list(config.terms)
+    if any(name.startswith("geneval_") for name in names) and GENEVAL not in names:
+        names.append(GENEVAL)
+    return names
 
 
-def weighted_sum(config: Reward, terms: Mapping[str, RewardFunction]) -> RewardFunction:
+def held_out_scorer(config: Config, terms: Mapping[str, RewardFunction]) -> HeldOutScorer:
+    """What held-out images are scored by: a function of images and prompts that gives scores [B] by name.
+
+    In the scenes world they are whether (``strict``) and how far (``graded``) images meet their prompts; then what is
+    trained on (``reward``), unless it is one of these two; and each of several `terms`, those of `held_out_terms`, by
+    itself. GenEval's own is always there under its name.
+    """
+    weights = config.reward.terms
+
+    def score(images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        scores: dict[str, np.ndarray] = {}
+        if config.prompts.source == "scenes":
+            scores = {"strict": scene_strict(images, prompts), "graded": scene_graded(images, prompts)}
+            if list(weights) in (["scene_strict"], ["scene_graded"]):
+                return scores
+        values = {name: term(images, prompts) for name, term in terms.items()}
+        scores["reward"] = _weighted(weights, values, len(prompts))
+        return scores | values if len(terms) > 1 or GENEVAL in terms else scores
+
+    return score
+
+
+def _weighted(weights: Mapping[str, float], values: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    return sum((weight * values[name] for name, weight in weights.items()), np.zeros(count))
+
+
+class WeightedSum:
+    """The sum of terms from `load_terms` with the weights of the configuration, as one reward."""
+
+    def __init__(self, config: Reward, terms: Mapping[str, RewardFunction]) -> None:
+        self.weights = config.terms
+        self.terms = {name: terms[name] for name in config.terms}
+        self._totals = np.zeros(1 + len(self.terms))
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+        values = {name: term(images, prompts) for name, term in self.terms.items()}
+        self._totals += [len(prompts), *(found.sum() for found in values.values())]
+        return _weighted(self.weights, values, len(prompts))
+
+    def take_totals(self) -> np.ndarray:
+        """How many images were rewarded since this was last asked, and what each term gave them in all: [1 + terms]."""
+        taken, self._totals = self._totals, np.zeros_like(self._totals)
+        return taken
+
+
+def weighted_sum(config: Reward, terms: Mapping[str, RewardFunction]) -> WeightedSum:
     """The sum of terms from `load_terms` with the weights of the configuration."""
-
-    def reward(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
-        return sum((config.terms[name] * term(images, prompts) for name, term in terms.items()), np.zeros(len(prompts)))
-
-    return reward
+    return WeightedSum(config, terms)
 
 
-def load_terms(config: Reward) -> dict[str, RewardFunction]:
+def load_terms(config: Reward, names: Collection[str] | None = None) -> dict[str, RewardFunction]:
     """The rewards given by name or as ``module:function``, without their weights; models are shared among them.
+
+    `names` takes the place of the terms of the configuration.
 
     Raises:
         ConfigError, RewardError: as of `load_reward`.
     """
     models = _Models(config)
-    return {name: _checked(name, _find(name, models), config.timeout) for name in config.terms}
+    chosen = config.terms if names is None else names
+    return {name: _checked(name, _find(name, models), config.timeout) for name in chosen}
 
 
 def _checked(name: str, function: RewardFunction, timeout: float) -> RewardFunction:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from star_trainer.config import Config
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
-from star_trainer.rewards import RewardError, RewardFunction
+from star_trainer.rewards import GENEVAL, HeldOutScorer, RewardError
 from star_trainer.run.files import write_atomically
 from star_trainer.run.pictures import before_after_sheet
 from star_trainer.run.processes import fail_together, gather, gather_array
@@ -71,7 +71,7 @@ def evaluate(
     policy: Policy,
     config: Config,
     prompts: Sequence[Prompt],
-    scorers: dict[str, RewardFunction],
+    scorer: HeldOutScorer,
     accelerator: Accelerator,
 ) -> Evaluation:
     """Sample one image per prompt with the pipeline's own (noise-free) sampler and score it.
@@ -87,15 +87,15 @@ def evaluate(
     own = [min(accelerator.process_index * share + i, len(prompts) - 1) for i in range(share)]
     policy.encode_ahead([prompts[place].text for place in own])
     images: list[np.ndarray] = []
-    scores: dict[str, list[np.ndarray]] = {name: [] for name in scorers}
+    scores: dict[str, list[np.ndarray]] = {}
     for first in range(0, share, config.rollout.batch_size):
         places = own[first : first + config.rollout.batch_size]
         batch = [prompts[place] for place in places]
-        judge = partial(_draw_and_score, policy, config, places, batch, scorers)
+        judge = partial(_draw_and_score, policy, config, places, batch, scorer)
         decoded, found = fail_together(accelerator, judge, RewardError, NonFiniteError)
         images.append(decoded[: max(0, config.evaluation.pictures - first)])
         for name, values in found.items():
-            scores[name].append(values)
+            scores.setdefault(name, []).append(values)
     shown = gather_array(accelerator, np.concatenate(images))[: min(config.evaluation.pictures, len(prompts))]
     gathered = {name: gather_array(accelerator, np.concatenate(parts)) for name, parts in scores.items()}
     return Evaluation(shown, {name: values[: len(prompts)] for name, values in gathered.items()})
@@ -106,7 +106,7 @@ def _draw_and_score(
     config: Config,
     places: Sequence[int],
     prompts: Sequence[Prompt],
-    scorers: dict[str, RewardFunction],
+    scorer: HeldOutScorer,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     trajectory = denoise(
         policy,
@@ -118,7 +118,7 @@ def _draw_and_score(
         backend=config.backend,
     )
     images = policy.decode(trajectory.latents[-1])
-    return images, {name: np.asarray(scorer(images, prompts), dtype=np.float64) for name, scorer in scorers.items()}
+    return images, scorer(images, prompts)
 
 
 def draw_comparison(prompts: Sequence[str], before: Evaluation, after: Evaluation, score: str, path: Path) -> None:
@@ -136,15 +136,15 @@ class HeldOut:
 
     Attributes:
         prompts: N prompts, whose order decides their noise.
-        scorers: what scores an image, by name.
+        scorer: what scores images.
         base: of the pipeline's own weights, on all prompts.
         latest: of the newest weights that were evaluated, on as many of the first prompts, or None.
         latest_iteration: the iteration of `latest`, or -1.
     """
 
-    def __init__(self, state: TrainingState, prompts: Sequence[Prompt], scorers: dict[str, RewardFunction]) -> None:
+    def __init__(self, state: TrainingState, prompts: Sequence[Prompt], scorer: HeldOutScorer) -> None:
         self.prompts = list(prompts)
-        self.scorers = scorers
+        self.scorer = scorer
         self.base: Evaluation | None = None
         self.latest: Evaluation | None = None
         self.latest_iteration = -1
@@ -194,8 +194,26 @@ class HeldOut:
 
     def _evaluate(self, prompts: Sequence[Prompt]) -> Evaluation:
         state = self._state
-        found = evaluate(state.policy, state.config, prompts, self.scorers, state.accelerator)
+        found = evaluate(state.policy, state.config, prompts, self.scorer, state.accelerator)
         return replace(found, measured=self._measured)
+
+    @property
+    def names(self) -> list[str]:
+        """The scores that the base and the latest evaluation have; a base of before may have fewer."""
+        assert self.base is not None, "the base was evaluated"
+        return [name for name in self.base.scores if self.latest is None or name in self.latest.scores]
+
+    @property
+    def shown(self) -> str:
+        """The score that pictures are shown with: that of training, or how far images meet their prompts."""
+        return "reward" if "reward" in self.names else self.names[-1]
+
+    def by_tag(self, evaluation: Evaluation) -> dict[str, float]:
+        """GenEval's own measure by the tags of its prompts; empty where it is not among the scores."""
+        values: dict[str, list[float]] = {}
+        for prompt, value in zip(self.prompts, evaluation.scores.get(GENEVAL, ()), strict=False):
+            values.setdefault(str(prompt.metadata.get("tag")), []).append(float(value))
+        return {tag: float(np.mean(found)) for tag, found in sorted(values.items())}
 
     @property
     def is_complete(self) -> bool:
@@ -228,7 +246,7 @@ class HeldOut:
         """
         if self.base is None or self.latest is None:
             return None
-        name = "graded" if "graded" in self.scorers else next(iter(self.scorers))
+        name = "graded" if "graded" in self.names else self.names[0]
         latest = self.latest.scores[name]
         return float(self.base.scores[name][: len(latest)].mean()), float(latest.mean())
 
@@ -238,5 +256,5 @@ class HeldOut:
         texts = [prompt.text for prompt in self.prompts[: len(self.latest)]]
         return {
             name: paired_difference(self.base.scores[name][: len(texts)], self.latest.scores[name], texts)
-            for name in self.scorers
+            for name in self.names
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +104,24 @@ def _from_file(prompts: list[Prompt], *, in_order: bool) -> PromptSource:
         return [prompts[index] for index in np.concatenate(passes)[:count]]
 
     return draw
+
+
+def check_trackers(names: Collection[str]) -> None:
+    """Refuse trackers that accelerate does not know, or whose package is missing here.
+
+    Raises:
+        ConfigError: with the name.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known, here = sorted(LOGGER_TYPE_TO_CLASS), [str(kind) for kind in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"run.trackers: expected some of {', '.join(known)}, got {name!r}")
+        # One that was registered with accelerate by hand is there.
+        if name not in here and name in LoggerType.list():
+            raise ConfigError(f"run.trackers: the package of {name} is not installed")
 
 
 def check_backend(name: str) -> None:

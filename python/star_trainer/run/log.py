@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 import star_kernels as sk
+from star_trainer.rewards import GENEVAL
 from star_trainer.run import pictures
 from star_trainer.run.evaluation import Evaluation, HeldOut, draw_comparison
 from star_trainer.run.files import write_atomically
@@ -50,8 +51,13 @@ class RunLog:
             write_atomically(self.folder / "config.json", config.model_dump_json(indent=2).encode())
             self._take_up_history(resumed)
         # Events after the checkpoint that a resumed run goes on from come again.
-        purge = {"tensorboard": {"purge_step": state.iteration + 1}} if resumed else {}
-        state.accelerator.init_trackers("tensorboard", config=_flat(config.model_dump(mode="json")), init_kwargs=purge)
+        options = {name: dict(said) for name, said in config.run.trackers.items()}
+        if resumed and "tensorboard" in options:
+            options["tensorboard"] = {"purge_step": state.iteration + 1} | options["tensorboard"]
+        # TensorBoard's folder in the run's, and the project of those that have projects.
+        project = "tensorboard" if options.keys() == {"tensorboard"} else config.run.project
+        settings = _flat(config.model_dump(mode="json"))
+        state.accelerator.init_trackers(project, config=settings, init_kwargs=options)
         here = [name for name, reason in sk.available_backends().items() if reason is None]
         self.say(f"backends: {', '.join(here)}")
         if resumed:
@@ -102,14 +108,14 @@ class RunLog:
         """Log how the model does that training started from."""
         assert held_out.base is not None, "the base was evaluated"
         if self.state.iteration == 0:
-            self._record_evaluation(held_out.base)
+            self._record_evaluation(held_out, held_out.base)
         self.say(f"held-out, base model ({len(held_out.base)} prompts): {_scores(held_out, held_out.base)}")
 
     def evaluated(self, held_out: HeldOut) -> None:
         """Log the latest evaluation and draw the pictures; the policy must still have the weights of it."""
         base, evaluation, state = held_out.base, held_out.latest, self.state
         assert base is not None and evaluation is not None, "both were evaluated"
-        self._record_evaluation(evaluation)
+        self._record_evaluation(held_out, evaluation)
         count = len(evaluation)
         self.say(f"held-out after {state.iteration} iterations ({count} prompts): {_scores(held_out, evaluation)}")
         # A picture of maps that no update has seen would only mislead.
@@ -118,28 +124,34 @@ class RunLog:
             return
         texts = [prompt.text for prompt in held_out.prompts[: len(evaluation.images)]]
         pictures.plot_curves(self.history, self.folder / "curves.png")
-        draw_comparison(texts, base, evaluation, list(held_out.scorers)[-1], self.folder / "before_after.png")
+        draw_comparison(texts, base, evaluation, held_out.shown, self.folder / "before_after.png")
         if maps is not None:
             sigmas = state.policy.schedule(state.config.rollout.steps)[0][:-1].tolist()
             pictures.allocation_sheet(texts, *maps, sigmas, self.folder / "allocation_maps.png")
         self._send_pictures(evaluation.images, None if maps is None else maps[1])
 
-    def _record_evaluation(self, evaluation: Evaluation) -> None:
+    def _record_evaluation(self, held_out: HeldOut, evaluation: Evaluation) -> None:
+        tags = held_out.by_tag(evaluation)
         means = {f"eval/{name}": value for name, value in evaluation.means().items()}
         entry = {"iteration": self.state.iteration, **means, "eval/prompts": len(evaluation)}
+        entry |= {f"eval/{GENEVAL}/{tag}": value for tag, value in tags.items()}
         if entry not in self.history:
             self._record(entry)
+        if tags:
+            self.say(f"held-out {GENEVAL} by tag: {', '.join(f'{tag} {value:.4f}' for tag, value in tags.items())}")
 
     def _send_pictures(self, images: np.ndarray, maps: np.ndarray | None) -> None:
-        """Give images [N, H, W, 3] and allocation maps [N, T, h, w] to TensorBoard."""
+        """Give images [N, H, W, 3] and allocation maps [N, T, h, w] to the trackers that take them in this form."""
+        shown = {"samples": images}
+        if maps is not None:
+            # One row of maps per prompt, one map per denoising step.
+            rows = np.concatenate([np.concatenate(list(row), axis=1) for row in maps], axis=0)
+            scaled = np.round(255.0 * rows / max(rows.max(), 1e-6)).astype(np.uint8)
+            shown["allocation_maps"] = np.repeat(scaled[None, ..., None], 3, axis=-1)
         for tracker in self.state.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_images("samples", images, self.state.iteration, dataformats="NHWC")
-                if maps is not None:
-                    # One row of maps per prompt, one map per denoising step.
-                    rows = np.concatenate([np.concatenate(list(row), axis=1) for row in maps], axis=0)
-                    scaled = rows / max(rows.max(), 1e-6)
-                    tracker.writer.add_image("allocation_maps", scaled, self.state.iteration, dataformats="HW")
+            if tracker.name in ("tensorboard", "wandb"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(shown, step=self.state.iteration, **layout)
 
     def units(self, metrics: dict[str, float]) -> None:
         """Say once when units of an iteration's prompts have no token, or are by the rules for want of others."""
@@ -157,7 +169,7 @@ class RunLog:
             )
 
     def iteration(self, done: Iteration) -> None:
-        """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in TensorBoard."""
+        """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in the trackers."""
         rewards, seconds, metrics = done.rewards, done.seconds, done.metrics
         groups = rewards.reshape(-1, self.state.config.rollout.samples)
         busy = max(seconds["reward"], 1e-9)
@@ -185,7 +197,7 @@ class RunLog:
         base, latest, state = held_out.base, held_out.latest, self.state
         assert base is not None and latest is not None, "both were evaluated"
         compared = held_out.comparison()
-        before = {name: float(base.scores[name][: len(latest)].mean()) for name in held_out.scorers}
+        before = {name: float(base.scores[name][: len(latest)].mean()) for name in held_out.names}
         summary: dict[str, object] = {
             "method": state.config.method,
             "seed": state.config.run.seed,
@@ -220,7 +232,7 @@ class _Warnings(logging.Handler):
 
 def _scores(held_out: HeldOut, evaluation: Evaluation) -> str:
     means = evaluation.means()
-    return ", ".join(f"{name} {means[name]:.4f}" for name in held_out.scorers)
+    return ", ".join(f"{name} {means[name]:.4f}" for name in held_out.names)
 
 
 def _update(without_spread: float | None, metrics: dict[str, float]) -> str:
@@ -245,7 +257,7 @@ def _comparison(name: str, before: float, after: float, difference: PairedDiffer
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `section.key`, with values that TensorBoard takes."""
+    """Nested settings as `section.key`, with values that trackers take."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

@@ -211,8 +211,9 @@ def _curve_panels(
         pairs = {label: series(key) for label, key in keys.items()}
         return {label: pair for label, pair in pairs.items() if np.isfinite(pair[1]).any()}
 
-    # How many prompts an evaluation had is no reward.
-    rewards = {key for entry in history for key in entry if key.startswith("eval/") and key != "eval/prompts"}
+    # How many prompts an evaluation had is no reward, and those of each tag are too many.
+    evaluated = {key for entry in history for key in entry if key.startswith("eval/") and key.count("/") == 1}
+    rewards = evaluated - {"eval/prompts"}
     order = sorted(rewards, key=lambda key: (key not in ("eval/strict", "eval/graded"), key != "eval/strict", key))
     training: dict[str, tuple[np.ndarray, ...]] = found({"mean": "reward/mean"})
     if training:

@@ -39,6 +39,7 @@ def keep_snapshot(state: TrainingState, held_out: HeldOut) -> None:
         "prompts": len(evaluation),
         "measured": evaluation.measured,
         "scores": evaluation.means(),
+        "by_tag": held_out.by_tag(evaluation),
         "watched": {"base": watched[0], "now": watched[1]},
     }
     write_atomically(partial / _SCORES, json.dumps(scores, indent=2).encode())

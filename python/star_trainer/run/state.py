@@ -274,7 +274,7 @@ def build_state(config: Config, pipeline: Any = None) -> TrainingState:
     """
     accelerator = Accelerator(
         mixed_precision="no" if config.model.dtype == "float32" else "bf16",
-        log_with="tensorboard",
+        log_with=list(config.run.trackers),
         project_dir=config.run.folder,
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[
