@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from star_trainer.config import load_config
+from star_trainer.config import Config, load_config
 from star_trainer.families.policy import load_policy
 from star_trainer.families.sd3 import StableDiffusion3
 from star_trainer.run.checkpoint import CheckpointError
-from star_trainer.run.state import _check_same_settings, build_state
+from star_trainer.run.state import TrainingState, _check_same_settings, build_state
 
 
 def test_settings_reach_the_optimiser_and_torch() -> None:
@@ -38,6 +40,12 @@ def test_the_autoencoder_has_its_own_dtype() -> None:
     assert (mixed.decode(latents) == decoded).all() and (plain.decode(latents) != decoded).any()
 
 
+def state_of(config: Config) -> TrainingState:
+    """As much of a state as has settings."""
+    policy = SimpleNamespace(family=StableDiffusion3())
+    return cast(TrainingState, SimpleNamespace(config=config, policy=policy, files={}))
+
+
 @pytest.mark.parametrize(
     ("begun", "goes_on", "refused"),
     [
@@ -58,8 +66,8 @@ def test_a_checkpoint_from_before_a_setting_had_what_was_built_in(
     saved = config.model_dump(mode="json")
     del saved["train"]["betas"], saved["reward"]["extra_objects"], saved["model"]["vae_dtype"], saved["model"]["tf32"]
     same = load_config("tiny", [*begun, *goes_on])
-    _check_same_settings(saved, same, StableDiffusion3(), Path("runs/old"))
+    _check_same_settings({"config": saved}, state_of(same), Path("runs/old"))
     if refused:
         with pytest.raises(CheckpointError) as caught:
-            _check_same_settings(saved, config, StableDiffusion3(), Path("runs/old"))
+            _check_same_settings({"config": saved}, state_of(config), Path("runs/old"))
         assert refused in str(caught.value)
