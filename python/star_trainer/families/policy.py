@@ -22,6 +22,7 @@ from star_trainer.families import family_named, family_of, pipeline_source
 from star_trainer.families.adapters import add_saved_adapter, read_adapter
 from star_trainer.families.conditioning import Conditioning, Guidance, Prediction
 from star_trainer.families.family import Family
+from star_trainer.families.loading import load_whole
 
 
 @dataclass
@@ -320,13 +321,13 @@ def load_small_decoder(name: str, policy: Policy) -> Any:
     """diffusers' AutoencoderTiny, which decodes in the place of the pipeline's autoencoder where gradients are wanted.
 
     Raises:
-        ConfigError: it cannot be loaded, or is for other latents.
+        ConfigError: it cannot be loaded whole, or is for other latents.
     """
     from diffusers import AutoencoderTiny
 
     try:
         source = folder_or_name(name, "r0.small_decoder")
-        decoder = AutoencoderTiny.from_pretrained(source, use_safetensors=True)
+        decoder = load_whole(AutoencoderTiny, source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"r0.small_decoder: {name!r} cannot be loaded: {error}") from error
     channels = policy.latent_shape[0]

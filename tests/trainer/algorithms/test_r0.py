@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from star_trainer.algorithms import r0
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
@@ -436,7 +437,15 @@ def test_a_small_decoder_takes_the_place_of_the_pipelines(
     small = r0.Supervision(SMOOTH.rewards, SMOOTH.weights, found.decoder)
     assert relative(gradient_of(state, prompts, small), gradient_of(state, prompts)) > 1e-2
     AutoencoderTiny(latent_channels=channels + 1, **blocks, **widths).save_pretrained(tmp_path / "other")
-    for folder in ("other", "missing"):
+    path = shutil.copytree(tmp_path / "small", tmp_path / "lacking") / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({name: value for name, value in weights.items() if name != "decoder.layers.0.bias"}, path)
+    reasons = {
+        "other": "expected a decoder of latents",
+        "missing": "no such folder",
+        "lacking": "decoder.layers.0.bias",
+    }
+    for folder, reason in reasons.items():
         state = with_settings(shared_state, f"r0.small_decoder={tmp_path / folder}")
-        with pytest.raises(ConfigError, match=r"^r0.small_decoder: "):
+        with pytest.raises(ConfigError, match=rf"^r0.small_decoder: .*{reason}"):
             r0.load_supervision(state.config, SMOOTH.rewards, state.policy)
