@@ -118,8 +118,8 @@ def test_update(measure: Callable[..., None], case: Case, precise: bool) -> None
     _, timesteps = case.state.policy.schedule(STEPS)
     # An update does not look at rewards: the advantages are made from them before.
     samples = case.state.config.rollout.samples
-    prompts = [prompt for prompt in case.prompts for _ in range(samples)]
-    rollout = Rollout(trajectory, timesteps, case.conditioning[::samples], rewards, prompts, seconds={})
+    conditioning, places = case.conditioning[::samples], np.arange(case.batch)
+    rollout = Rollout(trajectory, timesteps, conditioning, rewards, case.prompts, places, samples, seconds={})
     advantages = group_advantages(rewards, case.state.config.rollout.samples)
 
     def make(method: str, backend: str) -> Callable[[], object]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from star_trainer.config import Config, ConfigError
+from star_trainer.config import Config
 from star_trainer.families import read_shapes
 from star_trainer.families.family import Family
 from star_trainer.families.policy import add_adapter, check_against_model
@@ -65,15 +65,8 @@ def plan(config: Config, processes: int = 1) -> Plan:
     """Build the pipeline's models on the meta device and count.
 
     Raises:
-        ConfigError: configurations that cannot be read, or settings that the models or the processes do not suit.
+        ConfigError: configurations that cannot be read, or settings that the models do not suit.
     """
-    if config.rollout.prompts % processes:
-        below = config.rollout.prompts // processes * processes
-        near = f"{below} or {below + processes}" if below else str(processes)
-        raise ConfigError(
-            f"rollout.prompts: expected a multiple of the {processes} processes, each of which takes whole groups, "
-            f"such as {near}, got {config.rollout.prompts}"
-        )
     family, shapes = read_shapes(config.model.pipeline)
     with torch.device("meta"):
         transformer, vae, encoders = *family.build_models(shapes), family.build_encoders(shapes)
@@ -93,7 +86,8 @@ def plan(config: Config, processes: int = 1) -> Plan:
     latent = family.latent_shape(config.model, transformer.config, scale)
     grid = family.grid(config.model, transformer.config, scale)
     tokens = grid[0] * grid[1] + family.num_text_tokens(config.model, shapes)
-    samples = config.rollout.prompts // processes * config.rollout.samples
+    images = config.rollout.prompts * config.rollout.samples
+    samples = math.ceil(images / processes)
     calls = _reward_gradient_calls if config.trains_by_reward_gradient else _policy_gradient_calls
     return Plan(
         parameters=frozen,
@@ -102,7 +96,7 @@ def plan(config: Config, processes: int = 1) -> Plan:
         memory=_memory(config, family, transformer.config, frozen, trainable, tokens, samples, latent, grid, processes),
         latent=latent,
         tokens=tokens,
-        images=samples * processes,
+        images=images,
         **calls(config, samples),
     )
 
@@ -173,7 +167,7 @@ def report(config: Config, processes: int = 1) -> str:
         ("trainable parameters", f"{found.trainable:,}"),
         *((f"without {part}", "as the pipeline's own index says") for part in found.absent),
         ("latent", f"{channels} x {height} x {width}; {found.tokens:,} tokens, text included"),
-        ("images per iteration", images + (f", {found.images // processes:,}{each}" if each else "")),
+        ("images per iteration", images + (f", {math.ceil(found.images / processes):,}{each}" if each else "")),
         ("model calls, rollout", f"{found.rollout_calls:,} of up to {size} samples{each}"),
         ("model calls, update", f"{found.update_calls:,}{each}, {found.backward_calls:,} of them with a backward pass"),
         ("reward calls", f"{found.reward_calls:,}{each}"),

@@ -9,10 +9,17 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from star_trainer.algorithms.policy_gradient import policy_gradient_iteration
-from star_trainer.algorithms.r0 import load_supervision, reward_gradient_iteration, stop_reason
+from star_trainer.algorithms.r0 import (
+    load_supervision,
+    own_share,
+    parts,
+    reward_gradient_iteration,
+    stop_reason,
+)
 from star_trainer.config import Config, TrainerError
 from star_trainer.prompts import Prompt
 from star_trainer.prompts.units import UnitExtractor
@@ -84,13 +91,17 @@ def train(config: Config) -> dict[str, object]:
         prompts[:shown] = fail_together(accelerator, lambda: extractor.fill(prompts[:shown]), *OUTSIDE)
     held_out = HeldOut(state, prompts, held_out_scorer(config, terms))
     folder = Path(config.run.folder)
-    # Whole groups, next to each other: sample i of the iteration is in process i // (samples per process).
-    count = config.rollout.prompts // accelerator.num_processes
-    first_prompt = count * accelerator.process_index
 
-    def own_prompts(iteration: int) -> list[Prompt]:
-        drawn = draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
-        return drawn[first_prompt : first_prompt + count]
+    def draw(iteration: int) -> list[Prompt]:
+        return draw_training(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts)
+
+    def texts(iteration: int) -> list[str]:
+        """What this process has to encode: groups are spread over the processes, but not R0's samples."""
+        drawn = [prompt.text for prompt in draw(iteration)]
+        if supervision is None:
+            return drawn
+        own = np.concatenate([own_share(part, accelerator) for part in parts(config, iteration)])
+        return [drawn[place // config.rollout.samples] for place in own]
 
     with locked_folder(folder, accelerator):
         if not config.run.resume and accelerator.is_main_process:
@@ -102,9 +113,9 @@ def train(config: Config) -> dict[str, object]:
         with listening(), log, saved_on_failure(state, folder / "checkpoints"), _worker() as worker:
             iterate: Callable[[list[Prompt], int], Iteration]
             if supervision is None:
-                iterate = partial(policy_gradient_iteration, state, reward, worker, first_prompt)
+                iterate = partial(policy_gradient_iteration, state, reward, worker)
             else:
-                iterate = partial(reward_gradient_iteration, state, supervision, first_prompt)
+                iterate = partial(reward_gradient_iteration, state, supervision)
             if accelerator.is_main_process and (line := units_not_found(config)) is not None:
                 log.say(line)
             if not held_out.take_up_base():
@@ -129,15 +140,19 @@ def train(config: Config) -> dict[str, object]:
             for iteration in range(state.iteration, state.iteration if state.stopped else config.train.iterations):
                 if iteration == encoded:
                     encoded = min(iteration + config.rollout.encode_ahead, config.train.iterations)
-                    texts = [p.text for later in range(iteration, encoded) for p in own_prompts(later)]
+                    ahead = [text for later in range(iteration, encoded) for text in texts(later)]
                     # Guidance asks for the prediction without a prompt.
-                    state.policy.encode_ahead([*texts, ""] if config.method == "r0_plus" else texts)
-                own = own_prompts(iteration)
+                    state.policy.encode_ahead([*ahead, ""] if config.method == "r0_plus" else ahead)
+                drawn = draw(iteration)
                 if extractor is not None:
-                    own = fail_together(accelerator, partial(extractor.fill, own), *OUTSIDE)
-                done = iterate(own, iteration)
+                    if config.units.source == "llm" and accelerator.num_processes > 1:
+                        # Each asks for its share; the cache then answers what the others have asked.
+                        share = drawn[accelerator.process_index :: accelerator.num_processes]
+                        fail_together(accelerator, partial(extractor.fill, share), *OUTSIDE)
+                    drawn = fail_together(accelerator, partial(extractor.fill, drawn), *OUTSIDE)
+                done = iterate(drawn, iteration)
                 if extractor is not None:
-                    done.metrics.update(missing_units(text_units(state.policy, own)))
+                    done.metrics.update(missing_units(text_units(state.policy, drawn)))
                     if config.units.source == "llm":
                         done.metrics["units_by_rules_instead"] = float(extractor.replaced)
                     log.units(done.metrics)

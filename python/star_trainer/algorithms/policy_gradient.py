@@ -29,7 +29,8 @@ from star_trainer.run.processes import (
     fail_together,
     full_tensor,
     gather,
-    gather_array,
+    gather_samples,
+    own_places,
     stop_together,
     without_synchronisation,
 )
@@ -47,7 +48,6 @@ def policy_gradient_iteration(
     state: TrainingState,
     reward: RewardFunction,
     worker: Executor,
-    first_prompt: int,
     prompts: list[Prompt],
     iteration: int,
 ) -> Iteration:
@@ -57,8 +57,7 @@ def policy_gradient_iteration(
         state: what is trained.
         reward: of images and prompts.
         worker: computes it while the next batch is sampled.
-        first_prompt: the place of the first of `prompts` among those of all processes.
-        prompts: this process's.
+        prompts: the iteration's, whose samples are divided among all processes.
         iteration: its number.
 
     Raises:
@@ -66,9 +65,11 @@ def policy_gradient_iteration(
         NonFiniteError: samples, or too many updates in a row, with NaN or infinity.
     """
     config, accelerator = state.config, state.accelerator
-    sample = partial(collect, state.policy, config, prompts, reward, worker, iteration, first_prompt)
+    total = len(prompts) * config.rollout.samples
+    places = own_places(accelerator, total)
+    sample = partial(collect, state.policy, config, prompts, reward, worker, iteration, places)
     rollout = fail_together(accelerator, sample, RewardError, NonFiniteError)
-    rewards = gather_array(accelerator, rollout.rewards)
+    rewards = gather_samples(accelerator, torch.from_numpy(rollout.rewards), total).numpy()
     advantages = group_advantages(
         rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
     )
@@ -81,8 +82,8 @@ def policy_gradient_iteration(
 def update(state: TrainingState, rollout: Rollout, advantages: Advantages, iteration: int) -> dict[str, float]:
     """`train.updates` optimiser steps, each on its share of the samples and on the same chosen denoising steps.
 
-    `advantages` are those of all processes' samples, `rollout` has this process's. What is drawn and how samples are
-    divided does not depend on the number of processes.
+    `advantages` are those of all processes' samples, `rollout` has this process's. What is drawn and which samples an
+    optimiser step takes does not depend on the number of processes.
     """
     config, accelerator = state.config, state.accelerator
     rng = numpy_stream(config.run.seed, "update", iteration)
@@ -93,9 +94,12 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
     weights = method_weights(state, rollout, numpy_stream(config.run.seed, "shuffle", iteration))
     kept = rng.permutation(len(advantages.kept))
     kept = kept[advantages.kept[kept]]
-    parts = [divide_samples(part, state) for part in np.array_split(kept, config.train.updates) if len(part) > 0]
-    own = len(rollout.rewards)
-    batch = Batch(rollout, advantages.values[own * accelerator.process_index :][:own], weights, rollout.log_prob)
+    rollout = replace(rollout, trajectory=replace(rollout.trajectory, weights=weights))
+    trained = [part for part in np.array_split(kept, config.train.updates) if len(part) > 0]
+    shares = [divide_samples(part, accelerator.num_processes) for part in trained]
+    rollout = exchange(accelerator, rollout, shares)
+    parts = [own_part(share, rollout, accelerator.process_index, config.train.batch_size) for share in shares]
+    batch = Batch(rollout, advantages.values.take(rollout.places, mode="clip"), rollout.log_prob)
     consistency: list[Tensor] = []
     if config.train.old_log_prob == "recompute":
         batch, consistency = recompute(state, batch, steps, parts)
@@ -125,7 +129,7 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
             if config.train.kl_weight == 0.0:
                 # Without a weight the reference model is not run, and a KL of 0 would be no measurement.
                 del measured["kl"]
-            passes.append(Pass(step, rows, measured))
+            passes.append(Pass(step, rollout.places[rows], measured))
         state.policy.transformer.eval()
         parameters = list(state.policy.trainable().values())
         norm = full_tensor(accelerator.clip_grad_norm_(parameters, config.train.max_gradient_norm))
@@ -133,7 +137,7 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
         if summary["non_finite"] or not math.isfinite(summary["loss"] + summary["gradient_norm"]):
             skipped += 1
             bad = [p for p in passes if p.metrics["non_finite"] > 0 or not torch.isfinite(p.metrics["loss"])]
-            where = [f"step {entry.step}, samples {entry.rows.tolist()[:8]}" for entry in bad[:3]]
+            where = [f"step {entry.step}, samples {entry.places.tolist()[:8]}" for entry in bad[:3]]
             what = (
                 f"loss {summary['loss']}, gradient norm {summary['gradient_norm']}, "
                 f"{summary['non_finite']:.0f} non-finite positions"
@@ -155,14 +159,13 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
 
 @dataclass(frozen=True)
 class Batch:
-    """What updates are made of: this process's samples, their advantages [B], maps and old log-probs [S, B, H, W].
+    """What updates are made of: this process's samples, their advantages [B] and old log-probs [S, B, H, W].
 
     The first of the S is that of `rollout.trajectory.first_noisy`.
     """
 
     rollout: Rollout
     advantages: np.ndarray
-    weights: Tensor | None
     old_log_prob: Tensor
 
 
@@ -179,34 +182,92 @@ class Part:
 
 @dataclass(frozen=True)
 class Pass:
-    """A backward pass: the denoising step, the samples and what was measured of them."""
+    """A backward pass: the denoising step, the places of the samples and what was measured of them."""
 
     step: int
-    rows: np.ndarray
+    places: np.ndarray
     metrics: dict[str, Tensor]
 
 
-def divide_samples(samples: np.ndarray, state: TrainingState) -> Part:
-    """Divide some of all processes' samples: each process takes those that it has drawn."""
-    section, accelerator = state.config.rollout, state.accelerator
-    own = section.prompts * section.samples // accelerator.num_processes
-    owners = samples // own
-    most = int(np.bincount(owners).max())
-    rows = samples[owners == accelerator.process_index] % own
-    return Part(len(samples), np.array_split(rows, math.ceil(most / state.config.train.batch_size)))
+def divide_samples(places: np.ndarray, processes: int) -> list[np.ndarray]:
+    """Divide an optimiser step's samples among the processes, whose shares differ by one sample at most.
+
+    A process keeps what it has drawn (see `own_places`) as far as its share goes; those with less get what others have
+    beyond theirs.
+    """
+    drawn = [places[places % processes == process] for process in range(processes)]
+    counts = np.array([len(part) for part in drawn])
+    sizes = np.full(processes, len(places) // processes)
+    # The larger shares go where most samples are, so that few of them move.
+    sizes[np.argsort(-counts, kind="stable")[: len(places) % processes]] += 1
+    beyond = np.concatenate([part[size:] for part, size in zip(drawn, sizes, strict=True)])
+    ends = np.cumsum(np.maximum(sizes - counts, 0))[:-1]
+    lent = np.split(beyond, ends)
+    return [np.concatenate([part[:size], more]) for part, size, more in zip(drawn, sizes, lent, strict=True)]
+
+
+def exchange(accelerator: Accelerator, rollout: Rollout, shares: list[list[np.ndarray]]) -> Rollout:
+    """The rollout with those samples that this process trains on and another has drawn.
+
+    Args:
+        accelerator: knows the processes.
+        rollout: of this process's `own_places`.
+        shares: the places that each process trains on, for every optimiser step, from `divide_samples`.
+    """
+    processes, own = accelerator.num_processes, accelerator.process_index
+    trained = [np.concatenate([share[process] for share in shares]) for process in range(processes) if shares]
+    moving = [part[part % processes != process] for process, part in enumerate(trained)]
+    lent = np.concatenate(moving) if moving else np.zeros(0, dtype=np.int64)
+    if len(lent) == 0:
+        return rollout
+    given = [lent[lent % processes == process] for process in range(processes)]
+    most = max(len(part) for part in given)
+    # Of one shape in every process: what only makes up the number is the first sample again.
+    rows = np.zeros(most, dtype=np.int64)
+    rows[: len(given[own])] = given[own] // processes
+    position = {
+        place: process * most + i for process, part in enumerate(given) for i, place in enumerate(part.tolist())
+    }
+    wanted = torch.tensor([position[place] for place in moving[own].tolist()], dtype=torch.int64)
+
+    def with_wanted(values: Tensor) -> Tensor:
+        """[*, B, ...] of this process's samples, and of those that it gets."""
+        everywhere = gather(accelerator, values[:, torch.from_numpy(rows)].transpose(0, 1)).transpose(0, 1)
+        return torch.cat([values, everywhere[:, wanted]], dim=1)
+
+    trajectory = rollout.trajectory
+    return replace(
+        rollout,
+        trajectory=replace(
+            trajectory,
+            latents=with_wanted(trajectory.latents),
+            log_prob=with_wanted(rollout.log_prob),
+            weights=None if trajectory.weights is None else with_wanted(trajectory.weights),
+        ),
+        rewards=with_wanted(torch.from_numpy(rollout.rewards)[None])[0].numpy(),
+        places=np.concatenate([rollout.places, moving[own]]),
+    )
+
+
+def own_part(share: list[np.ndarray], rollout: Rollout, process: int, batch_size: int) -> Part:
+    """The rows of `rollout` that this process trains on in an optimiser step, in batches of `batch_size` at most."""
+    order = np.argsort(rollout.places)
+    rows = order[np.searchsorted(rollout.places, share[process], sorter=order)]
+    batches = math.ceil(max(len(places) for places in share) / batch_size)
+    return Part(sum(len(places) for places in share), np.array_split(rows, batches))
 
 
 def method_weights(state: TrainingState, rollout: Rollout, rng: np.random.Generator) -> Tensor | None:
     """The maps of this process's samples, as the method has them."""
     method, weights, size = state.config.method, rollout.trajectory.weights, rollout.group_size
-    if method != "shuffled" or weights is None or state.accelerator.num_processes == 1:
+    if method != "shuffled" or weights is None:
         return control_weights(method, weights, size, rng)
     # Maps are exchanged between all groups, those of other processes as well.
-    everywhere = gather(state.accelerator, weights.transpose(0, 1)).transpose(0, 1)
+    total = len(rollout.drawn) * size
+    everywhere = gather_samples(state.accelerator, weights.transpose(0, 1), total).transpose(0, 1)
     exchanged = control_weights(method, everywhere, size, rng)
     assert exchanged is not None, "the method has maps"
-    own = weights.shape[1]
-    return exchanged[:, own * state.accelerator.process_index :][:, :own]
+    return exchanged[:, torch.from_numpy(np.minimum(rollout.places, total - 1))]
 
 
 @contextmanager
@@ -246,7 +307,7 @@ def step_loss(state: TrainingState, batch: Batch, step: int, rows: Tensor) -> tu
         batch.old_log_prob[step - trajectory.first_noisy, rows].to(device),
         torch.from_numpy(batch.advantages).float()[rows].to(device),
         trajectory.coefficients[step],
-        weights=None if batch.weights is None else batch.weights[step, rows].to(device),
+        weights=None if trajectory.weights is None else trajectory.weights[step, rows].to(device),
         clip_range=clip_range(state),
         granularity=config.granularity,
         reference_velocity=reference,
@@ -357,7 +418,7 @@ MEANS = ("loss", "policy_loss", "clip_fraction", "ratio_mean", "approx_kl")
 def summarise(accelerator: Accelerator, passes: list[Pass], norm: Tensor, *, with_kl: bool) -> dict[str, float]:
     """Means over the samples of all processes (sums of counts, extremes of extremes); reads the device once."""
     names = [*MEANS, "kl"] if with_kl else list(MEANS)
-    rows = torch.tensor([float(len(entry.rows)) for entry in passes], dtype=torch.float64)
+    rows = torch.tensor([float(len(entry.places)) for entry in passes], dtype=torch.float64)
 
     def column(name: str) -> Tensor:
         return torch.stack([entry.metrics[name].double() for entry in passes]).to(accelerator.device)

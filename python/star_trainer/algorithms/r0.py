@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import star_kernels as sk
-from star_trainer.algorithms.policy_gradient import Part, divide_samples, skip_update
+from star_trainer.algorithms.policy_gradient import skip_update
 from star_trainer.config import Config
 from star_trainer.families.conditioning import Conditioning
 from star_trainer.families.policy import Policy, load_small_decoder
@@ -66,19 +67,17 @@ def load_supervision(config: Config, rewards: Mapping[str, DifferentiableReward]
 def reward_gradient_iteration(
     state: TrainingState,
     supervision: Supervision,
-    first_prompt: int,
     prompts: Sequence[Prompt],
     iteration: int,
 ) -> Iteration:
     """`train.updates` optimiser steps, each on its share of the iteration's samples, drawn by the weights of then.
 
-    What is drawn for a sample and how samples are divided depends on its place among those of all processes alone.
+    What is drawn for a sample and which update takes it depends on its place among those of all processes alone.
 
     Args:
         state: what is trained.
         supervision: from `load_supervision`.
-        first_prompt: the place of the first of `prompts` among those of all processes.
-        prompts: this process's.
+        prompts: the iteration's, whose samples are divided among all processes.
         iteration: its number.
 
     Raises:
@@ -86,39 +85,38 @@ def reward_gradient_iteration(
         NonFiniteError: images with NaN or infinity, or too many updates in a row with them.
     """
     config, accelerator = state.config, state.accelerator
-    samples = config.rollout.samples
+    samples, size = config.rollout.samples, config.train.batch_size
     start = time.perf_counter()
-    order = numpy_stream(config.run.seed, "update", iteration).permutation(config.rollout.prompts * samples)
     rewards = np.zeros(len(prompts) * samples)
     seconds = dict.fromkeys(("rollout", "reward"), 0.0)
     weight = regularizer_weight(config, iteration)
     totals: list[dict[str, float]] = []
     updates = 0
 
-    def one_pass(rows: np.ndarray, size: int) -> _Pass:
-        own = [prompts[row // samples] for row in rows]
-        places = [first_prompt * samples + int(row) for row in rows]
-        done = backward(state, supervision, own, places, iteration, 1.0 / size)
-        rewards[rows] = done.rewards
+    def one_pass(places: np.ndarray, scale: float) -> _Pass:
+        own = [prompts[place // samples] for place in places]
+        done = backward(state, supervision, own, places.tolist(), iteration, scale)
+        rewards[places] = done.rewards
         for name, value in done.seconds.items():
             seconds[name] += value
         return done
 
-    def run_all(shared: Part) -> list[_Pass]:
-        return [one_pass(rows, shared.size) for rows in shared.chunks if len(rows)]
+    def run_all(own: np.ndarray, scale: float) -> list[_Pass]:
+        batches = np.array_split(own, math.ceil(len(own) / size)) if len(own) else []
+        return [one_pass(places, scale) for places in batches]
 
     state.policy.transformer.train()
-    for part in np.array_split(order, config.train.updates):
+    for part in parts(config, iteration):
         state.optimizer.zero_grad()
-        shared = divide_samples(part, state)
+        own = own_share(part, accelerator)
         with without_synchronisation(accelerator, state.policy.transformer, active=True):
-            passes = fail_together(accelerator, partial(run_all, shared), RewardError, NonFiniteError)
-        summary = _means(state, list(supervision.rewards), passes, shared.size) | _regularized(state, weight)
+            run = partial(run_all, own, 1.0 / len(part))
+            passes = fail_together(accelerator, run, RewardError, NonFiniteError)
+        summary = _means(state, list(supervision.rewards), passes, len(part)) | _regularized(state, weight)
         updates += 1
         broken = [f"{name} is {value}" for name, value in summary.items() if not math.isfinite(value)]
         if broken:
-            rows = np.concatenate(shared.chunks)
-            skip_update(state, ", ".join(broken), f"samples {rows.tolist()[:8]}")
+            skip_update(state, ", ".join(broken), f"samples {own.tolist()[:8]}")
             continue
         state.optimizer.step()
         state.average.step(list(state.policy.trainable().values()))
@@ -132,7 +130,20 @@ def reward_gradient_iteration(
     _wait_for(state.policy.device)
     seconds["update"] = time.perf_counter() - start - sum(seconds.values())
     seconds["reward_wait"] = seconds["reward"]
-    return Iteration(gather_array(accelerator, rewards), seconds, metrics)
+    # Each sample is of one process, and 0 in the others.
+    return Iteration(gather_array(accelerator, rewards[None]).sum(0), seconds, metrics)
+
+
+def parts(config: Config, iteration: int) -> list[np.ndarray]:
+    """The places of the samples that each update takes, drawn over those of all processes."""
+    total = config.rollout.prompts * config.rollout.samples
+    order = numpy_stream(config.run.seed, "update", iteration).permutation(total)
+    return np.array_split(order, config.train.updates)
+
+
+def own_share(part: np.ndarray, accelerator: Accelerator) -> np.ndarray:
+    """What this process draws of an update's samples; the shares of all differ by one sample at most."""
+    return part[accelerator.process_index :: accelerator.num_processes]
 
 
 def _wait_for(device: torch.device) -> None:

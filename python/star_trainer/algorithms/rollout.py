@@ -25,21 +25,30 @@ from star_trainer.worlds.scenes.oracle import true_maps
 
 @dataclass(frozen=True)
 class Rollout:
-    """All samples of one iteration on this process: groups of `group_size` rows per prompt.
+    """Samples of one iteration, those that this process has, in any order.
 
-    `conditioning` has one row per prompt; `rewards` [B] and `prompts` have one entry per sample.
+    `drawn` are the prompts of the whole iteration and `conditioning` has one row for each; `places` [B] tells which of
+    the iteration's samples these are, `group_size` of which belong to every prompt; `rewards` [B] are theirs.
     """
 
     trajectory: Trajectory
     timesteps: Tensor
     conditioning: Conditioning
     rewards: np.ndarray
-    prompts: list[Prompt]
+    drawn: list[Prompt]
+    places: np.ndarray
+    group_size: int
     seconds: dict[str, float]
 
     @property
-    def group_size(self) -> int:
-        return len(self.prompts) // len(self.conditioning)
+    def groups(self) -> np.ndarray:
+        """Each sample's prompt, as a row of `conditioning` [B]."""
+        return prompt_of(self.places, self.group_size, len(self.drawn))
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Each sample's prompt."""
+        return [self.drawn[group] for group in self.groups]
 
     @property
     def log_prob(self) -> Tensor:
@@ -49,7 +58,12 @@ class Rollout:
 
     def conditioning_of(self, rows: Tensor) -> Conditioning:
         """The conditioning of some samples, which is kept once per prompt."""
-        return self.conditioning[rows // self.group_size]
+        return self.conditioning[torch.from_numpy(self.groups)[rows]]
+
+
+def prompt_of(places: np.ndarray, group_size: int, prompts: int) -> np.ndarray:
+    """The prompt of each sample; a place beyond the last group, which only makes up a number, takes the last's."""
+    return np.minimum(places // group_size, prompts - 1)
 
 
 def collect(
@@ -59,41 +73,43 @@ def collect(
     reward: RewardFunction,
     worker: Executor,
     iteration: int,
-    first_prompt: int = 0,
+    places: np.ndarray | None = None,
 ) -> Rollout:
-    """Sample every prompt's group; each batch is rewarded in `worker` while the next one is sampled.
+    """Sample groups of the iteration's `prompts`; each batch is rewarded in `worker` while the next one is sampled.
 
-    `first_prompt` is the place of the first of `prompts` among those of the iteration over all processes: it decides
-    the noise, so that samples do not depend on how many processes share the work or how large their batches are.
+    `places` are those of the samples to be drawn, by default all: sample i is of prompt i // ``rollout.samples``. A
+    place decides the noise, so that samples do not depend on how many processes share the work or how large their
+    batches are.
     """
     section, seed = config.rollout, config.run.seed
-    repeated = [prompt for prompt in prompts for _ in range(section.samples)]
+    if places is None:
+        places = np.arange(len(prompts) * section.samples)
+    of_place = prompt_of(places, section.samples, len(prompts))
     conditioning = policy.encode([prompt.text for prompt in prompts])
     units = text_units(policy, prompts) if config.uses_maps else None
     trajectories: list[Trajectory] = []
     pending: list[Future[_Judged]] = []
     noisy = noisy_steps(section, seed, iteration)
-    first_sample = first_prompt * section.samples
     start = time.perf_counter()
-    for first in range(0, len(repeated), section.batch_size):
+    for first in range(0, len(places), section.batch_size):
         stop_if_asked()
-        rows = torch.arange(first, min(first + section.batch_size, len(repeated)))
-        groups = rows // section.samples
+        rows = slice(first, first + section.batch_size)
+        groups = torch.from_numpy(of_place[rows])
         trajectory = denoise(
             policy,
             conditioning[groups],
             steps=section.steps,
             kind=section.sampler,
-            generator=[stream(seed, "rollout", iteration, first_sample + row) for row in rows.tolist()],
+            generator=[stream(seed, "rollout", iteration, place) for place in places[rows].tolist()],
             eta=section.eta,
             noisy=noisy,
-            initial=_group_noise(policy, config, iteration, first_prompt + groups) if section.shared_noise else None,
+            initial=_group_noise(policy, config, iteration, groups) if section.shared_noise else None,
             guidance_scale=section.guidance_scale,
             units=None if units is None else units[groups],
             allocation=config.allocation,
             backend=config.backend,
         )
-        judged = [repeated[row] for row in rows.tolist()]
+        judged = [prompts[group] for group in groups.tolist()]
         pending.append(worker.submit(_judge, policy, config, trajectory.latents[-1], judged, reward))
         trajectories.append(trajectory.to("cpu") if section.keep_on_host else trajectory)
     sampled = time.perf_counter()
@@ -109,7 +125,9 @@ def collect(
         timesteps=timesteps,
         conditioning=conditioning,
         rewards=np.concatenate([judged.rewards for judged in judgements]),
-        prompts=repeated,
+        drawn=list(prompts),
+        places=places,
+        group_size=section.samples,
         seconds={
             "rollout": sampled - start,
             "reward": sum(judged.seconds for judged in judgements),

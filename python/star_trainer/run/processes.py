@@ -49,6 +49,23 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
 
 
+def own_places(accelerator: Accelerator, total: int) -> np.ndarray:
+    """The places, among `total` samples of an iteration, of those that this process draws: every n-th of n processes.
+
+    As many for every process, so that all run the model equally often and tell each other tensors of one shape: the
+    last place of some may be `total` or more, and what is drawn there counts nowhere.
+    """
+    processes = accelerator.num_processes
+    return accelerator.process_index + processes * np.arange(-(-total // processes))
+
+
+def gather_samples(accelerator: Accelerator, values: Tensor, total: int) -> Tensor:
+    """What the processes have of their `own_places` [b, ...], as [total, ...] in the order of the places."""
+    processes = accelerator.num_processes
+    gathered = gather(accelerator, values).unflatten(0, (processes, len(values)))
+    return gathered.transpose(0, 1).flatten(0, 1)[:total]
+
+
 def fail_together(
     accelerator: Accelerator, action: Callable[[], Result], *failures: type[Exception], stoppable: bool = True
 ) -> Result:

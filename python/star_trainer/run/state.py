@@ -270,7 +270,7 @@ def build_state(config: Config, pipeline: Any = None) -> TrainingState:
     """Load the model, or take `pipeline` for it, and set up what trains it; deterministic in `run.seed`.
 
     Raises:
-        ConfigError: prompts that cannot be divided among the processes, or a model that cannot be loaded.
+        ConfigError: weights to be spread over a single process, or a model that cannot be loaded.
     """
     accelerator = Accelerator(
         mixed_precision="no" if config.model.dtype == "float32" else "bf16",
@@ -285,11 +285,6 @@ def build_state(config: Config, pipeline: Any = None) -> TrainingState:
     )
     torch.backends.cuda.matmul.allow_tf32 = config.model.tf32
     processes = accelerator.num_processes
-    if config.rollout.prompts % processes:
-        raise ConfigError(
-            f"rollout.prompts: expected a multiple of the {processes} processes, among which whole groups are "
-            f"divided, got {config.rollout.prompts}"
-        )
     if config.model.sharded and processes == 1:
         raise ConfigError("model.sharded: expected several processes to spread the weights over, got one")
     torch.manual_seed(config.run.seed)

@@ -306,14 +306,14 @@ def test_other_precisions_and_parameters_have_their_gradient_and_learn(
         state.policy.model.disable_gradient_checkpointing()
         assert relative(gradient_of(state, prompts), kept) < 1e-5
         state.policy.model.enable_gradient_checkpointing()
-    rewards = [r0.reward_gradient_iteration(state, SMOOTH, 0, prompts, 0).rewards.mean() for _ in range(2)]
+    rewards = [r0.reward_gradient_iteration(state, SMOOTH, prompts, 0).rewards.mean() for _ in range(2)]
     assert rewards[1] > rewards[0] and r0.regularization(state.policy, "distance")[0] > 0
 
 
 def test_an_update_raises_the_reward_of_its_own_samples(shared_state: TrainingState, prompts: list[Prompt]) -> None:
     state = with_settings(shared_state, "r0.eta=[0, 0.5]")
     before = [p.detach().clone() for p in state.policy.trainable().values()]
-    rewards = [r0.reward_gradient_iteration(state, SMOOTH, 0, prompts, 0).rewards.mean() for _ in range(3)]
+    rewards = [r0.reward_gradient_iteration(state, SMOOTH, prompts, 0).rewards.mean() for _ in range(3)]
     for parameter, value in zip(state.policy.trainable().values(), before, strict=True):
         parameter.data.copy_(value)
     assert rewards[0] < rewards[1] < rewards[2]

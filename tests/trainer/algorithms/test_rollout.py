@@ -201,9 +201,15 @@ def test_a_sample_depends_neither_on_its_batch_nor_on_the_other_processes(policy
     with ThreadPoolExecutor(1) as worker:
         whole = collect(policy, load_config("tiny", [*overrides, "rollout.batch_size=8"]), prompts, reward, worker, 3)
         config = load_config("tiny", [*overrides, "rollout.batch_size=3"])
-        second_half = collect(policy, config, prompts[2:], reward, worker, 3, first_prompt=2)
-    torch.testing.assert_close(second_half.trajectory.latents, whole.trajectory.latents[:, 4:], atol=1e-5, rtol=1e-5)
-    assert torch.equal(second_half.trajectory.latents[0], whole.trajectory.latents[0, 4:])
+        # Of three processes the last has no third sample of its own, and draws one that counts nowhere.
+        share = collect(policy, config, prompts, reward, worker, 3, np.array([2, 5, 8]))
+    taken, expected = share.trajectory.latents[:, :2], whole.trajectory.latents[:, [2, 5]]
+    torch.testing.assert_close(taken, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(taken[0], expected[0])
+    assert share.prompts == [prompts[1], prompts[2], prompts[3]]
+    np.testing.assert_array_equal(share.rewards[:2], whole.rewards[[2, 5]])
+    given = share.conditioning_of(torch.tensor([1, 2])).tensors["text"]
+    assert torch.equal(given, policy.encode([prompts[2].text, prompts[3].text]).tensors["text"])
 
 
 def test_nan_in_the_latents_ends_the_rollout_with_step_and_sample(policy: Policy, prompts) -> None:

@@ -1,4 +1,4 @@
-"""Several processes: the same training as one, whole groups, and no process that waits for one that is gone."""
+"""Several processes: the same training as one, equal shares, and no process that waits for one that is gone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from star_trainer import cli
@@ -140,15 +139,15 @@ def test_rewards_are_back_propagated_as_in_one_process(tmp_path: Path) -> None:
 
 
 def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_all_groups(tmp_path: Path) -> None:
-    # One group of the four has spread: one process has all the samples that are trained on, the other none.
-    overrides = ["method=shuffled", "train.iterations=1", "train.updates=1"]
+    # 15 samples on two processes. Two groups of the five have spread, and the last two updates one sample each.
+    overrides = ["method=shuffled", "train.iterations=1", "train.updates=4", "rollout.prompts=5"]
     overrides.append("reward.terms={'reward_for_tests:one_group': 1.0}")
     run_two(tmp_path / "two", *overrides)
     run_one(tmp_path / "one", *overrides)
     one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
     assert max(float(tensor.abs().max()) for key, tensor in one.items() if "exp_avg" in key) > 1e-4
-    assert records(tmp_path / "two")[1]["reward/groups_without_spread"] == 0.75
+    assert records(tmp_path / "two")[1]["reward/groups_without_spread"] == 0.6
 
 
 @pytest.mark.exhaustive
@@ -230,12 +229,6 @@ def test_a_reward_that_hangs_in_one_process_ends_all_with_a_checkpoint(tmp_path:
     assert codes == [2, 2] and time.monotonic() - start < 250, printed
     assert "no answer within 5 s (reward.timeout). 1 iterations are saved" in printed[1], printed
     assert load_latest(tmp_path / "checkpoints").iteration == 1
-
-
-def test_groups_that_cannot_be_divided_are_refused_by_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "num_processes", 3)
-    with pytest.raises(ConfigError, match=r"rollout\.prompts: expected a multiple of the 3 processes"):
-        run_one(tmp_path)
 
 
 def test_one_process_has_nothing_to_spread_its_weights_over(tmp_path: Path) -> None:

@@ -216,9 +216,9 @@ def update_once(case: Case) -> Callable[[Arm], Callable[[], object]]:
     trained = replace(trajectory, log_prob=trajectory.log_prob[:1], coefficients=trajectory.coefficients[:1])
     _, timesteps = small.state.policy.schedule(ROLLOUT_STEPS)
     conditioning = small.state.policy.encode([prompt.text for prompt in small.prompts])
-    repeated = [prompt for prompt in small.prompts for _ in range(section.samples)]
-    rewards = np.random.default_rng(0).random(len(repeated))
-    rollout = Rollout(trained, timesteps, conditioning, rewards, repeated, seconds={})
+    places = np.arange(len(small.prompts) * section.samples)
+    rewards = np.random.default_rng(0).random(len(places))
+    rollout = Rollout(trained, timesteps, conditioning, rewards, small.prompts, places, section.samples, seconds={})
     advantages = group_advantages(rewards, section.samples)
 
     def of(arm: Arm) -> Callable[[], object]:

@@ -150,12 +150,14 @@ def _update(case: Case, arm: Arm) -> int:
         return torch.empty(*shape, device="meta")
 
     row = sk.transition_coefficients(section.sampler, torch.tensor([0.8]), torch.tensor([0.7]), eta=section.eta)
-    log_prob, weights = empty(1, samples, height, width), empty(1, samples, *policy.grid)
+    log_prob = empty(1, samples, height, width)
+    weights = empty(1, samples, *policy.grid) if state.config.uses_maps else None
     trajectory = Trajectory(empty(2, samples, channels, height, width), log_prob, weights, [row.to("meta")])
     conditioning = policy.encode([prompt.text for prompt in small.prompts])
-    repeated = [prompt for prompt in small.prompts for _ in range(section.samples)]
-    rollout = Rollout(trajectory, empty(1), conditioning, np.zeros(samples), repeated, seconds={})
-    batch = Batch(rollout, np.zeros(samples), weights if state.config.uses_maps else None, log_prob)
+    places = np.arange(samples)
+    prompts = list(small.prompts)
+    rollout = Rollout(trajectory, empty(1), conditioning, np.zeros(samples), prompts, places, section.samples, {})
+    batch = Batch(rollout, np.zeros(samples), log_prob)
 
     def call() -> None:
         with attention_of(arm.variant):
