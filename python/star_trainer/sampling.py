@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 import star_kernels as sk
 from star_trainer.config import Allocation, TrainerError
 from star_trainer.families.conditioning import Conditioning
+from star_trainer.families.devices import send
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 
@@ -88,10 +89,15 @@ def denoise(
     sigmas, timesteps = policy.schedule(steps)
 
     def draw() -> Tensor:
-        return randn_tensor((batch, *shape), generator=generator, device=torch.device("cpu")).to(device)
+        return randn_tensor((batch, *shape), generator=generator, device=torch.device("cpu"))
 
     guidance = policy.guidance(batch, guidance_scale, in_one_pass=True)
-    latents, log_probs, weights, coefficients = [draw() if initial is None else initial.to(device)], [], [], []
+    kinds = [kind if noisy is None or step in noisy else "ode" for step in range(steps)]
+    coefficients = _coefficients(kinds, sigmas.cpu(), eta, device)
+    # All that the steps take from the host crosses before them: a copy in between would wait for the device.
+    draws = [draw() for _ in range((initial is None) + sum(row.stochastic for row in coefficients))]
+    noise = iter(send(torch.stack(draws), device) if draws else ())
+    latents, log_probs, weights = [next(noise) if initial is None else send(initial, device)], [], []
     layers = None if allocation is None else allocation.layers
     rows = policy.family.conditional_rows(batch, guidance)
     recording = (
@@ -103,24 +109,17 @@ def denoise(
         for step in range(steps):
             current = latents[-1]
             prediction = policy.predict(current, timesteps[step], conditioning, guidance)
-            row = sk.transition_coefficients(
-                kind if noisy is None or step in noisy else "ode",
-                sigmas[step].cpu(),
-                sigmas[step + 1].cpu(),
-                eta=eta,
-                sigma_max=sigmas[1].cpu(),
-            ).to(device)
+            row = coefficients[step]
             result = sk.transition_step(
                 prediction.velocity,
                 current,
                 row,
-                noise=draw() if row.stochastic else None,
+                noise=next(noise) if row.stochastic else None,
                 unconditional_velocity=prediction.unconditional,
                 guidance_scale=prediction.scale,
                 backend=backend,
             )
             latents.append(result.next_sample)
-            coefficients.append(row)
             if result.log_prob is not None:
                 log_probs.append(result.log_prob)
             if recorder is not None:
@@ -144,3 +143,32 @@ def denoise(
         torch.stack(weights) if weights else None,
         coefficients,
     )
+
+
+def _coefficients(
+    kinds: Sequence[str], levels: Tensor, eta: float, device: torch.device
+) -> list[sk.TransitionCoefficients]:
+    """Those of all steps between noise levels [T+1], computed where the levels are and sent in one piece."""
+    second = levels[1]
+    rows = [
+        sk.transition_coefficients(kind, now, after, eta=eta, sigma_max=second)
+        for kind, now, after in zip(kinds, levels[:-1], levels[1:], strict=True)
+    ]
+    # [T, 4, 1]; a step without a rate of noise has its std in that place, which nobody reads.
+    table = [
+        torch.stack(
+            [row.sample_drift, row.velocity_scale, row.std, row.std if row.noise_rate is None else row.noise_rate]
+        )
+        for row in rows
+    ]
+    sent = send(torch.stack(table), device)
+    return [
+        replace(
+            row,
+            sample_drift=drift,
+            velocity_scale=scale,
+            std=std,
+            noise_rate=None if row.noise_rate is None else rate,
+        )
+        for row, (drift, scale, std, rate) in zip(rows, sent, strict=True)
+    ]

@@ -224,14 +224,15 @@ def test_methods_draw_the_same_random_numbers(method: str, uninterrupted: Path, 
 
 
 def test_methods_train_on_the_same_samples_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, list[tuple[int, list[int]]]] = {}
+    seen: dict[str, list[tuple[int, list[float]]]] = {}
     real = update_module.step_loss
 
     for method in ("star", "shuffled"):
 
-        def watched(state, batch, step, rows, method=method):
-            seen.setdefault(method, []).append((step, rows.tolist()))
-            return real(state, batch, step, rows)
+        def watched(state, samples, step, method=method):
+            # The noise that it starts from tells a sample.
+            seen.setdefault(method, []).append((step, samples.latents[0, :, 0, 0, 0].tolist()))
+            return real(state, samples, step)
 
         monkeypatch.setattr(update_module, "step_loss", watched)
         run(tmp_path / method, f"method={method}", "train.iterations=1", "train.step_fraction=0.5")
@@ -268,8 +269,8 @@ def test_disagreement_with_the_rollout_is_measured_and_recomputing_removes_it(
     deviations: list[float] = []
     real = update_module.step_loss
 
-    def watched(state, batch, step, rows):
-        result, prediction = real(state, batch, step, rows)
+    def watched(state, samples, step):
+        result, prediction = real(state, samples, step)
         deviations.append(max(float(result.metrics["ratio_max"]) - 1.0, 1.0 - float(result.metrics["ratio_min"])))
         return result, prediction
 

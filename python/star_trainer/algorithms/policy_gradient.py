@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -20,7 +19,8 @@ from torch import Tensor
 import star_kernels as sk
 from star_trainer.algorithms.advantages import Advantages, control_weights, group_advantages
 from star_trainer.algorithms.rollout import Rollout, collect
-from star_trainer.families.conditioning import Prediction
+from star_trainer.families.conditioning import Conditioning, Guidance, Prediction
+from star_trainer.families.devices import send
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardError, RewardFunction
 from star_trainer.run.interruption import stop_if_asked
@@ -111,20 +111,18 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
         state.optimizer.zero_grad()
         passes: list[Pass] = []
         on_policy = config.train.old_log_prob == "rollout" and part is parts[0]
-        for index, (rows, step) in enumerate(itertools.product(part.chunks, steps)):
-            more = index + 1 < len(part.chunks) * len(steps)
+        last = len(part.chunks) - 1, steps[-1]
+        for chunk, rows, samples, step in passes_of(state, batch, part, steps):
             if accelerator.num_processes == 1:
                 stop_if_asked()
-            with without_synchronisation(accelerator, state.policy.transformer, active=more):
-                # A process that has no samples left goes along with one that weighs nothing.
-                taken = torch.from_numpy(rows if len(rows) else np.zeros(1, dtype=np.int64))
-                result, prediction = step_loss(state, batch, step, taken)
+            with without_synchronisation(accelerator, state.policy.transformer, active=(chunk, step) != last):
+                result, prediction = step_loss(state, samples, step)
                 share = len(rows) * accelerator.num_processes / part.size / len(steps)
                 accelerator.backward(result.loss * share)
             if len(rows) == 0:
                 continue
             if on_policy:
-                consistency.append(log_ratio(state, batch, step, taken, prediction))
+                consistency.append(log_ratio(state, samples, step, prediction))
             measured = {**result.metrics, "loss": result.loss.detach()}
             if config.train.kl_weight == 0.0:
                 # Without a weight the reference model is not run, and a KL of 0 would be no measurement.
@@ -170,6 +168,49 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """The samples of a backward pass on the policy's device, with all that passes at any step ask for.
+
+    latents [T+1, b, C, H, W]; log_prob of the rollout and old_log_prob [S, b, H, W], of which the first is that of the
+    step `first_noisy`; weights [T, b, h, w], or None;
+    advantages [b]; timesteps [T] and coefficients of the T steps; conditioning and guidance of b samples.
+    """
+
+    latents: Tensor
+    log_prob: Tensor
+    old_log_prob: Tensor
+    first_noisy: int
+    weights: Tensor | None
+    advantages: Tensor
+    timesteps: Tensor
+    coefficients: list[sk.TransitionCoefficients]
+    conditioning: Conditioning
+    guidance: Guidance | None
+
+
+def take(state: TrainingState, batch: Batch, rows: np.ndarray) -> Samples:
+    """Some rows of a batch, sent to the device once for all passes that they are in."""
+    rollout, policy = batch.rollout, state.policy
+    trajectory, device = rollout.trajectory, policy.device
+    # Where the rollout is kept on the host it is indexed there.
+    index = send(torch.from_numpy(rows), trajectory.latents.device)
+    log_prob = send(rollout.log_prob[:, index], device)
+    recomputed = batch.old_log_prob is not rollout.log_prob
+    return Samples(
+        latents=send(trajectory.latents[:, index], device),
+        log_prob=log_prob,
+        old_log_prob=send(batch.old_log_prob[:, index], device) if recomputed else log_prob,
+        first_noisy=trajectory.first_noisy,
+        weights=None if trajectory.weights is None else send(trajectory.weights[:, index], device),
+        advantages=send(torch.from_numpy(batch.advantages[rows]).float(), device),
+        timesteps=rollout.timesteps,
+        coefficients=trajectory.coefficients,
+        conditioning=rollout.conditioning[send(torch.from_numpy(rollout.groups[rows]), device)],
+        guidance=policy.guidance(len(rows), state.config.rollout.guidance_scale, in_one_pass=False),
+    )
+
+
+@dataclass(frozen=True)
 class Part:
     """One optimiser step's samples: `size` over all processes, and this process's in the batches of its passes.
 
@@ -178,6 +219,17 @@ class Part:
 
     size: int
     chunks: list[np.ndarray]
+
+
+def passes_of(
+    state: TrainingState, batch: Batch, part: Part, steps: list[int]
+) -> Iterator[tuple[int, np.ndarray, Samples, int]]:
+    """Each pass of an optimiser step: the number of its rows' batch, the rows, those samples and the denoising step."""
+    for chunk, rows in enumerate(part.chunks):
+        # A process that has no samples left goes along with one that weighs nothing.
+        samples = take(state, batch, rows if len(rows) else np.zeros(1, dtype=np.int64))
+        for step in steps:
+            yield chunk, rows, samples, step
 
 
 @dataclass(frozen=True)
@@ -282,32 +334,28 @@ def attention_of_the_rollout(state: TrainingState) -> Iterator[None]:
         yield
 
 
-def predict(state: TrainingState, rollout: Rollout, step: int, rows: Tensor, *, reference: bool = False) -> Prediction:
+def predict(state: TrainingState, samples: Samples, step: int, *, reference: bool = False) -> Prediction:
     """What the policy, or the model that training started from, predicts for some samples at one denoising step."""
-    policy = state.policy
-    sample, timestep = rollout.trajectory.latents[step, rows].to(policy.device), rollout.timesteps[step]
-    guidance = policy.guidance(len(rows), state.config.rollout.guidance_scale, in_one_pass=False)
-    call = policy.predict_reference if reference else policy.predict
-    return call(sample, timestep, rollout.conditioning_of(rows), guidance)
+    call = state.policy.predict_reference if reference else state.policy.predict
+    return call(samples.latents[step], samples.timesteps[step], samples.conditioning, samples.guidance)
 
 
-def step_loss(state: TrainingState, batch: Batch, step: int, rows: Tensor) -> tuple[sk.PolicyLoss, Prediction]:
-    """The clipped objective of one denoising step on some of the samples, and the prediction it was made of."""
-    config, trajectory, device = state.config, batch.rollout.trajectory, state.policy.device
-    sample = trajectory.latents[step, rows].to(device)
+def step_loss(state: TrainingState, samples: Samples, step: int) -> tuple[sk.PolicyLoss, Prediction]:
+    """The clipped objective of one denoising step on some samples, and the prediction it was made of."""
+    config = state.config
     reference = None
     with attention_of_the_rollout(state):
         if config.train.kl_weight > 0.0:
-            reference = predict(state, batch.rollout, step, rows, reference=True).guided
-        prediction = predict(state, batch.rollout, step, rows)
+            reference = predict(state, samples, step, reference=True).guided
+        prediction = predict(state, samples, step)
     loss = sk.policy_loss(
         prediction.velocity,
-        sample,
-        trajectory.latents[step + 1, rows].to(device),
-        batch.old_log_prob[step - trajectory.first_noisy, rows].to(device),
-        torch.from_numpy(batch.advantages).float()[rows].to(device),
-        trajectory.coefficients[step],
-        weights=None if trajectory.weights is None else trajectory.weights[step, rows].to(device),
+        samples.latents[step],
+        samples.latents[step + 1],
+        samples.old_log_prob[step - samples.first_noisy],
+        samples.advantages,
+        samples.coefficients[step],
+        weights=None if samples.weights is None else samples.weights[step],
         clip_range=clip_range(state),
         granularity=config.granularity,
         reference_velocity=reference,
@@ -329,25 +377,22 @@ def clip_range(state: TrainingState) -> float:
     return state.config.train.clip_range * math.sqrt(height * width)
 
 
-def log_prob(state: TrainingState, rollout: Rollout, step: int, rows: Tensor, prediction: Prediction) -> Tensor:
-    """The log-prob [B, H, W] of the rollout's transitions under the policy that makes `prediction`."""
-    trajectory, device = rollout.trajectory, state.policy.device
+def log_prob(state: TrainingState, samples: Samples, step: int, prediction: Prediction) -> Tensor:
+    """The log-prob [b, H, W] of the rollout's transitions under the policy that makes `prediction`."""
     return sk.transition_log_prob(
         prediction.velocity.detach(),
-        trajectory.latents[step, rows].to(device),
-        trajectory.latents[step + 1, rows].to(device),
-        trajectory.coefficients[step],
+        samples.latents[step],
+        samples.latents[step + 1],
+        samples.coefficients[step],
         unconditional_velocity=prediction.unconditional,
         guidance_scale=prediction.scale,
         backend=state.config.backend,
     )
 
 
-def log_ratio(state: TrainingState, batch: Batch, step: int, rows: Tensor, prediction: Prediction) -> Tensor:
+def log_ratio(state: TrainingState, samples: Samples, step: int, prediction: Prediction) -> Tensor:
     """|log-ratio| of the training passes to the rollout, mean and largest [2], at the method's granularity."""
-    new = log_prob(state, batch.rollout, step, rows, prediction)
-    place = step - batch.rollout.trajectory.first_noisy
-    difference = new - batch.rollout.log_prob[place, rows].to(new.device)
+    difference = log_prob(state, samples, step, prediction) - samples.log_prob[step - samples.first_noisy]
     if state.config.granularity == "image":
         difference = difference.mean((-2, -1))
     return torch.stack([difference.abs().mean(), difference.abs().max()])
@@ -360,15 +405,18 @@ def recompute(state: TrainingState, batch: Batch, steps: list[int], parts: list[
     differences: list[Tensor] = []
     state.policy.transformer.train()
     for part in parts:
-        for rows, step in itertools.product(part.chunks, steps):
-            taken = torch.from_numpy(rows if len(rows) else np.zeros(1, dtype=np.int64))
+        found: list[Tensor] = []
+        for _, rows, samples, step in passes_of(state, batch, part, steps):
             with attention_of_the_rollout(state):
-                prediction = predict(state, batch.rollout, step, taken)
+                prediction = predict(state, samples, step)
             if len(rows) == 0:
                 continue
-            differences.append(log_ratio(state, batch, step, taken, prediction))
-            place = step - batch.rollout.trajectory.first_noisy
-            old[place, taken] = log_prob(state, batch.rollout, step, taken, prediction).to(old.device)
+            differences.append(log_ratio(state, samples, step, prediction))
+            found.append(log_prob(state, samples, step, prediction))
+            if step == steps[-1]:
+                places = torch.tensor(steps)[:, None] - samples.first_noisy
+                old[places, torch.from_numpy(rows)] = torch.stack(found).to(old.device)
+                found.clear()
     state.policy.transformer.eval()
     return replace(batch, old_log_prob=old), differences
 
@@ -418,7 +466,8 @@ MEANS = ("loss", "policy_loss", "clip_fraction", "ratio_mean", "approx_kl")
 def summarise(accelerator: Accelerator, passes: list[Pass], norm: Tensor, *, with_kl: bool) -> dict[str, float]:
     """Means over the samples of all processes (sums of counts, extremes of extremes); reads the device once."""
     names = [*MEANS, "kl"] if with_kl else list(MEANS)
-    rows = torch.tensor([float(len(entry.places)) for entry in passes], dtype=torch.float64)
+    counts = torch.tensor([float(len(entry.places)) for entry in passes], dtype=torch.float64)
+    rows = send(counts, accelerator.device)
 
     def column(name: str) -> Tensor:
         return torch.stack([entry.metrics[name].double() for entry in passes]).to(accelerator.device)
@@ -426,18 +475,19 @@ def summarise(accelerator: Accelerator, passes: list[Pass], norm: Tensor, *, wit
     own = torch.zeros(len(names) + 4, dtype=torch.float64, device=accelerator.device)
     own[-2], own[-1] = float("inf"), float("-inf")
     if passes:
-        sums = [(column(name) * rows.to(accelerator.device)).sum() for name in names]
+        sums = [(column(name) * rows).sum() for name in names]
         own = torch.stack(
-            [*sums, rows.sum().to(accelerator.device), column("non_finite").sum()]
-            + [column("ratio_min").amin(), column("ratio_max").amax()]
+            [*sums, rows.sum(), column("non_finite").sum()] + [column("ratio_min").amin(), column("ratio_max").amax()]
         )
-    everywhere = gather(accelerator, own[None])
+    norm = norm.to(own)
+    everywhere = gather(accelerator, torch.cat([own, norm[None]])[None]).cpu()
+    everywhere, norms = everywhere[:, :-1], everywhere[:, -1]
     total = everywhere.sum(0)
     values = torch.cat([total[: len(names)] / total[len(names)], total[[-3]]]).tolist()
     return dict(zip([*names, "non_finite"], values, strict=True)) | {
         "ratio_min": float(everywhere[:, -2].min()),
         "ratio_max": float(everywhere[:, -1].max()),
-        "gradient_norm": float(norm),
+        "gradient_norm": float(norms[0]),
     }
 
 

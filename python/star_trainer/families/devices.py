@@ -1,10 +1,11 @@
-"""Which device is this process's."""
+"""Which device is this process's, and how tensors get there."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from torch import Tensor
 
 
 def own_device() -> torch.device:
@@ -16,3 +17,10 @@ def own_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; from the host to a GPU without waiting for it, which takes pinned memory."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

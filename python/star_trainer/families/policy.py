@@ -185,11 +185,21 @@ class Policy:
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
-        self.model.disable_adapters()
+        """Within this context, which is for passes without gradients, the transformer runs without its adapters."""
+        # The layers' flag alone: PEFT's own switch walks all modules and also turns gradients off and on.
+        for layer in self._adapted_layers:
+            layer._disable_adapters = True
         try:
             yield
         finally:
-            self.model.enable_adapters()
+            for layer in self._adapted_layers:
+                layer._disable_adapters = False
+
+    @cached_property
+    def _adapted_layers(self) -> list[Any]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
     def pixels(self, latents: Tensor, decoder: Any = None) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] of latents [B, C, H, W], differentiably, by the pipeline's or another decoder.

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import star_kernels as sk
 from star_kernels.attention.reference import num_text_keys
-from star_trainer.algorithms.policy_gradient import Batch, step_loss
+from star_trainer.algorithms.policy_gradient import Batch, step_loss, take
 from star_trainer.algorithms.rollout import Rollout
 from star_trainer.sampling import Trajectory, text_units
 from star_trainer.studies.cost.attention import flash_with_log_sum_exp
@@ -161,7 +161,7 @@ def _update(case: Case, arm: Arm) -> int:
 
     def call() -> None:
         with attention_of(arm.variant):
-            _, prediction = step_loss(state, batch, 0, torch.arange(samples))
+            _, prediction = step_loss(state, take(state, batch, places), 0)
             # The loss is element-wise, its backward pass as well: what is counted comes before it.
             prediction.velocity.backward(torch.empty_like(prediction.velocity))
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import star_kernels as sk
 from star_trainer.algorithms.advantages import control_weights, group_advantages
-from star_trainer.algorithms.policy_gradient import attention_of_the_rollout, log_prob, predict
+from star_trainer.algorithms.policy_gradient import Batch, attention_of_the_rollout, log_prob, predict, take
 from star_trainer.algorithms.rollout import Rollout, collect
 from star_trainer.config import Allocation
 from star_trainer.prompts import Prompt
@@ -295,29 +295,31 @@ def batch_gradients(
 
     Samples of groups without spread have no advantage and add nothing, but count: gradients are means over all samples.
     """
-    config, trajectory, device = state.config, rollout.trajectory, state.policy.device
+    config, device = state.config, state.policy.device
+    batch = Batch(rollout, advantages, rollout.log_prob)
     parameters = list(state.policy.trainable().values())
     sizes = sum(parameter.numel() for parameter in parameters)
-    steps = [step for step, row in enumerate(trajectory.coefficients) if row.stochastic]
+    steps = [step for step, row in enumerate(rollout.trajectory.coefficients) if row.stochastic]
     gradients = {(arm, step): torch.zeros(sizes) for arm in weights for step in steps}
     samples = len(rollout.rewards)
     state.policy.transformer.train()
     for first in range(0, samples, config.train.batch_size):
-        rows = torch.arange(first, min(first + config.train.batch_size, samples))
+        rows = np.arange(first, min(first + config.train.batch_size, samples))
+        taken = take(state, batch, rows)
         for step in steps:
             with attention_of_the_rollout(state):
-                prediction = predict(state, rollout, step, rows)
+                prediction = predict(state, taken, step)
             # That of these very passes: all ratios are 1, and nothing is clipped.
-            old = log_prob(state, rollout, step, rows, prediction)
+            old = log_prob(state, taken, step, prediction)
             for index, (arm, maps) in enumerate(weights.items()):
                 leaf = prediction.velocity.detach().requires_grad_()
                 result = sk.policy_loss(
                     leaf,
-                    trajectory.latents[step, rows].to(device),
-                    trajectory.latents[step + 1, rows].to(device),
+                    taken.latents[step],
+                    taken.latents[step + 1],
                     old,
-                    torch.from_numpy(advantages).float()[rows].to(device),
-                    trajectory.coefficients[step],
+                    taken.advantages,
+                    taken.coefficients[step],
                     weights=None if maps is None else maps[step, rows].to(device),
                     unconditional_velocity=prediction.unconditional,
                     guidance_scale=prediction.scale,
