@@ -20,6 +20,8 @@ from star_trainer.studies.evaluate.cli import main
 from star_trainer.studies.evaluate.tables import markdown, tabulate
 from star_trainer.train import train
 
+from tests.trainer.forked import run_forked
+
 TRAINED = [
     "run.progress=false",
     "method=uniform",
@@ -200,6 +202,18 @@ def test_a_stopped_evaluation_goes_on_and_makes_no_picture_twice(
     made.clear()
     assert main(arguments) == 0
     assert not made
+
+
+def test_two_processes_leave_the_files_of_one(tmp_path: Path) -> None:
+    arguments = ["tiny", *SMALL, "--steps", "1", "rollout.batch_size=2", "--out"]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    expected = {path.relative_to(tmp_path / "one"): path for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    codes, printed = run_forked(main, [*arguments, str(tmp_path / "two")], processes=2)
+    assert codes == [0, 0], printed
+    assert "pictures, scores and tables are in" in printed[0] and "scores" not in printed[1]
+    found = {path.relative_to(tmp_path / "two"): path for path in (tmp_path / "two").rglob("*") if path.is_file()}
+    assert found.keys() == expected.keys()
+    assert all(found[name].read_bytes() == expected[name].read_bytes() for name in expected)
 
 
 @pytest.mark.parametrize(

@@ -124,30 +124,54 @@ def _settings(options: argparse.Namespace) -> tuple[Config, Path | None, Path]:
 def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out: Path) -> None:
     """Make what is missing of the pictures, score them all, and write and print the table.
 
+    Several processes, as `accelerate launch` or `torchrun` start them, share the pictures; the main one does the rest.
+
     Raises:
         ConfigError: settings, prompts, weights or pictures that cannot be used; the message names the option.
     """
     from tqdm import tqdm
 
-    from star_trainer.rewards import check_prompts, check_reward, load_terms
+    from star_trainer.rewards import RewardError, check_prompts, check_reward, load_terms
     from star_trainer.run.inputs import check_backend
-    from star_trainer.studies.evaluate.gallery import Gallery, draw_missing
+    from star_trainer.run.processes import fail_together
+    from star_trainer.sampling import NonFiniteError
+    from star_trainer.studies.evaluate.gallery import Gallery, batches_of, draw
+    from star_trainer.studies.evaluate.models import connect
     from star_trainer.studies.evaluate.tables import markdown, tabulate
 
     check_backend(config.backend)
     check_reward(config.reward)
     prompts = _prompts(config, options)
     check_prompts(config.reward.terms, prompts, "--rewards")
-    scorers = load_terms(config.reward)
+    accelerator = connect(config)
+    main = accelerator.is_main_process
+    scorers = fail_together(accelerator, lambda: load_terms(config.reward) if main else {}, ConfigError, RewardError)
     policy, digest = _models(config, options.adapter, run)
-    galleries = {}
-    for model in ("base",) if digest is None else ("base", "adapter"):
-        galleries[model] = Gallery(out / model, prompts, options.samples)
-        galleries[model].open(_decisive(config, digest if model == "adapter" else None))
-    with tqdm(total=len(galleries) * len(prompts) * options.samples, unit="picture", disable=None) as bar:
+    galleries = {
+        model: Gallery(out / model, prompts, options.samples)
+        for model in (("base",) if digest is None else ("base", "adapter"))
+    }
+
+    def open_all() -> None:
         for model, gallery in galleries.items():
-            with policy.base_weights() if model == "base" and digest is not None else nullcontext():
-                draw_missing(gallery, policy, config, bar)
+            gallery.open(_decisive(config, digest if model == "adapter" else None))
+
+    def draw_all() -> None:
+        with tqdm(total=total, initial=total - todo, unit="picture", disable=None if main else True) as bar:
+            for model, gallery in galleries.items():
+                with policy.base_weights() if model == "base" and digest is not None else nullcontext():
+                    draw(gallery, own[model], policy, config, bar)
+
+    fail_together(accelerator, open_all if main else lambda: None, ConfigError, OSError)
+    size = config.rollout.batch_size
+    own = {model: batches_of(gallery.missing(), size, accelerator) for model, gallery in galleries.items()}
+    todo = sum(len(batch) for batches in own.values() for batch in batches)
+    total = len(galleries) * len(prompts) * options.samples
+    # None makes a picture before all know which are missing.
+    accelerator.wait_for_everyone()
+    fail_together(accelerator, draw_all, ConfigError, OSError, NonFiniteError)
+    if not main:
+        return
     scores = {model: _score(gallery, scorers) for model, gallery in galleries.items()}
     rows = tabulate(scores, [prompt.metadata.get("tag") for prompt in prompts])
     table = markdown(rows)

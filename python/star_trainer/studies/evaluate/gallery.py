@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -99,17 +100,23 @@ class Gallery:
         return np.stack(images)
 
 
-def draw_missing(gallery: Gallery, policy: Policy, config: Config, bar: tqdm) -> None:
-    """Make the pictures that are missing, with the pipeline's own sampler.
+def batches_of(missing: Sequence[tuple[int, int]], size: int, accelerator: Accelerator) -> list[list[tuple[int, int]]]:
+    """This process's batches of the pictures that are missing: every n-th of n processes.
+
+    Batches are the same however many processes share them, and so are their pictures, to the bit.
+    """
+    batches = [list(missing[first : first + size]) for first in range(0, len(missing), size)]
+    return batches[accelerator.process_index :: accelerator.num_processes]
+
+
+def draw(gallery: Gallery, batches: Sequence[list[tuple[int, int]]], policy: Policy, config: Config, bar: tqdm) -> None:
+    """Make pictures, batch by batch, with the pipeline's own sampler.
 
     The noise of a picture depends on the seed, the place of its prompt and its sample alone: whatever model makes it,
     in whatever batch.
     """
-    missing = gallery.missing()
-    bar.update(len(gallery.prompts) * gallery.samples - len(missing))
-    policy.encode_ahead([gallery.prompts[prompt].text for prompt, _ in missing])
-    for first in range(0, len(missing), config.rollout.batch_size):
-        places = missing[first : first + config.rollout.batch_size]
+    policy.encode_ahead([gallery.prompts[prompt].text for batch in batches for prompt, _ in batch])
+    for places in batches:
         noise = [
             torch.randn(policy.latent_shape, generator=stream(config.run.seed, "star-eval", *place)) for place in places
         ]

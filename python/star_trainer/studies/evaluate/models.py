@@ -20,6 +20,12 @@ from star_trainer.run.checkpoint import load_latest
 _WHOLE = "diffusion_pytorch_model.safetensors"
 
 
+def connect(config: Config) -> Accelerator:
+    """This process's device and the others, in the precision that the trainer samples in."""
+    precision = "no" if config.model.dtype == "float32" else "bf16"
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+
+
 def load_base(config: Config) -> Policy:
     """The pipeline as it is."""
     pipeline = load_pipeline(config.model)
@@ -77,9 +83,7 @@ def load_trained(config: Config, run: Path) -> tuple[Policy, str]:
 
 def _ready(policy: Policy, config: Config) -> Policy:
     """On its device, and in the precision that the trainer samples in."""
-    accelerator = Accelerator(
-        mixed_precision="no" if config.model.dtype == "float32" else "bf16", cpu=not torch.cuda.is_available()
-    )
+    accelerator = connect(config)
     policy.check(config)
     policy.pipeline.vae.to(accelerator.device)
     policy.transformer = accelerator.prepare_model(policy.transformer, evaluation_mode=True)
