@@ -201,8 +201,9 @@ def _worker() -> Iterator[Executor]:
 def saved_on_failure(state: TrainingState, root: Path) -> Iterator[None]:
     """Save what was trained so far when a signal or a failure ends the run.
 
-    What is raised in all processes is answered by all. Of a process that stands alone, out of memory in an update or
-    with others that are gone, the weights are saved as they are: those of the last iteration, and of updates since.
+    What is raised in all processes is answered by all; a process that stands alone, out of memory in an update or with
+    others that are gone, saves alone. The weights are saved as they are: those of the last iteration, and the optimiser
+    steps since. Where that iteration has its checkpoint already, this stays.
     """
     try:
         yield
