@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from star_trainer.algorithms.r0 import (
     stop_reason,
 )
 from star_trainer.config import Config, TrainerError
+from star_trainer.families.devices import own_worker
 from star_trainer.prompts import Prompt
 from star_trainer.prompts.units import UnitExtractor
 from star_trainer.prompts.units.cache import CacheError
@@ -190,7 +191,7 @@ def term_means(state: TrainingState, reward: WeightedSum) -> dict[str, float]:
 @contextmanager
 def _worker() -> Iterator[Executor]:
     """A thread for rewards; what still waits for it when training fails is dropped."""
-    worker = ThreadPoolExecutor(1)
+    worker = own_worker()
     try:
         yield worker
     finally:

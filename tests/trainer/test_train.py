@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
+from star_trainer.families import devices
 from star_trainer.families.adapters import read_adapter
 from star_trainer.families.sd3 import StableDiffusion3
+from star_trainer.rewards import terms
 from star_trainer.run.checkpoint import CheckpointError
 from star_trainer.run.statistics import paired_difference
 from star_trainer.sampling import NonFiniteError
@@ -147,6 +150,38 @@ def test_any_checkpoint_and_snapshot_becomes_an_adapter(
     assert read_adapter(str(tmp_path / "out"), StableDiffusion3(), "x").metadata["lora_alpha"] == 32
     assert export_main([str(run), "--iteration", "1"]) == 2
     assert "(2, 3, 4), got 1" in capsys.readouterr().err
+
+
+def test_the_device_is_chosen_before_rewards_load_and_again_in_the_thread_that_computes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def noted(name: str, function):
+        def call(*args, **kwargs):
+            thread = "main" if threading.current_thread() is threading.main_thread() else "worker"
+            events.append(f"{name}, {thread}")
+            return function(*args, **kwargs)
+
+        return call
+
+    def reward_once(state, reward, worker, *args):
+        worker.submit(noted("reward", lambda: None)).result()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(devices, "own_device", lambda: torch.device("cuda", 3))
+    for name in ("set_device", "set_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, noted(name, lambda device: None))
+    monkeypatch.setattr(terms, "_find", noted("load", terms._find))
+    monkeypatch.setattr(loop, "build_state", noted("accelerator", loop.build_state))
+    monkeypatch.setattr(loop, "policy_gradient_iteration", reward_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    first = {event: events.index(event) for event in reversed(events)}
+    assert first["set_device, main"] < first["load, main"] < first["accelerator, main"]
+    assert [event for event in events if "worker" in event] == [
+        *("set_device, worker", "Stream, worker", "set_stream, worker", "reward, worker")
+    ]
 
 
 def test_training_moves_the_weights(uninterrupted: Path) -> None:

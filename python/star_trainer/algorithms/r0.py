@@ -129,7 +129,7 @@ def reward_gradient_iteration(
         metrics |= {name: float(np.mean([entry[name] for entry in totals])) for name in totals[0]}
     _wait_for(state.policy.device)
     seconds["update"] = time.perf_counter() - start - sum(seconds.values())
-    seconds["reward_wait"] = seconds["reward"]
+    seconds["reward_wait"], seconds["reward_hidden"] = seconds["reward"], 0.0
     # Each sample is of one process, and 0 in the others.
     return Iteration(gather_array(accelerator, rewards[None]).sum(0), seconds, metrics)
 

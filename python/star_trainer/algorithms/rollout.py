@@ -14,6 +14,7 @@ from torch import Tensor
 
 from star_trainer.config import Config, RolloutConfig
 from star_trainer.families.conditioning import Conditioning
+from star_trainer.families.devices import Handover, finish
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardFunction
@@ -29,6 +30,8 @@ class Rollout:
 
     `drawn` are the prompts of the whole iteration and `conditioning` has one row for each; `places` [B] tells which of
     the iteration's samples these are, `group_size` of which belong to every prompt; `rewards` [B] are theirs.
+    `seconds`: `rollout` is sampling, `reward` the worker's time, `reward_hidden` what of that passed during sampling,
+    and `reward_wait` what the iteration waited after it.
     """
 
     trajectory: Trajectory
@@ -110,8 +113,10 @@ def collect(
             backend=config.backend,
         )
         judged = [prompts[group] for group in groups.tolist()]
-        pending.append(worker.submit(_judge, policy, config, trajectory.latents[-1], judged, reward))
+        pending.append(worker.submit(_judge, policy, config, Handover(trajectory.latents[-1]), judged, reward))
         trajectories.append(trajectory.to("cpu") if section.keep_on_host else trajectory)
+    # Else what a GPU has still to do would count as waiting for the reward.
+    finish(policy.device)
     sampled = time.perf_counter()
     judgements = [future.result() for future in pending]
     end = time.perf_counter()
@@ -130,7 +135,8 @@ def collect(
         group_size=section.samples,
         seconds={
             "rollout": sampled - start,
-            "reward": sum(judged.seconds for judged in judgements),
+            "reward": sum(judged.end - judged.start for judged in judgements),
+            "reward_hidden": sum(max(0.0, min(judged.end, sampled) - judged.start) for judged in judgements),
             "reward_wait": end - sampled,
         },
     )
@@ -156,23 +162,25 @@ def _group_noise(policy: Policy, config: Config, iteration: int, prompts: Tensor
 
 @dataclass(frozen=True)
 class _Judged:
-    """A batch's rewards [B], the maps [T, B, h, w] that its images give (for the oracle), and what that took."""
+    """A batch's rewards [B], the maps [T, B, h, w] that its images give (for the oracle), and when that was done."""
 
     rewards: np.ndarray
     maps: Tensor | None
-    seconds: float
+    start: float
+    end: float
 
 
 def _judge(
-    policy: Policy, config: Config, latents: Tensor, prompts: Sequence[Prompt], reward: RewardFunction
+    policy: Policy, config: Config, handover: Handover, prompts: Sequence[Prompt], reward: RewardFunction
 ) -> _Judged:
     start = time.perf_counter()
-    images = policy.decode(latents)
-    rewards = reward(images, prompts)
     maps = None
-    if config.method == "oracle":
-        maps = true_maps(images, prompts, policy.grid, config.allocation, config.rollout.steps)
-    return _Judged(rewards, maps, time.perf_counter() - start)
+    with handover.taken() as latents:
+        images = policy.decode(latents)
+        rewards = reward(images, prompts)
+        if config.method == "oracle":
+            maps = true_maps(images, prompts, policy.grid, config.allocation, config.rollout.steps)
+    return _Judged(rewards, maps, start, time.perf_counter())
 
 
 def _join(parts: Sequence[Trajectory]) -> Trajectory:

@@ -14,18 +14,19 @@ Result = TypeVar("Result")
 
 
 def call_within(seconds: float, function: Callable[..., Result], *arguments: Any) -> Result:
-    """`function(*arguments)`, run in a thread that does not keep the process alive, on the caller's GPU.
+    """`function(*arguments)`, run in a thread that does not keep the process alive, on the caller's GPU and stream.
 
     Raises:
         TimeoutError: it has not returned after `seconds`; nothing waits for it any more, but it may go on.
     """
     done: Future[Result] = Future()
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def run() -> None:
         try:
-            if device is not None:
-                torch.cuda.set_device(device)
+            if stream is not None:
+                # Which sets the device, too.
+                torch.cuda.set_stream(stream)
             done.set_result(function(*arguments))
         except BaseException as error:
             done.set_exception(error)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from star_trainer.config import Config, ConfigError, Reward
+from star_trainer.families.devices import use_own_device
 from star_trainer.prompts import Prompt
 from star_trainer.rewards.deadline import call_within
 from star_trainer.rewards.errors import RewardError
@@ -186,10 +187,12 @@ def load_terms(config: Reward, names: Collection[str] | None = None) -> dict[str
     """The rewards given by name or as ``module:function``, without their weights; models are shared among them.
 
     `names` takes the place of the terms of the configuration.
+    From here on ``cuda`` is this process's GPU in the calling thread.
 
     Raises:
         ConfigError, RewardError: as of `load_reward`.
     """
+    use_own_device()
     models = _Models(config)
     chosen = config.terms if names is None else names
     return {name: _checked(name, _find(name, models), config.timeout) for name in chosen}
@@ -364,6 +367,8 @@ def _import(name: str) -> RewardFunction:
     # As `python -m` does; a command has the folder of its script there.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    # Some load a model as they are imported.
+    use_own_device()
     try:
         function = getattr(importlib.import_module(module), attribute)
         if not callable(function):

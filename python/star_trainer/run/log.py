@@ -169,10 +169,14 @@ class RunLog:
             )
 
     def iteration(self, done: Iteration) -> None:
-        """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in the trackers."""
+        """Log one iteration: a line in the terminal, a line in metrics.jsonl, scalars in the trackers.
+
+        `seconds/reward_hidden_fraction` is the measured share of the reward's seconds that passed while this process
+        was still sampling. It says that the reward was not waited for, not that it was free: on the GPU of the
+        sampling, or on its cores, it makes `seconds/rollout` longer.
+        """
         rewards, seconds, metrics = done.rewards, done.seconds, done.metrics
         groups = rewards.reshape(-1, self.state.config.rollout.samples)
-        busy = max(seconds["reward"], 1e-9)
         compared = {} if done.without_spread is None else {"reward/groups_without_spread": done.without_spread}
         entry = {
             "iteration": self.state.iteration,
@@ -182,7 +186,7 @@ class RunLog:
             **compared,
             **{f"train/{name}": value for name, value in metrics.items()},
             **{f"seconds/{name}": value for name, value in seconds.items()},
-            "seconds/reward_hidden_fraction": max(0.0, 1.0 - seconds["reward_wait"] / busy),
+            "seconds/reward_hidden_fraction": seconds["reward_hidden"] / max(seconds["reward"], 1e-9),
         }
         self._record(entry)
         self._bar.update(1)

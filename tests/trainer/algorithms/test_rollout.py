@@ -323,8 +323,11 @@ def test_the_reward_of_a_batch_is_computed_while_the_next_one_is_sampled(
     monkeypatch.setattr(rollout_module, "denoise", watched)
     prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
     with ThreadPoolExecutor(1) as worker:
-        collect(policy, config, prompts, reward, worker, iteration=0)
+        seconds = collect(policy, config, prompts, reward, worker, iteration=0).seconds
     assert overlapped == [True, True]
+    # The first reward had its time while the second batch was sampled, the second one was waited for.
+    assert 0 < seconds["reward_hidden"] < seconds["reward"]
+    assert seconds["reward"] - seconds["reward_hidden"] <= seconds["reward_wait"]
 
 
 def test_streams_are_told_apart_by_every_part_of_their_place() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from star_kernels.text_units import stands_in
 from star_trainer.config import TrainerError
 from star_trainer.config.paths import folder_or_name
+from star_trainer.families.devices import own_device
 from star_trainer.families.loading import load_whole
 
 VERSION = 1
@@ -148,14 +149,12 @@ class TransformersChat:
     """
 
     def __init__(self, model: str, *, max_new_tokens: int) -> None:
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             source = folder_or_name(model, "units.model")
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.model = load_whole(AutoModelForCausalLM, source, dtype="auto").to(device)
+            self.model = load_whole(AutoModelForCausalLM, source, dtype="auto").to(own_device())
         except (OSError, ValueError) as error:
             raise ChatError(f"units.model: {model} cannot be loaded: {error}") from error
         if self.tokenizer.chat_template is None:

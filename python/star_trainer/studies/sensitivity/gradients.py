@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ from star_trainer.algorithms.advantages import control_weights, group_advantages
 from star_trainer.algorithms.policy_gradient import Batch, attention_of_the_rollout, log_prob, predict, take
 from star_trainer.algorithms.rollout import Rollout, collect
 from star_trainer.config import Allocation
+from star_trainer.families.devices import own_worker
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardFunction
 from star_trainer.run.inputs import PromptSource
@@ -193,7 +194,7 @@ def measure_gradients(
     """
     measured: list[dict[tuple[str, str], Tensor]] = []
     failure: Exception | None = None
-    with ThreadPoolExecutor(1) as worker:
+    with own_worker() as worker:
         try:
             for batch in tqdm(range(batches), unit="batch", desc="gradients", disable=None):
                 place = _FIRST_ITERATION + batch
@@ -217,7 +218,7 @@ def _measure_batch(
     arms: Sequence[str],
     fill: Callable[[Sequence[Prompt]], list[Prompt]],
     others: Mapping[str, Allocation],
-    worker: ThreadPoolExecutor,
+    worker: Executor,
     iteration: int,
 ) -> dict[tuple[str, str], Tensor]:
     """The gradient [P] of every arm at every step, and their sum over the steps, from one rollout."""
