@@ -83,3 +83,12 @@ class Handover:
         yield self._tensor
         # What comes out of here, or stays in a reward for its next call, is for any stream.
         stream.synchronize()
+
+
+def own_threads() -> int | None:
+    """This process's share of the cores, at least 1; None where it shares the machine with no other process."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes == 1:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)

@@ -9,6 +9,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from star_trainer.config import ConfigError
+from star_trainer.families.devices import own_threads
 from star_trainer.prompts import Prompt
 from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.spelling import spellings, wanted
@@ -35,7 +36,9 @@ class OcrReward:
             raise ConfigError(
                 f"reward.terms: ocr needs the extra: pip install 'star-kernels[ocr]' ({error})"
             ) from error
-        self._read = RapidOCR()
+        # onnxruntime's own choice is as many as the machine has cores, in every process.
+        threads = own_threads()
+        self._read = RapidOCR() if threads is None else RapidOCR(intra_op_num_threads=threads)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         return np.array(

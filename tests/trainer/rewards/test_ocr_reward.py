@@ -12,7 +12,7 @@ from rapidfuzz.distance import Levenshtein
 from star_trainer.config import Reward
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardError, load_reward
-from star_trainer.rewards.ocr import text_score, wanted
+from star_trainer.rewards.ocr import OcrReward, text_score, wanted
 
 BACKGROUND = (240, 235, 220)
 
@@ -39,6 +39,23 @@ def score(ocr, image: np.ndarray, prompt: str) -> float:
 @pytest.mark.parametrize("angle", [0, 90, 180, 270, 20, -45])
 def test_drawn_text_is_read_whichever_way_it_is_turned(ocr, angle: float) -> None:
     assert score(ocr, picture("Open 24 Hours", angle), 'a sign that says "Open 24 hours"') == 1.0
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(None, 0), ("2", 2), ("64", 1)])
+def test_the_processes_of_a_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, processes: str | None, threads: int
+) -> None:
+    pytest.importorskip("rapidocr_onnxruntime")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    # RapidOCR asks for the cores, too, and takes no more threads than those.
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(5)), raising=False)
+    reader = OcrReward()._read
+    sessions = [reader.text_det.infer.session, reader.text_cls.infer.session, reader.text_rec.session.session]
+    # 0 is onnxruntime's own choice.
+    assert [session.get_session_options().intra_op_num_threads for session in sessions] == [threads] * 3
 
 
 def test_text_on_several_lines_is_one_text(ocr) -> None:
