@@ -77,9 +77,10 @@ class ClipModel:
         return functional.normalize(self.model.visual_projection(pooled), dim=-1)
 
     @torch.no_grad()
-    def embed_images(self, images: np.ndarray) -> Tensor:
-        """[B, D] of length 1 from images [B, H, W, 3] uint8."""
-        return self.embed_pixels(self.preparation.of_bytes(images))
+    def embed_images(self, images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+        """[B, D] of length 1 from B images [H, W, 3] uint8 of any sizes, at most 32 in one pass."""
+        parts = [images[first : first + _AT_ONCE] for first in range(0, len(images), _AT_ONCE)]
+        return torch.cat([self.embed_pixels(self.preparation.of_bytes(part)) for part in parts])
 
     def pixels(self, images: Tensor) -> Tensor:
         """What the processor makes of images [B, 3, H, W] in [0, 1], differentiably: [B, 3, h, w]."""
@@ -117,10 +118,11 @@ class _Preparation:
         exact = self.of_bytes(levels.permute(0, 2, 3, 1).cpu().numpy()).to(smooth.device)
         return smooth + (exact - smooth).detach()
 
-    def of_bytes(self, images: np.ndarray) -> Tensor:
-        """[B, 3, h, w] from images [B, H, W, 3] uint8."""
+    def of_bytes(self, images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+        """[B, 3, h, w] from B images [H, W, 3] uint8 of any sizes."""
+        # One by one: a narrow crop is large before its ends are cut, many of them would be at once.
         pictures = [Image.fromarray(image) for image in images]
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return torch.cat([self.processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures])
 
     def without_rounding(self, images: Tensor) -> Tensor:
         """[B, 3, h, w] from images [B, 3, H, W] in [0, 1]."""

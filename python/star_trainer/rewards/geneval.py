@@ -6,7 +6,9 @@ MMDetection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from star_trainer.worlds.requirements import DetectedObject
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MOST_OBJECTS = 16  # of one class
+_AT_ONCE = 8  # images in one pass of the detector
 _BACKGROUND = (153, 153, 153)  # GenEval's #999
 
 
@@ -41,12 +44,13 @@ class GenEvalReward:
         self.score = score
 
     def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
-        pairs = zip(images, prompts, strict=True)
-        return np.array([self.score(self.detector(image, prompt.metadata), prompt.metadata) for image, prompt in pairs])
+        metadata = [prompt.metadata for prompt in prompts]
+        found = self.detector(images, metadata)
+        return np.array([self.score(objects, entry) for objects, entry in zip(found, metadata, strict=True)])
 
 
 class Detector:
-    """The objects in an image, with the colours of those whose colour is asked for.
+    """The objects in images, with the colours of those whose colour is asked for.
 
     Args:
         detector: a Mask2Former of transformers with COCO's classes.
@@ -71,31 +75,55 @@ class Detector:
         self.model = self.model.to(self.device).eval().requires_grad_(False)
         self._classifiers: dict[str, torch.Tensor] = {}
 
-    def __call__(self, image: np.ndarray, metadata: dict[str, Any]) -> list[DetectedObject]:
-        """The objects in an image [H, W, 3] uint8 that count for a prompt, at most 16 of a class, best first."""
-        threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
-        coloured = {entry["class"] for entry in required(metadata, "include") if "color" in entry}
-        by_class: dict[str, list[tuple[float, np.ndarray]]] = {}
-        for name, score, mask in self.instances(image, threshold):
-            by_class.setdefault(name, []).append((score, mask))
-        objects = []
-        for name, found in by_class.items():
-            best = sorted(found, key=lambda item: -item[0])[:MOST_OBJECTS]
-            masks = [mask for _, mask in best]
-            colours = self.colours(image, masks, name) if name in coloured else [None] * len(best)
-            objects += [
-                DetectedObject(name, score, colour, box_of(mask))
-                for (score, mask), colour in zip(best, colours, strict=True)
-            ]
-        return objects
+    def __call__(self, images: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> list[list[DetectedObject]]:
+        """For each of B images [B, H, W, 3] uint8 what counts for its prompt: at most 16 of a class, best first."""
+        counting = [entry.get("tag") == "counting" for entry in metadata]
+        thresholds = [COUNTING_THRESHOLD if counts else THRESHOLD for counts in counting]
+        found: list[list[DetectedObject]] = []
+        places: list[tuple[int, int]] = []
+        crops: list[np.ndarray] = []
+        for image, entry, instances in zip(images, metadata, self.instances(images, thresholds), strict=True):
+            coloured = {wanted["class"] for wanted in required(entry, "include") if "color" in wanted}
+            by_class: dict[str, list[tuple[float, np.ndarray]]] = {}
+            for name, score, mask in instances:
+                by_class.setdefault(name, []).append((score, mask))
+            objects: list[DetectedObject] = []
+            for name, same in by_class.items():
+                for score, mask in sorted(same, key=lambda item: -item[0])[:MOST_OBJECTS]:
+                    if name in coloured:
+                        places.append((len(found), len(objects)))
+                        crops.append(masked_crop(image, mask))
+                    objects.append(DetectedObject(name, score, None, box_of(mask)))
+            found.append(objects)
+        colours = self.colours(crops, [found[row][place].name for row, place in places])
+        for (row, place), colour in zip(places, colours, strict=True):
+            found[row][place] = replace(found[row][place], colour=colour)
+        return found
 
     @torch.no_grad()
-    def instances(self, image: np.ndarray, threshold: float) -> list[tuple[str, float, np.ndarray]]:
-        """Class, confidence above `threshold` and mask [H, W] bool of each instance that covers at least one pixel."""
-        inputs = self.processor(images=Image.fromarray(image), return_tensors="pt").to(self.device)
-        (found,) = self.processor.post_process_instance_segmentation(
-            self.model(**inputs), threshold=threshold, target_sizes=[image.shape[:2]], return_binary_maps=True
-        )
+    def instances(
+        self, images: np.ndarray, thresholds: Sequence[float]
+    ) -> Iterator[list[tuple[str, float, np.ndarray]]]:
+        """Per image [H, W, 3] uint8 what covers at least one pixel: class, confidence above its threshold, mask [H, W].
+
+        Image by image, for a mask is as large as the image and there may be a hundred; at most 8 images in one pass.
+        """
+        for first in range(0, len(images), _AT_ONCE):
+            pictures = [Image.fromarray(image) for image in images[first : first + _AT_ONCE]]
+            outputs = self.model(**self.processor(images=pictures, return_tensors="pt").to(self.device))
+            for row, threshold in enumerate(thresholds[first : first + _AT_ONCE]):
+                (found,) = self.processor.post_process_instance_segmentation(
+                    SimpleNamespace(
+                        class_queries_logits=outputs.class_queries_logits[row : row + 1],
+                        masks_queries_logits=outputs.masks_queries_logits[row : row + 1],
+                    ),
+                    threshold=threshold,
+                    target_sizes=[images.shape[1:3]],
+                    return_binary_maps=True,
+                )
+                yield self._named(found)
+
+    def _named(self, found: Mapping[str, Any]) -> list[tuple[str, float, np.ndarray]]:
         segments = found["segments_info"]
         if not segments:
             return []
@@ -104,16 +132,15 @@ class Detector:
         return [entry for entry in named if entry[2].any()]
 
     @torch.no_grad()
-    def colours(self, image: np.ndarray, masks: Sequence[np.ndarray], name: str) -> list[str | None]:
-        """The colour of each object of class `name`, by CLIP, from its box with everything else painted grey."""
-        if name not in self._classifiers:
+    def colours(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> list[str]:
+        """The colour of each object by CLIP, from its `masked_crop` and the name of its class."""
+        if not crops:
+            return []
+        for name in set(names) - self._classifiers.keys():
             self._classifiers[name] = self._classifier(name)
-        chosen: list[str | None] = []
-        for mask in masks:
-            crop = masked_crop(image, mask)
-            similarity = self.clip.embed_images(crop[None]) @ self._classifiers[name]
-            chosen.append(COLOURS[int(similarity.argmax())])
-        return chosen
+        embedded = self.clip.embed_images(crops)
+        similarities = [row @ self._classifiers[name] for row, name in zip(embedded, names, strict=True)]
+        return [COLOURS[place] for place in torch.stack(similarities).argmax(-1).tolist()]
 
     def _classifier(self, name: str) -> torch.Tensor:
         """[D, colours]: per colour the mean direction of three descriptions."""

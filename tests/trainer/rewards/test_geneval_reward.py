@@ -12,6 +12,7 @@ import pytest
 import torch
 from star_trainer.config import ConfigError, Reward
 from star_trainer.prompts import Prompt
+from star_trainer.rewards import clip, geneval
 from star_trainer.rewards.geneval import Detector, box_of, masked_crop
 from star_trainer.rewards.geneval_classes import CLASSES, COLOURS
 from star_trainer.rewards.terms import load_terms, unsuitable
@@ -57,12 +58,12 @@ def detector(folder: str) -> Detector:
 
 def test_instances_have_names_scores_and_masks_of_the_images_size(detector: Detector) -> None:
     image = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
-    found = detector.instances(image, threshold=0.0)
+    (found,) = detector.instances(image[None], [0.0])
     assert found
     for name, score, mask in found:
         assert name in CLASSES and 0.0 < score < 1.0
         assert mask.shape == (48, 80) and mask.dtype == bool and mask.any()
-    assert detector.instances(image, threshold=0.999) == []
+    assert list(detector.instances(image[None], [0.999])) == [[]]
 
 
 def mask(left: int, top: int, right: int, bottom: int) -> np.ndarray:
@@ -76,7 +77,9 @@ def given(detector: Detector, monkeypatch: pytest.MonkeyPatch):
     """Make the detector see what a test says."""
 
     def see(*instances: tuple[str, float, np.ndarray]) -> Detector:
-        monkeypatch.setattr(detector, "instances", lambda image, threshold: [i for i in instances if i[1] > threshold])
+        monkeypatch.setattr(
+            detector, "instances", lambda images, least: [[i for i in instances if i[1] > value] for value in least]
+        )
         return detector
 
     return see
@@ -91,13 +94,13 @@ def picture(**regions: tuple[int, int, int, int]) -> np.ndarray:
 
 def test_counting_asks_for_more_confidence(given) -> None:
     detector = given(*[("cat", score, mask(0, 0, 5, 5)) for score in (0.95, 0.8, 0.2)])
-    assert len(detector(picture(), {"tag": "counting"})) == 1
-    assert len(detector(picture(), {"tag": "single_object"})) == 2
+    found = detector(np.stack([picture()] * 2), [{"tag": "counting"}, {"tag": "single_object"}])
+    assert [len(objects) for objects in found] == [1, 2]
 
 
 def test_at_most_sixteen_objects_of_a_class_count(given) -> None:
     detector = given(*[("cat", 0.5 + i / 100, mask(0, 0, 5, 5)) for i in range(20)], ("tv", 0.4, mask(0, 0, 5, 5)))
-    found = detector(picture(), {})
+    (found,) = detector(picture()[None], [{}])
     scores = [item.score for item in found if item.name == "cat"]
     assert len(scores) == 16 and scores == sorted(scores, reverse=True) and max(scores) == 0.69
     assert sum(item.name == "tv" for item in found) == 1
@@ -108,7 +111,7 @@ def test_colours_are_those_of_the_object_and_not_of_what_is_around_it(given) -> 
     # The mask is the blue half; in its bounding box with the rest of the image, red would be as frequent.
     detector = given(("cat", 0.9, mask(20, 10, 30, 30)), ("tv", 0.9, mask(10, 10, 20, 30)))
     metadata = {"include": [{"class": "cat", "count": 1, "color": "blue"}, {"class": "tv", "count": 1}]}
-    found = {item.name: item for item in detector(image, metadata)}
+    found = {item.name: item for item in detector(image[None], [metadata])[0]}
     assert found["cat"].colour == "blue" and found["cat"].box == (20.0, 10.0, 30.0, 30.0)
     # No colour is looked for where none is asked for.
     assert found["tv"].colour is None
@@ -134,6 +137,39 @@ def test_each_reward_is_its_score_of_what_was_seen(
         config = Reward(terms={f"geneval_{term}": 1.0}, extra_objects="ignored" if ignored else "punished")
         (reward,) = load_terms(config).values()
         assert reward(images, prompts).tolist() == [value] * 2, name
+
+
+def test_images_and_crops_share_passes_and_give_what_each_gives_alone(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Detector(folder, clip.ClipModel(str(save_clip(tmp_path)), key="clip"))
+    passes: list[list[int]] = [[], []]
+    for sizes, model in zip(passes, (detector.model, detector.clip.model.vision_model), strict=True):
+        model.register_forward_pre_hook(
+            lambda _, args, given, s=sizes: s.append(len(given["pixel_values"])), with_kwargs=True
+        )
+    monkeypatch.setattr(geneval, "_AT_ONCE", 2)
+    monkeypatch.setattr(clip, "_AT_ONCE", 7)
+    # Random weights are sure of nothing; half of what they see is above the second threshold.
+    monkeypatch.setattr(geneval, "THRESHOLD", 0.0)
+    images = np.random.default_rng(0).integers(0, 256, (5, 48, 80, 3), dtype=np.uint8)
+    scores = sorted(score for found in detector.instances(images, [0.0] * 5) for _, score, _ in found)
+    monkeypatch.setattr(geneval, "COUNTING_THRESHOLD", scores[len(scores) // 2])
+    include = [{"class": name, "count": 1, "color": "red"} for name in CLASSES[::2]]
+    metadata = [{"tag": "counting" if i % 2 else "colors", "include": include} for i in range(5)]
+    alone = [detector(images[i : i + 1], metadata[i : i + 1])[0] for i in range(5)]
+    for sizes in passes:
+        sizes.clear()
+    together = detector(images, metadata)
+    coloured = sum(item.colour is not None for objects in together for item in objects)
+    assert passes == [[2, 2, 1], [7] * (coloured // 7) + [coloured % 7] * (coloured % 7 > 0)]
+    assert len({item.colour for objects in together for item in objects} - {None}) > 1
+    assert coloured > 7 and any(item.colour is None for objects in together for item in objects)
+    for objects, expected in zip(together, alone, strict=True):
+        assert [(item.name, item.colour, item.box) for item in objects] == [
+            (item.name, item.colour, item.box) for item in expected
+        ]
+        assert [item.score for item in objects] == pytest.approx([item.score for item in expected], rel=1e-4)
 
 
 def test_boxes_and_crops_of_masks() -> None:
