@@ -36,19 +36,23 @@ class Cuda:
     def current_device(self) -> int:
         return getattr(self.thread, "device", 0)
 
+    def is_initialized(self) -> bool:
+        return True
+
     def Stream(self, device: torch.device) -> Stream:  # noqa: N802
-        return Stream(f"own of {device}", self.log)
+        return Stream(f"own of {device}", device.index, self.log)
 
     def set_stream(self, stream: Stream) -> None:
-        self.thread.stream = stream
+        self.thread.stream, self.thread.device = stream, stream.device
 
-    def current_stream(self, device: torch.device) -> Stream:
-        return getattr(self.thread, "stream", Stream(f"default of {device}", self.log))
+    def current_stream(self, device: torch.device | None = None) -> Stream:
+        device = device or torch.device("cuda", self.current_device())
+        return getattr(self.thread, "stream", Stream(f"default of {device}", device.index, self.log))
 
 
 class Stream:
-    def __init__(self, name: str, log: list[tuple[str, ...]]) -> None:
-        self.name, self.log = name, log
+    def __init__(self, name: str, device: int, log: list[tuple[str, ...]]) -> None:
+        self.name, self.device, self.log = name, device, log
 
     def record_event(self) -> str:
         self.log.append(("recorded", self.name))
@@ -64,9 +68,9 @@ class Stream:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     cuda = Cuda()
-    for name in ("is_available", "device_count", "set_device", "current_device", "Stream", "set_stream"):
+    names = ("is_available", "is_initialized", "device_count", "set_device", "current_device", "Stream")
+    for name in (*names, "set_stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
-    monkeypatch.setattr(torch.cuda, "current_stream", cuda.current_stream)
     monkeypatch.setenv("LOCAL_RANK", "3")
     return cuda
 
@@ -76,7 +80,9 @@ def test_a_reward_of_ones_own_is_on_its_processes_gpu_from_its_import_on(
 ) -> None:
     (tmp_path / "reward_with_a_gpu.py").write_text(
         "import torch\nimported = torch.cuda.current_device()\n"
-        "def score(images, prompts): return [10 * imported + torch.cuda.current_device()] * len(prompts)\n"
+        "def score(images, prompts):\n"
+        "    own = torch.cuda.current_stream().name.startswith('own of')\n"
+        "    return [100 * own + 10 * imported + torch.cuda.current_device()] * len(prompts)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -86,7 +92,7 @@ def test_a_reward_of_ones_own_is_on_its_processes_gpu_from_its_import_on(
         sys.modules.pop("reward_with_a_gpu", None)
     with own_worker() as worker:
         scores = worker.submit(reward, np.zeros((1, 8, 8, 3), dtype=np.uint8), [Prompt("a", {})]).result()
-    assert scores.tolist() == [33.0]
+    assert scores.tolist() == [133.0]
 
 
 def test_processes_that_are_shown_one_gpu_each_are_on_that(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
