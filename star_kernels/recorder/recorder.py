@@ -22,6 +22,19 @@ FAMILIES: dict[str, Family] = {sd3.MODEL: sd3}
 _being_recorded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+class _Capture:
+    """What one layer has given in the current step.
+
+    Blocks that torch.compile compiles one by one share a graph as long as nothing that their code reads differs between
+    them. So a layer has no number here, its name is read in an error alone, and its mass is not added to a sum, which
+    would be there for all layers but the first.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.mass: Tensor | None = None
+
+
 class AttentionRecorder:
     """The attention mass of a transformer's forward passes, one per step: what `record_attention` gives.
 
@@ -37,6 +50,8 @@ class AttentionRecorder:
         rows: slice | tuple[int, int] | None,
         direction: Literal["image_to_text", "text_to_image"],
         backend: str,
+        record_pass: int | None,
+        captures: list[_Capture],
     ) -> None:
         self.layers = layers
         self.history: list[Tensor] = []
@@ -45,8 +60,10 @@ class AttentionRecorder:
         self._rows = rows
         self._direction = direction
         self._backend = backend
-        self._sum: Tensor | None = None
-        self._captured: list[int] = []
+        self._captures = captures
+        self._record_pass = record_pass
+        self._passes = 0
+        self._in_recorded_pass = False
 
     @property
     def mass(self) -> Tensor:
@@ -55,69 +72,86 @@ class AttentionRecorder:
         Image tokens stand in the order of the transformer's patches, row by row. The tensor carries no gradient.
 
         Raises:
-            RuntimeError: the transformer has not run in this step, or there are no units to record.
+            RuntimeError: the transformer has not run in this step, or not up to the pass that is recorded, or there
+                are no units to record.
         """
         if self._unit_weights is None:
             raise RuntimeError("mass: expected units to record, got units=None, which only runs the same attention")
-        if self._sum is None:
+        masses = [capture.mass for capture in self._captures if capture.mass is not None]
+        if not masses and self._record_pass is not None:
+            raise RuntimeError(
+                f"mass: expected recorded layers to run in forward pass {self._record_pass} of this step "
+                f"(record_pass={self._record_pass}, counted from 0), got {self._passes} passes so far"
+            )
+        if not masses:
             raise RuntimeError("mass: expected a forward pass of the recorded transformer in this step, got none yet")
-        return self._sum / len(self._captured)
+        return sum(masses[1:], masses[0]) / len(masses)
 
     def next_step(self) -> None:
         """Append the current step's mass to `history` and begin the next step.
 
         Raises:
-            RuntimeError: the transformer has not run in this step.
+            RuntimeError: as for `mass`.
         """
         self.history.append(self.mass)
         self.discard_step()
 
     def discard_step(self) -> None:
         """Forget what the current step has captured, as after a forward pass that failed or is not wanted."""
-        self._sum = None
-        self._captured = []
+        self._passes = 0
+        for capture in self._captures:
+            capture.mass = None
+
+    def _begin_pass(self, *_: Any) -> None:
+        # A checkpoint around the whole model runs it again, which is no pass of the step.
+        if not _runs_in_backward():
+            # Compiled blocks read this bool and not the count, which would give each pass graphs of its own.
+            self._in_recorded_pass = self._passes == self._record_pass
+            self._passes += 1
 
     def _attend(
         self,
-        layer: int,
-        name: str,
-        recomputing: bool,
+        attend: _Attend,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         num_image_tokens: int,
         text_first: bool,
     ) -> Tensor:
-        """Attention of one joint block, [B, heads, N, D] to the same; its mass joins the current step's.
+        """Attention of one joint block, [B, heads, N, D] to the same; its mass becomes the layer's in this step.
 
-        A block that gradient checkpointing runs again computes the same things, so that autograd finds the tensors it
-        expects, but its mass is dropped: it belongs to a step that is over or has this layer already.
+        A pass that is not the chosen one is not captured, nor a block that gradient checkpointing runs again: it
+        belongs to a step that is over or has this layer already. What autograd saves does not depend on that.
         """
-        if self._unit_weights is None:
+        if (
+            self._unit_weights is None
+            or attend.recomputing
+            or _runs_in_backward()
+            or (self._record_pass is not None and not self._in_recorded_pass)
+        ):
             out, _ = joint_attention(
                 query, key, value, num_image_tokens=num_image_tokens, text_first=text_first, backend=self._backend
             )
             return out
-        if layer in self._captured and not recomputing:
+        capture = attend.capture
+        if capture.mass is not None:
             raise RuntimeError(
-                f"{name}: expected one forward pass per step, got a second one; call next_step() on the "
-                "recorder after each forward pass, or discard_step() where the last one is not wanted"
+                f"{capture.name}: expected one forward pass per step, got a second one; call next_step() on the "
+                "recorder after each forward pass, or discard_step() where the last one is not wanted; where a step "
+                "has several, as in a pipeline's call with skip-layer guidance, record_attention(..., record_pass=0) "
+                "records the first of each step"
             )
-        out, mass = joint_attention(
+        out, capture.mass = joint_attention(
             query,
             key,
             value,
             self._unit_weights_for(self._unit_weights, query, num_image_tokens),
             num_image_tokens=num_image_tokens,
             text_first=text_first,
-            mass=None if recomputing else self._sum,
             rows=self._row_range(query.shape[0], len(self._unit_weights)),
             direction=self._direction,
             backend=self._backend,
         )
-        if not recomputing:
-            self._sum = mass
-            self._captured = [*self._captured, layer]
         return out
 
     def _unit_weights_for(self, unit_weights: Tensor, query: Tensor, num_image_tokens: int) -> Tensor:
@@ -127,9 +161,12 @@ class AttentionRecorder:
                 f"units: expected weights for the {num_text_tokens} text tokens of this forward pass, got "
                 f"{unit_weights.shape[1]}; make them with the tokenizers and lengths that encode the prompts"
             )
-        if unit_weights.device != query.device:
+        return self._move(unit_weights, query.device)
+
+    def _move(self, unit_weights: Tensor, device: torch.device) -> Tensor:
+        if unit_weights.device != device:
             assert self._to_send is not None, "made together with the unit weights"
-            unit_weights = self._unit_weights = self._to_send.to(query.device)
+            unit_weights = self._unit_weights = self._to_send.to(device)
         return unit_weights
 
     def _row_range(self, batch: int, count: int) -> tuple[int, int]:
@@ -156,6 +193,7 @@ def record_attention(
     rows: slice | tuple[int, int] | None = None,
     direction: Literal["image_to_text", "text_to_image"] = "image_to_text",
     backend: str = "auto",
+    record_pass: int | None = None,
 ) -> Iterator[AttentionRecorder]:
     """Record the attention mass of every forward pass of `transformer` inside the ``with`` block.
 
@@ -168,7 +206,17 @@ def record_attention(
                 recorder.next_step()
         recorder.history  # per step [rows, image tokens, K]
 
-    A second forward pass in the same step is an error. Blocks that gradient checkpointing runs again for the backward
+    A second forward pass in the same step is an error, unless `record_pass` says which one is recorded. That is for
+    pipelines whose step runs the transformer several times, as StableDiffusion3Pipeline with ``skip_guidance_layers``::
+
+        def end_of_step(pipe, step, timestep, tensors):
+            recorder.next_step()
+            return {}
+
+        with record_attention(pipe.transformer, units, rows=slice(len(units), None), record_pass=0) as recorder:
+            pipe(prompts, skip_guidance_layers=[7, 8, 9], callback_on_step_end=end_of_step)
+
+    Blocks that gradient checkpointing runs again for the backward
     pass are not captured again, whether that happens in the step, after `next_step` or after the ``with`` block (there
     only with the model's own checkpointing, diffusers' ``enable_gradient_checkpointing``, called before the block).
     Leaving the block, also through an exception, puts the transformer's own attention processors back; the recorder
@@ -178,7 +226,7 @@ def record_attention(
         transformer: a model of a class in `FAMILIES`, with or without adapters, or a PeftModel, DistributedDataParallel
             or torch.compile wrapper around one.
         units: the prompts' TextUnits, or unit weights [rows, N_text, K], for as many batch rows as are recorded and as
-            many text tokens as ``encoder_hidden_states`` has. Moved to the transformer's device when it first runs.
+            many text tokens as ``encoder_hidden_states`` has. Moved to the transformer's device.
             With None nothing is recorded, any number of forward passes is allowed, and the attention of `layers` is
             computed as it is when they are recorded: so that a policy update sees the very values of its rollout.
         layers: indices of the blocks to record, by default all.
@@ -186,32 +234,43 @@ def record_attention(
             unconditional half first under guidance: ``rows=slice(batch // 2, None)``.
         direction: ``image_to_text`` or ``text_to_image``, see `joint_attention`.
         backend: ``auto``, ``triton``, ``cpu`` or ``reference``.
+        record_pass: which of a step's forward passes is recorded, counted from 0; the others run the same attention
+            without capture, and `units` and `rows` need not fit them. By default a step has one. With guidance in one
+            batch pass 0 has the conditional half and skip-layer guidance is pass 1; a pipeline that calls its model
+            once with and once without the prompt says by its order which is which.
 
     Raises:
-        TypeError: `transformer` is none of the above; `units`, `layers` or `rows` of the wrong type; a block has
-            another attention processor than the one whose work the recorder does in its family.
-        ValueError: layers or rows out of range, an unknown direction. The forward pass raises it where `units` do not
-            fit its batch rows or text tokens.
+        TypeError: `transformer` is none of the above; `units`, `layers`, `rows` or `record_pass` of the wrong type; a
+            block has another attention processor than the one whose work the recorder does in its family.
+        ValueError: layers, rows or record_pass out of range, an unknown direction. The forward pass raises it where
+            `units` do not fit its batch rows or text tokens.
         RuntimeError: `transformer` is being recorded already; a second forward pass in one step.
     """
     model, family = _unwrap(transformer)
     found = family.layers(model)
+    chosen = _check_layers(layers, len(found))
+    captures = [_Capture(found[i].name) for i in chosen]
     recorder = AttentionRecorder(
         None if units is None else _unit_weights(units),
-        _check_layers(layers, len(found)),
+        chosen,
         _check_rows(rows),
         check_choice("direction", direction, DIRECTIONS),  # type: ignore[arg-type]
         backend,
+        _check_record_pass(record_pass),
+        captures,
     )
+    # Here and not when the model first runs: the compiled block that does it would need a graph of its own.
+    if recorder._unit_weights is not None:
+        recorder._move(recorder._unit_weights, next(model.parameters()).device)
     if model in _being_recorded:
         raise RuntimeError("transformer: expected one that is not being recorded, got one inside record_attention")
-    recorded = [_recorded(family, found[i], recorder, i) for i in recorder.layers]
+    recorded = [_recorded(family, found[i], recorder, capture) for i, capture in zip(chosen, captures, strict=True)]
 
     try:
         _being_recorded.add(model)
         for each in recorded:
             each.layer.attention.set_processor(each.capturing)
-        with _keep_processors(model, family.checkpointing, recorded):
+        with _keep_processors(model, family.checkpointing, recorded), _count_passes(model, recorder):
             yield recorder
     finally:
         for each in recorded:
@@ -222,17 +281,13 @@ def record_attention(
 class _Attend:
     """`Attend` for one layer of one recording."""
 
-    def __init__(self, recorder: AttentionRecorder, layer: int, name: str, recomputing: bool) -> None:
+    def __init__(self, recorder: AttentionRecorder, capture: _Capture, recomputing: bool) -> None:
         self.recorder = recorder
-        self.layer = layer
-        self.name = name
+        self.capture = capture
         self.recomputing = recomputing
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, num_image_tokens: int, text_first: bool) -> Tensor:
-        recomputing = self.recomputing or _runs_in_backward()
-        return self.recorder._attend(
-            self.layer, self.name, recomputing, query, key, value, num_image_tokens, text_first
-        )
+        return self.recorder._attend(self, query, key, value, num_image_tokens, text_first)
 
 
 class _Recorded(NamedTuple):
@@ -244,9 +299,9 @@ class _Recorded(NamedTuple):
     recomputing: Any
 
 
-def _recorded(family: Family, layer: Layer, recorder: AttentionRecorder, index: int) -> _Recorded:
+def _recorded(family: Family, layer: Layer, recorder: AttentionRecorder, capture: _Capture) -> _Recorded:
     capturing, recomputing = (
-        family.processor(layer, _Attend(recorder, index, layer.name, recomputing)) for recomputing in (False, True)
+        family.processor(layer, _Attend(recorder, capture, recomputing)) for recomputing in (False, True)
     )
     return _Recorded(layer, layer.attention.processor, capturing, recomputing)
 
@@ -287,6 +342,22 @@ def _keep_processors(model: Any, checkpointing: str | None, recorded: list[_Reco
     finally:
         if getattr(model, checkpointing) is checkpoint_with_processor:
             setattr(model, checkpointing, checkpoint)
+
+
+@contextlib.contextmanager
+def _count_passes(model: nn.Module, recorder: AttentionRecorder) -> Iterator[None]:
+    """Within this context the recorder knows which forward pass of its step runs, where it has to choose one.
+
+    The model tells and not its layers, because a pass may skip any of them.
+    """
+    if recorder._record_pass is None:
+        yield
+        return
+    hook = model.register_forward_pre_hook(recorder._begin_pass)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _runs_in_backward() -> bool:
@@ -357,3 +428,13 @@ def _check_rows(rows: slice | tuple[int, int] | None) -> slice | tuple[int, int]
     if not 0 <= first < end:
         raise ValueError(f"rows: expected 0 <= first < end, got {rows!r}")
     return first, end
+
+
+def _check_record_pass(record_pass: int | None) -> int | None:
+    if record_pass is None:
+        return None
+    if isinstance(record_pass, bool) or not isinstance(record_pass, int):
+        raise TypeError(f"record_pass: expected the index of a step's forward pass or None, got {record_pass!r}")
+    if record_pass < 0:
+        raise ValueError(f"record_pass: expected an index >= 0, got {record_pass}")
+    return record_pass

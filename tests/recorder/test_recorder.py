@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
@@ -379,6 +380,32 @@ def test_a_compiled_transformer_is_compiled_once_for_all_steps_and_recordings(un
     assert counter.frame_count == 1 and len(recorder.history) == 3
 
 
+@pytest.mark.parametrize("num_layers", [4, 10])
+def test_blocks_compiled_one_by_one_share_their_graphs_however_many_they_are(num_layers):
+    """The last block, which returns no text, has a graph of its own; with fullgraph, torch refuses the ninth graph."""
+    transformer = tiny_transformer(num_layers=num_layers, dual_attention_layers=()).requires_grad_(False)
+    with record_attention(transformer, unit_weights()) as expected:
+        transformer(**inputs())
+
+    def compiled(context, passes=1):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        for block in transformer.transformer_blocks:
+            block.compile(backend=counter, fullgraph=True)
+        with context as recorder:
+            for seed in range(passes):
+                transformer(**inputs(seed=seed))
+        return counter.frame_count, recorder
+
+    assert compiled(contextlib.nullcontext())[0] == 2
+    assert compiled(record_attention(transformer, None))[0] == 2
+    graphs, recorder = compiled(record_attention(transformer, unit_weights()))
+    assert graphs == 2 and torch.equal(recorder.mass, expected.mass)
+    # With the chosen pass and without capture.
+    graphs, recorder = compiled(record_attention(transformer, unit_weights(), record_pass=0), passes=3)
+    assert graphs == 4 and torch.equal(recorder.mass, expected.mass)
+
+
 def gradients_of(transformer):
     gradients = [parameter.grad for parameter in transformer.parameters()]
     transformer.zero_grad()
@@ -601,6 +628,9 @@ def test_fused_projections_are_an_error_that_says_how_to_undo_them(untrained):
         (ValueError, "rows", {"rows": (-2, 2)}),
         (ValueError, "rows", {"rows": slice(0, 4, 2)}),
         (ValueError, "direction", {"direction": "text"}),
+        (TypeError, "record_pass", {"record_pass": True}),
+        (TypeError, "record_pass", {"record_pass": 0.0}),
+        (ValueError, "record_pass", {"record_pass": -1}),
     ],
     ids=str,
 )
@@ -619,13 +649,14 @@ def test_an_unknown_backend_is_named(untrained):
         untrained(**inputs())
 
 
-def test_a_pipeline_run_under_guidance_is_recorded_step_by_step(untrained):
+def pipeline_call(transformer):
+    """A StableDiffusion3Pipeline without text encoders, and the arguments of a call under guidance."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     parts = ["vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"]
-    pipe = StableDiffusion3Pipeline(transformer=untrained, scheduler=scheduler, **dict.fromkeys(parts))
+    pipe = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **dict.fromkeys(parts))
     pipe.set_progress_bar_config(disable=True)
     embeddings = inputs(4)
-    arguments = {
+    return pipe, {
         "prompt_embeds": embeddings["encoder_hidden_states"][:2],
         "negative_prompt_embeds": embeddings["encoder_hidden_states"][2:],
         "pooled_prompt_embeds": embeddings["pooled_projections"][:2],
@@ -637,15 +668,71 @@ def test_a_pipeline_run_under_guidance_is_recorded_step_by_step(untrained):
         "num_inference_steps": 3,
         "output_type": "latent",
     }
+
+
+def next_step_of(recorder):
+    def store(pipe, step, timestep, tensors):
+        recorder.next_step()
+        return {}
+
+    return store
+
+
+def test_a_pipeline_run_under_guidance_is_recorded_step_by_step(untrained):
+    pipe, arguments = pipeline_call(untrained)
     plain = pipe(**arguments).images
-
     with record_attention(pipe.transformer, unit_weights(), rows=slice(2, None)) as recorder:
-
-        def store(pipe, step, timestep, tensors):
-            recorder.next_step()
-            return {}
-
-        output = pipe(**arguments, callback_on_step_end=store).images
+        output = pipe(**arguments, callback_on_step_end=next_step_of(recorder)).images
     torch.testing.assert_close(output, plain, rtol=1e-4, atol=1e-4)
     assert [mass.shape for mass in recorder.history] == [(2, IMAGE, UNITS)] * 3
     assert not torch.equal(recorder.history[0], recorder.history[2])
+
+
+# The layer that the second pass skips is the only one recorded in the last case: that pass runs none.
+@pytest.mark.parametrize(
+    ("record_pass", "rows", "layers"), [(0, slice(2, None), None), (1, None, None), (0, slice(2, None), [1])], ids=str
+)
+def test_skip_layer_guidance_is_recorded_by_choice_of_the_pass(untrained, record_pass, rows, layers):
+    pipe, arguments = pipeline_call(untrained)
+    # A second pass in every step: it has the conditional rows alone and skips a layer.
+    arguments |= {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1, "skip_layer_guidance_stop": 2}
+    options = {"rows": rows, "layers": layers}
+    passes = []
+    hook = untrained.register_forward_pre_hook(lambda _, __, kwargs: passes.append(kwargs), with_kwargs=True)
+    plain = pipe(**arguments).images
+    hook.remove()
+    with record_attention(pipe.transformer, unit_weights(), record_pass=record_pass, **options) as recorder:
+        output = pipe(**arguments, callback_on_step_end=next_step_of(recorder)).images
+    torch.testing.assert_close(output, plain, rtol=1e-4, atol=1e-4)
+    assert len(passes) == 6 and not untrained._forward_pre_hooks
+    # The first step has the same inputs in both runs; later latents differ by the rounding of another attention.
+    with record_attention(untrained, unit_weights(), **options) as alone, torch.no_grad():
+        for arguments_of_pass in passes[record_pass::2]:
+            untrained(**arguments_of_pass)
+            alone.next_step()
+    assert torch.equal(recorder.history[0], alone.history[0])
+    torch.testing.assert_close(recorder.history, alone.history, rtol=1e-3, atol=1e-4)
+
+
+def test_a_second_pass_of_a_pipelines_step_is_an_error_that_names_record_pass(untrained):
+    pipe, arguments = pipeline_call(untrained)
+    with record_attention(pipe.transformer, unit_weights(), rows=slice(2, None)) as recorder:
+        store = next_step_of(recorder)
+        with pytest.raises(RuntimeError, match=r"record_pass=0"):
+            pipe(**arguments, skip_guidance_layers=[1], skip_layer_guidance_stop=2, callback_on_step_end=store)
+
+
+@torch.no_grad()
+def test_a_step_without_the_chosen_pass_is_an_error(untrained):
+    with record_attention(untrained, unit_weights(), record_pass=1) as recorder:
+        untrained(**inputs(batch=3, text=2))
+        with pytest.raises(RuntimeError, match=r"^mass.*pass 1 .*got 1 passes"):
+            recorder.next_step()
+        untrained(**inputs())
+        recorder.next_step()
+        # A discarded step does not count.
+        untrained(**inputs(seed=5))
+        recorder.discard_step()
+        for seed in (5, 0):
+            untrained(**inputs(seed=seed))
+    assert torch.equal(recorder.mass, recorder.history[0])

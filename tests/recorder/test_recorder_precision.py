@@ -49,10 +49,10 @@ def attentions(
     """What the transformer's joint attentions are called with, and return."""
     calls: list[Call] = []
 
-    def spy(query: Tensor, key: Tensor, value: Tensor, unit_weights: Tensor, *, mass: Tensor, **options: Any) -> Any:
-        out, own_mass = joint_attention(query, key, value, unit_weights, mass=mass, **options)
+    def spy(query: Tensor, key: Tensor, value: Tensor, unit_weights: Tensor, **options: Any) -> Any:
+        out, mass = joint_attention(query, key, value, unit_weights, **options)
         calls.append(Call([query, key, value], {"unit_weights": unit_weights, **options}, out))
-        return out, own_mass
+        return out, mass
 
     with monkeypatch.context() as patch:
         patch.setattr(recorder, "joint_attention", spy)
