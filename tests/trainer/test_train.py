@@ -465,7 +465,12 @@ def test_tensorboard_gets_the_scalars_samples_and_maps(uninterrupted: Path) -> N
 def test_full_training_with_guidance_runs_and_exports_the_transformer(dtype: str, tmp_path: Path) -> None:
     overrides = ["model.lora=null", "rollout.guidance_scale=2.0", "train.iterations=1", "train.learning_rate=1e-5"]
     run(tmp_path, *overrides, f"model.dtype={dtype}")
-    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size > 0
+    assert export_main([str(tmp_path), "--out", str(tmp_path / "again")]) == 0
+    weights, again = (
+        load_file(tmp_path / folder / "diffusion_pytorch_model.safetensors") for folder in ("transformer", "again")
+    )
+    assert "pos_embed.pos_embed" in weights and weights.keys() == again.keys()
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_the_key(uninterrupted: Path, tmp_path: Path) -> None:

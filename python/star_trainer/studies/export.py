@@ -63,7 +63,8 @@ def _run(options: argparse.Namespace) -> None:
 def _export_checkpoint(run: Path, iteration: int, out: Path) -> None:
     import torch
 
-    from star_trainer.families import read_shapes
+    from star_trainer.families import pipeline_source, read_shapes
+    from star_trainer.families.loading import load_whole
     from star_trainer.families.policy import add_adapter
     from star_trainer.run import checkpoint
     from star_trainer.run.export import save_weights
@@ -75,12 +76,18 @@ def _export_checkpoint(run: Path, iteration: int, out: Path) -> None:
         )
     model = Config.model_validate(found.values["config"]).model
     family, shapes = read_shapes(model.pipeline)
-    # Of the model only the names are needed.
-    with torch.device("meta"):
-        transformer, _ = family.build_models(shapes)
-    if model.lora is not None:
+    weights = found.tensors["average"]
+    if model.lora is None:
+        # A transformer has more than what is trained, such as embedded positions: that is the pipeline's own.
+        options = {"subfolder": "transformer", "torch_dtype": getattr(torch, model.dtype)}
+        transformer = load_whole(family.model_class, pipeline_source(model.pipeline), **options)
+        weights = transformer.state_dict() | weights
+    else:
+        # Of the model only the names are needed.
+        with torch.device("meta"):
+            transformer, _ = family.build_models(shapes)
         add_adapter(transformer, model, family)
-    save_weights(family, transformer, out, found.tensors["average"])
+    save_weights(family, transformer, out, weights)
 
 
 if __name__ == "__main__":
