@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from star_trainer.algorithms.rollout import collect, noisy_steps
 from star_trainer.config import Config, Model, Reward, load_config
 from star_trainer.families.policy import Policy, load_policy
 from star_trainer.rewards import load_reward
+from star_trainer.run.interruption import Interrupted
 from star_trainer.run.randomness import numpy_stream, stream
 from star_trainer.sampling import NonFiniteError, denoise, text_units
 from star_trainer.worlds.scenes.captions import sample_prompts
@@ -239,6 +242,18 @@ def test_collecting_in_batches_keeps_groups_in_order_and_uses_the_worker(policy:
     assert rollout.rewards.shape == (6,) and rollout.trajectory.latents.shape[1] == 6
     images = policy.decode(rollout.trajectory.latents[-1])
     np.testing.assert_array_equal(rollout.rewards, real(images, rollout.prompts))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_signal_ends_a_rollout_but_where_other_processes_need_its_weights(
+    sharded: bool, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["rollout.prompts=1", "rollout.samples=2", "rollout.steps=2", "rollout.sde_steps=null"]
+    config = load_config("tiny", [*overrides, f"model.sharded={str(sharded).lower()}"])
+    monkeypatch.setattr("star_trainer.run.interruption._asked", signal.SIGTERM)
+    prompts = sample_prompts(numpy_stream(0, "prompts"), 1, held_out=False)
+    with ThreadPoolExecutor(1) as worker, nullcontext() if sharded else pytest.raises(Interrupted):
+        collect(policy, config, prompts, load_reward(Reward(terms={"scene_graded": 1.0})), worker, iteration=0)
 
 
 @pytest.mark.parametrize("sampler", ["flow_sde", "cps"])
