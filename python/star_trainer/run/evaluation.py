@@ -124,11 +124,12 @@ def _draw_and_score(
 def draw_comparison(prompts: Sequence[str], before: Evaluation, after: Evaluation, score: str, path: Path) -> None:
     """Draw the first images of two evaluations of the same prompts side by side, with one of their scores, as PNG.
 
-    As many as there are `prompts`; see `pictures.before_after_sheet`.
+    As many as there are `prompts` and images of both, whose number is a setting that a resumed run may change; see
+    `pictures.before_after_sheet`.
     """
-    shown = len(prompts)
+    shown = min(len(prompts), len(before.images), len(after.images))
     scores = (before.scores[score][:shown], after.scores[score][:shown])
-    before_after_sheet(prompts, before.images[:shown], after.images[:shown], *scores, path)
+    before_after_sheet(prompts[:shown], before.images[:shown], after.images[:shown], *scores, path)
 
 
 class HeldOut:

@@ -14,6 +14,13 @@ from star_trainer.run.evaluation import Evaluation
 from star_trainer.run.statistics import PairedDifference, paired_difference
 
 
+def test_as_many_pictures_are_compared_as_both_evaluations_have(tmp_path: Path) -> None:
+    few, more = (Evaluation(np.zeros((n, 8, 8, 3), np.uint8), {"graded": np.zeros(4)}) for n in (1, 2))
+    for before, after in ((few, more), (more, few)):
+        evaluation.draw_comparison(["a", "b"], before, after, "graded", tmp_path / "sheet.png")
+        assert (tmp_path / "sheet.png").is_file()
+
+
 def test_a_run_counts_units_without_tokens_and_distinct_held_out_prompts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
