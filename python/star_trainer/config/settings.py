@@ -88,7 +88,7 @@ class Model(Section):
         "1/steps evenly before its shift (the pipeline's argument sigmas)",
     )
     lora: Lora | None = Field(Lora(), description="adapters, or null to train all weights of the transformer")
-    adapter: str | None = Field(
+    adapter: Place | None = Field(
         None,
         description="LoRA weights to start from (diffusers' or peft's: a folder, a file or a name on a hub), with "
         "rank, alpha and layers of their own; base and KL stay those of the pipeline without them",

@@ -222,6 +222,8 @@ def test_two_processes_leave_the_files_of_one(tmp_path: Path) -> None:
         (["--steps", "4"], "evaluation.steps"),
         (["--seed", "3"], "run.seed"),
         (["--guidance-scale", "2.0"], "evaluation.guidance_scale"),
+        (["model.levels=even"], "model.levels"),
+        (["model.vae_dtype=bfloat16"], "model.vae_dtype"),
     ],
 )
 def test_pictures_of_other_settings_are_not_taken_for_these(
@@ -263,6 +265,7 @@ def test_a_damaged_picture_is_named(run: Path, tmp_path: Path, capsys: pytest.Ca
         (["tiny", "--adapter", "missing", "--out", "o"], "--adapter"),
         (["tiny", "--adapter", "empty", "--out", "o"], "--adapter"),
         (["tiny", "--adapter", "damaged", "--out", "o"], "--adapter"),
+        (["tiny", "model.adapter=./missing", "--out", "o"], "model.adapter: no such folder: ./missing"),
         (["--pipeline", "missing", "--prompts", "plain.txt", "--rewards", "clip_score", "--out", "o",
           "reward.models.clip=tiny"], "model.pipeline"),
         (["tiny", "--resolution", "33", "--out", "o"], "model.resolution"),

@@ -202,9 +202,11 @@ def _models(config: Config, adapter: Path | None, run: Path | None) -> tuple[Pol
     from star_trainer.studies.evaluate.models import load_adapted, load_base, load_trained
 
     if adapter is None and run is None and config.model.adapter is not None:
-        adapter = Path(config.model.adapter)
+        return load_adapted(config, config.model.adapter, "model.adapter")
     if adapter is not None:
-        return load_adapted(config, adapter)
+        if not adapter.exists():
+            raise ConfigError(f"--adapter: no such folder or file: {adapter}")
+        return load_adapted(config, str(adapter), "--adapter")
     if run is not None:
         return load_trained(config, run)
     return load_base(config), None
@@ -215,6 +217,8 @@ def _decisive(config: Config, digest: str | None) -> dict[str, Any]:
     return {
         "model.pipeline": config.model.pipeline,
         "model.dtype": config.model.dtype,
+        "model.vae_dtype": config.model.dtype_of_vae,
+        "model.levels": config.model.levels,
         "model.resolution": config.model.resolution,
         "model.max_sequence_length": config.model.max_sequence_length,
         "evaluation.steps": config.evaluation.steps,

@@ -32,30 +32,29 @@ def load_base(config: Config) -> Policy:
     return _ready(Policy(pipeline, pipeline.transformer, config.model), config)
 
 
-def load_adapted(config: Config, adapter: Path) -> tuple[Policy, str]:
+def load_adapted(config: Config, source: str, key: str) -> tuple[Policy, str]:
     """The pipeline with an adapter and a digest of its weights; `base_weights` gives the pipeline without it.
 
     Args:
         config: the model section says which pipeline.
-        adapter: a folder or file of LoRA weights in diffusers' or peft's format, or a folder with a whole transformer,
-            as full training leaves it.
+        source: LoRA weights in diffusers' or peft's format, a folder, a file or a name on a hub; or a folder with a
+            whole transformer, as full training leaves it.
+        key: the option or setting that names `source`, for messages.
 
     Raises:
         ConfigError: nothing there, or weights that do not fit the pipeline.
     """
-    if not adapter.exists():
-        raise ConfigError(f"--adapter: no such folder or file: {adapter}")
     pipeline = load_pipeline(config.model)
     try:
-        if (adapter / _WHOLE).is_file():
+        if (Path(source) / _WHOLE).is_file():
             base = pipeline.transformer
-            trained = type(base).from_pretrained(adapter, torch_dtype=base.dtype, use_safetensors=True)
+            trained = type(base).from_pretrained(source, torch_dtype=base.dtype, use_safetensors=True)
             whole = config.model.model_copy(update={"lora": None})
             policy = Policy(pipeline, trained.requires_grad_(False).eval(), whole, base)
             return _ready(policy, config), _digest(trained.state_dict())
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise ConfigError(f"--adapter: {adapter} cannot be loaded: {error}") from error
-    saved = read_adapter(str(adapter), family_of(pipeline), "--adapter")
+        raise ConfigError(f"{key}: {source} cannot be loaded: {error}") from error
+    saved = read_adapter(source, family_of(pipeline), key)
     add_saved_adapter(pipeline.transformer, saved)
     section = config.model.model_copy(update={"lora": config.model.lora or Lora()})
     policy = Policy(pipeline, pipeline.transformer.requires_grad_(False).eval(), section)
