@@ -410,6 +410,8 @@ class Config(Section):
             raise ValueError("rollout.eta: expected at most 1 for the sampler cps")
         if compares and self.rollout.sampler == "cps" and self.rollout.steps < 2:
             raise ValueError("rollout.steps: expected at least 2 for the sampler cps, whose last step has no noise")
+        if compares and self.rollout.sampler == "flow_sde" and self.rollout.steps < 2:
+            raise ValueError("rollout.steps: expected at least 2 for the sampler flow_sde, which needs a second level")
         if (self.rollout.sde_steps or 0) > self.rollout.steps:
             raise ValueError(f"rollout.sde_steps: expected at most the {self.rollout.steps} of rollout.steps")
         self._check_window()

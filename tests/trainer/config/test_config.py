@@ -83,6 +83,7 @@ def test_a_bad_setting_is_refused_by_its_key(override: str) -> None:
     [
         (["rollout.sampler=cps", "rollout.eta=1.5"], "rollout.eta"),
         (["rollout.sampler=cps", "rollout.steps=1"], "rollout.steps"),
+        (["rollout.steps=1"], "rollout.steps: .*flow_sde"),
         (["rollout.sampler=cps", "train.kl_scale=std_dev"], "train.kl_scale"),
         (["rollout.steps=4", "rollout.sde_steps=5"], "rollout.sde_steps"),
         (["method=shuffled", "rollout.prompts=1"], "rollout.prompts"),
