@@ -247,7 +247,8 @@ class HeldOut:
         """
         if self.base is None or self.latest is None:
             return None
-        name = "graded" if "graded" in self.names else self.names[0]
+        unseen = ("graded", "geneval_strict", self.names[0])
+        name = next(name for name in unseen if name in self.names)
         latest = self.latest.scores[name]
         return float(self.base.scores[name][: len(latest)].mean()), float(latest.mean())
 

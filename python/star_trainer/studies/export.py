@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from star_trainer.config import Config, ConfigError
 from star_trainer.config.command_line import positive, quieten, run_command
 
@@ -74,7 +76,10 @@ def _export_checkpoint(run: Path, iteration: int, out: Path) -> None:
         raise ConfigError(
             f"--iteration: the snapshot of {iteration} in {run} has scores alone, and no checkpoint is left"
         )
-    model = Config.model_validate(found.values["config"]).model
+    try:
+        model = Config.model_validate(found.values["config"]).model
+    except ValidationError as error:
+        raise ConfigError(f"{found.path}: its settings are not those of this version: {error}") from error
     family, shapes = read_shapes(model.pipeline)
     weights = found.tensors["average"]
     if model.lora is None:

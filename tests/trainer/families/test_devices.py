@@ -14,7 +14,7 @@ from star_trainer.config import Reward
 from star_trainer.families.devices import Handover, finish, own_device, own_worker
 from star_trainer.prompts import Prompt
 from star_trainer.prompts.units import chat
-from star_trainer.rewards import load_reward
+from star_trainer.rewards import check_reward, load_reward
 
 
 class Cuda:
@@ -86,8 +86,11 @@ def test_a_reward_of_ones_own_is_on_its_processes_gpu_from_its_import_on(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    config = Reward(terms={"reward_with_a_gpu:score": 1.0})
     try:
-        reward = load_reward(Reward(terms={"reward_with_a_gpu:score": 1.0}))
+        # A run's settings are checked first, and that imports it.
+        check_reward(config)
+        reward = load_reward(config)
     finally:
         sys.modules.pop("reward_with_a_gpu", None)
     with own_worker() as worker:

@@ -156,7 +156,7 @@ def test_images_and_crops_share_passes_and_give_what_each_gives_alone(
     scores = sorted(score for found in detector.instances(images, [0.0] * 5) for _, score, _ in found)
     monkeypatch.setattr(geneval, "COUNTING_THRESHOLD", scores[len(scores) // 2])
     include = [{"class": name, "count": 1, "color": "red"} for name in CLASSES[::2]]
-    metadata = [{"tag": "counting" if i % 2 else "colors", "include": include} for i in range(5)]
+    metadata = [{"tag": "counting" if i % 3 else "colors", "include": include} for i in range(5)]
     alone = [detector(images[i : i + 1], metadata[i : i + 1])[0] for i in range(5)]
     for sizes in passes:
         sizes.clear()

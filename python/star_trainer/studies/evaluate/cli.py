@@ -218,6 +218,7 @@ def _decisive(config: Config, digest: str | None) -> dict[str, Any]:
         "model.pipeline": config.model.pipeline,
         "model.dtype": config.model.dtype,
         "model.vae_dtype": config.model.dtype_of_vae,
+        "model.tf32": config.model.tf32,
         "model.levels": config.model.levels,
         "model.resolution": config.model.resolution,
         "model.max_sequence_length": config.model.max_sequence_length,

@@ -83,6 +83,7 @@ def load_trained(config: Config, run: Path) -> tuple[Policy, str]:
 def _ready(policy: Policy, config: Config) -> Policy:
     """On its device, and in the precision that the trainer samples in."""
     accelerator = connect(config)
+    torch.backends.cuda.matmul.allow_tf32 = config.model.tf32
     policy.check(config)
     policy.pipeline.vae.to(accelerator.device)
     policy.transformer = accelerator.prepare_model(policy.transformer, evaluation_mode=True)
