@@ -10,7 +10,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from star_trainer.cli import main
 from star_trainer.run import evaluation
-from star_trainer.run.evaluation import Evaluation
+from star_trainer.run.evaluation import Evaluation, HeldOut
 from star_trainer.run.statistics import PairedDifference, paired_difference
 
 
@@ -93,3 +93,15 @@ def test_prompts_that_come_unequally_often_weigh_as_their_images_do() -> None:
         assert difference.mean == pytest.approx(after.mean())
         found.append(difference.low < 0.3 < difference.high)
     assert 0.88 < np.mean(found) <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("names", "told_by"),
+    [(["strict", "graded", "reward"], 1), (["reward", "geneval_graded", "geneval_strict"], 2), (["reward"], 0)],
+)
+def test_a_run_is_watched_by_a_score_that_is_not_trained_on(names: list[str], told_by: int) -> None:
+    held_out = HeldOut.__new__(HeldOut)  # it needs no run for this
+    images = np.zeros((0, 8, 8, 3), dtype=np.uint8)
+    held_out.base = Evaluation(images, {name: np.full(4, place) for place, name in enumerate(names)})
+    held_out.latest = Evaluation(images, {name: np.full(2, place + 0.5) for place, name in enumerate(names)})
+    assert held_out.watched() == (told_by, told_by + 0.5)
