@@ -17,6 +17,7 @@ from star_trainer.rewards import GENEVAL
 from star_trainer.run import pictures
 from star_trainer.run.evaluation import Evaluation, HeldOut, draw_comparison
 from star_trainer.run.files import write_atomically
+from star_trainer.run.processes import let_go_of_collectives
 from star_trainer.run.state import TrainingState
 from star_trainer.run.statistics import PairedDifference
 
@@ -77,6 +78,7 @@ class RunLog:
     ) -> None:
         logging.getLogger("star_trainer").removeHandler(self._warnings)
         self._bar.close()
+        let_go_of_collectives(self.state.accelerator)
         self.state.accelerator.end_training()
 
     def say(self, line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from star_trainer.config import ConfigError, TrainerError
 from star_trainer.run.interruption import Interrupted, asked
 
 Result = TypeVar("Result")
+
+# Seconds; what is waited for takes microseconds once the lock is free.
+_MOMENT = 0.5
 
 
 def gather(accelerator: Accelerator, values: Tensor) -> Tensor:
@@ -136,6 +140,17 @@ def locked_folder(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def let_go_of_collectives(accelerator: Accelerator) -> None:
+    """Give the threads of the process group time to drop what they hold of finished collectives, before it ends.
+
+    The last reference to a group that gradients are averaged in goes with the model, under the interpreter's lock, and
+    its destructor waits for those threads, one of which may want that lock to free a tensor: both would wait for ever.
+    Seen with gloo of PyTorch 2.13 where a run ended right after a collective.
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(_MOMENT)
 
 
 def lost_process(error: BaseException) -> bool:
