@@ -20,7 +20,7 @@ from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardFunction
 from star_trainer.run.interruption import stop_if_asked
 from star_trainer.run.randomness import numpy_stream, stream
-from star_trainer.sampling import Trajectory, denoise, text_units
+from star_trainer.sampling import NonFiniteError, Trajectory, denoise, text_units
 from star_trainer.worlds.scenes.oracle import true_maps
 
 
@@ -93,6 +93,7 @@ def collect(
     trajectories: list[Trajectory] = []
     pending: list[Future[_Judged]] = []
     noisy = noisy_steps(section, seed, iteration)
+    broken: NonFiniteError | None = None
     start = time.perf_counter()
     for first in range(0, len(places), section.batch_size):
         if not config.model.sharded:
@@ -100,23 +101,32 @@ def collect(
             stop_if_asked()
         rows = slice(first, first + section.batch_size)
         groups = torch.from_numpy(of_place[rows])
-        trajectory = denoise(
-            policy,
-            conditioning[groups],
-            steps=section.steps,
-            kind=section.sampler,
-            generator=[stream(seed, "rollout", iteration, place) for place in places[rows].tolist()],
-            eta=section.eta,
-            noisy=noisy,
-            initial=_group_noise(policy, config, iteration, groups) if section.shared_noise else None,
-            guidance_scale=section.guidance_scale,
-            units=None if units is None else units[groups],
-            allocation=config.allocation,
-            backend=config.backend,
-        )
+        try:
+            trajectory = denoise(
+                policy,
+                conditioning[groups],
+                steps=section.steps,
+                kind=section.sampler,
+                generator=[stream(seed, "rollout", iteration, place) for place in places[rows].tolist()],
+                eta=section.eta,
+                noisy=noisy,
+                initial=_group_noise(policy, config, iteration, groups) if section.shared_noise else None,
+                guidance_scale=section.guidance_scale,
+                units=None if units is None else units[groups],
+                allocation=config.allocation,
+                backend=config.backend,
+            )
+        except NonFiniteError as error:
+            if not config.model.sharded:
+                raise
+            # The others need this process in their next batches, too.
+            broken = broken or error
+            continue
         judged = [prompts[group] for group in groups.tolist()]
         pending.append(worker.submit(_judge, policy, config, Handover(trajectory.latents[-1]), judged, reward))
         trajectories.append(trajectory.to("cpu") if section.keep_on_host else trajectory)
+    if broken is not None:
+        raise broken
     # Else what a GPU has still to do would count as waiting for the reward.
     finish(policy.device)
     sampled = time.perf_counter()

@@ -350,3 +350,22 @@ def test_streams_are_told_apart_by_every_part_of_their_place() -> None:
     draws = {torch.randn(1, generator=stream(*place)).item() for place in places}
     assert len(draws) == len(places)
     assert torch.equal(torch.randn(3, generator=stream(0, "a", 4)), torch.randn(3, generator=stream(0, "a", 4)))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_nan_waits_for_the_last_batch_where_others_need_the_weights_of_this_process(
+    sharded: bool, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+
+    def not_finite(*args, **kwargs):
+        batches.append(kwargs["generator"])
+        raise NonFiniteError(f"batch {len(batches)}")
+
+    monkeypatch.setattr(rollout_module, "denoise", not_finite)
+    small = ["rollout.prompts=2", "rollout.samples=3", "rollout.batch_size=2", f"model.sharded={str(sharded).lower()}"]
+    prompts = sample_prompts(numpy_stream(0, "prompts"), 2, held_out=False)
+    reward = load_reward(Reward(terms={"scene_graded": 1.0}))
+    with ThreadPoolExecutor(1) as worker, pytest.raises(NonFiniteError, match="batch 1"):
+        collect(policy, load_config("tiny", small), prompts, reward, worker, iteration=0)
+    assert len(batches) == (3 if sharded else 1)
