@@ -52,25 +52,20 @@ def test_denoising_without_noise_equals_the_pipeline(
         generator=stream(0, "test"),
         guidance_scale=guidance_scale,
     )
-    expected = policy.pipeline(
-        texts,
-        latents=trajectory.latents[0].clone(),
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        max_sequence_length=16,
-        output_type="latent",
-    ).images
-    torch.testing.assert_close(trajectory.latents[-1], expected, rtol=1e-4, atol=1e-4)
+
+    def from_pipeline(output_type: str) -> torch.Tensor | np.ndarray:
+        return policy.pipeline(
+            texts,
+            latents=trajectory.latents[0].clone(),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            max_sequence_length=16,
+            output_type=output_type,
+        ).images
+
+    torch.testing.assert_close(trajectory.latents[-1], from_pipeline("latent"), rtol=1e-4, atol=1e-4)
     images = policy.decode(trajectory.latents[-1])
-    from_pipeline = policy.pipeline(
-        texts,
-        latents=trajectory.latents[0].clone(),
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        max_sequence_length=16,
-        output_type="np",
-    ).images
-    assert np.abs(images / 255.0 - from_pipeline).max() < 1e-4 * 10 + 0.5 / 255.0
+    assert np.abs(images / 255.0 - from_pipeline("np")).max() < 1e-4 * 10 + 0.5 / 255.0
 
 
 def test_even_levels_are_the_pipelines_with_even_sigmas(policy: Policy, prompts) -> None:

@@ -6,9 +6,9 @@ import csv
 import json
 import shutil
 import socket
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from star_trainer.prompts.units.cache import CacheError, UnitCache
 from star_trainer.rewards.terms import unsuitable
 from star_trainer.studies.units import main
 from star_trainer.worlds.requirements import DetectedObject, judge
+
+from tests.trainer.local_server import local_server, send
 
 PROMPTS = ["a red cup on a table", 'a sign that says "Go"']
 GOOD = '[["red cup", "table"], ["Go", "sign"]]'
@@ -102,32 +104,19 @@ Reply = Callable[[dict[str, Any], int], tuple[int, bytes]]
 @pytest.fixture
 def serve() -> Iterator[Callable[[Reply], tuple[str, list[dict[str, Any]]]]]:
     """Start an endpoint that answers by a function of the request and its number; gives its address and its log."""
-    servers = []
+    with ExitStack() as servers:
 
-    def start(reply: Reply) -> tuple[str, list[dict[str, Any]]]:
-        requests: list[dict[str, Any]] = []
+        def start(reply: Reply) -> tuple[str, list[dict[str, Any]]]:
+            requests: list[dict[str, Any]] = []
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-                status, content = reply(body, len(requests))
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(content)
+            def answer(handler: BaseHTTPRequestHandler) -> None:
+                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                requests.append({"path": handler.path, "key": handler.headers.get("Authorization"), **body})
+                send(handler, *reply(body, len(requests)))
 
-            def log_message(self, *_: Any) -> None:
-                pass
+            return servers.enter_context(local_server(answer)) + "/v1", requests
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1", requests
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 def completion(text: str) -> bytes:

@@ -9,7 +9,8 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardError, load_reward, remote
 from star_trainer.rewards.server import Limits, RequestError, create_app, parse_request
 from star_trainer.rewards.server import main as serve_main
+
+from tests.trainer.local_server import local_server, send
 
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
@@ -187,35 +190,23 @@ def test_a_png_with_another_mode_is_read() -> None:
 @pytest.fixture
 def fake() -> Iterator[Callable[[Callable[[int], tuple[int, bytes] | None]], tuple[str, list[int]]]]:
     """A server that answers by the number of the request, or hangs up where it is told None."""
-    servers = []
+    with ExitStack() as servers:
 
-    def run(reply: Callable[[int], tuple[int, bytes] | None]) -> tuple[str, list[int]]:
-        seen: list[int] = []
+        def run(reply: Callable[[int], tuple[int, bytes] | None]) -> tuple[str, list[int]]:
+            seen: list[int] = []
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
+            def answer(handler: BaseHTTPRequestHandler) -> None:
+                handler.rfile.read(int(handler.headers["Content-Length"]))
                 seen.append(len(seen) + 1)
-                answer = reply(seen[-1])
-                if answer is None:
-                    self.connection.close()
-                    return
-                self.send_response(answer[0])
-                self.end_headers()
-                self.wfile.write(answer[1])
+                content = reply(seen[-1])
+                if content is None:
+                    handler.connection.close()
+                else:
+                    send(handler, *content)
 
-            def log_message(self, *_: Any) -> None:
-                pass
+            return servers.enter_context(local_server(answer)), seen
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}", seen
-
-    yield run
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield run
 
 
 @pytest.fixture
