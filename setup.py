@@ -59,6 +59,7 @@ setup(
     + find_packages("python", include=["star_trainer", "star_trainer.*"]),
     package_dir={"star_trainer": "python/star_trainer"},
     package_data={
+        "star_kernels.attention": ["table.json"],
         # Of the small models what loads them: the scripts that built them stay in the repository.
         "star_trainer.config": ["presets/*.yaml"],
         "star_trainer.worlds.scenes": [f"tiny_*/**/*.{end}" for end in ("safetensors", "json", "txt", "model")],

@@ -2,7 +2,7 @@
 
 Times every candidate of a row at 512 and at 1024 px, with and without capture, drops those that do not fit or do not
 agree with PyTorch's attention, and prints the others, the best first, and then the row as it goes into
-``CONFIGURATIONS`` of star_kernels/attention/triton_kernels.py. Nothing is tuned at run time: the table is what runs.
+``CONFIGURATIONS`` of star_kernels/attention/table.json. Nothing is tuned at run time: the table is what runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from star_kernels.attention import triton_kernels
-from star_kernels.attention.triton_kernels import Configuration
+from star_kernels.attention.table import CONFIGURATIONS, Configuration, architecture_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 IMAGE_AND_TEXT = {"S": (1024, 205), "L": (4096, 333)}
@@ -146,12 +146,12 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
 
     if not torch.cuda.is_available():
         for dtype, head_dim in itertools.product(options.dtype, options.head_dim):
-            for architecture in triton_kernels.CONFIGURATIONS:
+            for architecture in CONFIGURATIONS:
                 count = sum(1 for _ in candidates(architecture, DTYPES[dtype], head_dim))
                 say(f"{architecture}, {dtype}, head dim {head_dim}: {count} candidates")
         parser.exit(1, "Timing the candidates needs a GPU, and PyTorch finds none here.\n")
 
-    architecture = triton_kernels.architecture_of(torch.device("cuda"))
+    architecture = architecture_of(torch.device("cuda"))
     device = torch.cuda.get_device_name()
     found = []
     for dtype, head_dim in itertools.product(options.dtype, options.head_dim):

@@ -62,7 +62,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     _logger.warning(message)
 
 
@@ -91,7 +91,7 @@ def resolve_backend(operator: str, backend: str, device: torch.device, kernels: 
         reason = _reason_against(operator, preferred, device, kernels)
         if reason is None:
             return preferred
-        _say_once(f"{operator} runs on its reference implementation: {reason}")
+        say_once(f"{operator} runs on its reference implementation: {reason}")
         return "reference"
     reason = _reason_against(operator, backend, device, kernels)
     if reason is not None:

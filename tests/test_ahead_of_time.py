@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.static_gpu import LIMITS, MEASURED, OPERATORS, KernelReport, calls, capture_pairs, image_loop, load, settings
-from star_kernels.attention.triton_kernels import CONFIGURATIONS
+from star_kernels.attention.table import CONFIGURATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_TRITON = Path(sys.prefix) / "triton-3.6"  # where `make test-all` puts it

@@ -57,7 +57,7 @@ def test_auto_takes_triton_for_tensors_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize(("device", "kernels"), [(CPU, ("cpu",)), (CPU, ()), (CUDA, ("cpu",))])
 def test_auto_falls_back_to_the_reference_and_says_so_once(not_built, caplog, device, kernels):
-    backends._say_once.cache_clear()
+    backends.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="star_kernels"):
         for _ in range(2):
             assert backends.resolve_backend("some_op", "auto", device, kernels) == "reference"

@@ -18,6 +18,7 @@ def test_the_package_has_what_loads_the_small_models_and_not_what_built_them(tmp
     scenes = "star_trainer/worlds/scenes"
     for needed in (
         "star_kernels/attention/triton_kernels.py",
+        "star_kernels/attention/table.json",
         "star_trainer/config/presets/tiny.yaml",
         f"{scenes}/captions.py",
         f"{scenes}/tiny_sd3/pipeline/transformer/diffusion_pytorch_model.safetensors",

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench import tune_attention  # noqa: E402
-from star_kernels.attention.triton_kernels import CONFIGURATIONS, Configuration  # noqa: E402
+from star_kernels.attention.table import CONFIGURATIONS, Configuration  # noqa: E402
 
 
 @pytest.mark.parametrize("architecture", CONFIGURATIONS)

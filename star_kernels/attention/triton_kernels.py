@@ -25,8 +25,7 @@ the same bytes, but hold 0.15 GB at S and 0.6 GB at L.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -36,6 +35,7 @@ from torch import Tensor
 from star_kernels._kernel_calls import KernelCall
 from star_kernels._triton import cast, dot, dot_rows
 from star_kernels.attention import reference
+from star_kernels.attention.table import CONFIGURATIONS, Configuration, architecture_of, configuration_for
 
 MAX_FUSED_UNITS = 16
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -46,66 +46,6 @@ _HUGE = 2.0**28
 # Of a log-sum-exp: from here on its rounding changes what is taken from it by a factor of up to 3.
 _COARSE = tl.constexpr(2.0**22)
 
-
-@dataclass(frozen=True)
-class Configuration:
-    """Tile sizes of the attention kernel.
-
-    Attributes:
-        block_m: queries per program.
-        block_n: keys per iteration.
-        num_warps, num_stages: Triton's options of these names.
-        max_registers: per thread, on NVIDIA, so that as many programs fit on an SM with capture as without.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Triton's compile options."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
-
-
-# By architecture, then by bytes per element and head dimension (rounded up to a power of two).
-CONFIGURATIONS: dict[str, dict[tuple[int, int], Configuration]] = {
-    "sm_80": {
-        (2, 32): Configuration(128, 64, 8, 3, 128),
-        (2, 64): Configuration(128, 64, 8, 3),
-        (2, 128): Configuration(128, 32, 8, 3),
-        (4, 32): Configuration(32, 32, 4, 2),
-        (4, 64): Configuration(32, 16, 4, 2),
-        (4, 128): Configuration(16, 16, 8, 1),
-    },
-    "sm_90": {
-        (2, 32): Configuration(128, 64, 8, 3, 128),
-        (2, 64): Configuration(128, 64, 8, 3, 128),
-        (2, 128): Configuration(128, 64, 8, 3),
-        (4, 32): Configuration(32, 32, 4, 2),
-        (4, 64): Configuration(32, 16, 4, 2),
-        (4, 128): Configuration(16, 16, 8, 1),
-    },
-    "sm_100": {
-        (2, 32): Configuration(128, 64, 8, 3, 128),
-        (2, 64): Configuration(128, 64, 8, 3, 128),
-        (2, 128): Configuration(128, 64, 8, 3),
-        (4, 32): Configuration(32, 32, 4, 2),
-        (4, 64): Configuration(32, 16, 4, 2),
-        (4, 128): Configuration(16, 16, 8, 1),
-    },
-    "gfx942": {
-        (2, 32): Configuration(128, 32, 4, 1),
-        (2, 64): Configuration(128, 32, 4, 1),
-        (2, 128): Configuration(64, 32, 4, 1),
-        (4, 32): Configuration(64, 32, 4, 1),
-        (4, 64): Configuration(64, 32, 4, 1),
-        (4, 128): Configuration(32, 32, 4, 1),
-    },
-}
 
 # Sizes that change from call to call; a kernel per divisibility of each would be compiled for nothing.
 _SIZES = (
@@ -697,11 +637,6 @@ def _unit_alignment(unit_weights: Tensor | None) -> int:
     return together if aligned else 1
 
 
-def configuration_for(architecture: str, dtype: torch.dtype, head_dim: int) -> Configuration:
-    """The table's entry for tensors of `dtype` and `head_dim`."""
-    return CONFIGURATIONS[architecture][dtype.itemsize, max(32, padded_head_dim(head_dim))]
-
-
 def _unit_mass_configuration(dtype: torch.dtype, attention: Configuration) -> Configuration:
     """At most 64 rows: there are image tokens but for few programs, which loop over the heads.
 
@@ -710,17 +645,6 @@ def _unit_mass_configuration(dtype: torch.dtype, attention: Configuration) -> Co
     if dtype == torch.float32:
         return replace(attention, block_n=16)
     return Configuration(min(64, attention.block_m), max(16, attention.block_n // 2), 4, min(2, attention.num_stages))
-
-
-def architecture_of(device: torch.device) -> str:
-    """The entry of `CONFIGURATIONS` for a device, that of the nearest older one where it has none."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    # Consumer chips of compute capability 12 have the shared memory and the tensor cores of 8.
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def _within_reach(tensor: Tensor, configuration: Configuration) -> Tensor:
