@@ -3,6 +3,7 @@
 from star_kernels.allocation import allocation_map as allocation_map
 from star_kernels.allocation import temporal_weights as temporal_weights
 from star_kernels.attention import joint_attention as joint_attention
+from star_kernels.attention.mass import attention_mass as attention_mass
 from star_kernels.backends import available_backends as available_backends
 from star_kernels.policy_loss import PolicyLoss as PolicyLoss
 from star_kernels.policy_loss import policy_loss as policy_loss

@@ -11,8 +11,9 @@ from torch import Tensor
 from star_kernels import backends
 from star_kernels._checks import check_choice, check_number, check_reverse_mode, check_tensor
 from star_kernels.attention import cpu, reference
+from star_kernels.attention.mass import DIRECTIONS as DIRECTIONS
+from star_kernels.attention.mass import add_layer, autocast, check_mass, check_values
 
-DIRECTIONS = ("image_to_text", "text_to_image")
 KERNELS: tuple[str, ...] = ("cpu", "triton")
 _MAX_HEAD_DIM_TRITON = 128
 
@@ -80,7 +81,7 @@ def joint_attention(
     check_tensor("key", key, (batch, heads, "N_keys", head_dim), device=query.device)
     num_keys = key.shape[2]
     check_tensor("value", value, (batch, heads, num_keys, head_dim), device=query.device)
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    query, key, value = autocast(query), autocast(key), autocast(value)
     check_tensor("key", key, key.shape, dtypes=(query.dtype,))
     check_tensor("value", value, value.shape, dtypes=(query.dtype,))
 
@@ -112,7 +113,7 @@ def joint_attention(
         if direction == "text_to_image" and num_image_tokens == num_queries:
             raise ValueError("direction: expected image_to_text where no query is a text token, got text_to_image")
         if mass is not None:
-            _check_mass(mass, (end - first, num_image_tokens, unit_weights.shape[2]), query, unit_weights)
+            check_mass(mass, (end - first, num_image_tokens, unit_weights.shape[2]), query, unit_weights)
 
     check_reverse_mode("joint_attention", (query, key, value, unit_weights, mass))
     out, layer_mass, _ = _joint_attention(
@@ -120,20 +121,7 @@ def joint_attention(
     )
     if unit_weights is None:
         return out, None
-    # The sum over layers stands here and not in the op, because torch.library has autograd for functional ops only. The
-    # price is one read and write of [rows, image, K] numbers, nothing beside attention itself.
-    if mass is not None:
-        return out, mass.add_(layer_mass, alpha=layer_weight)
-    return out, layer_mass if layer_weight == 1 else layer_mass * layer_weight
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """`tensor` in the dtype that autocast would give it in ``scaled_dot_product_attention``."""
-    device_type = tensor.device.type
-    # By name: torch.amp.is_autocast_available breaks the graph of torch.compile in PyTorch 2.11.
-    if device_type not in ("cpu", "cuda", "xpu") or not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device_type))
+    return out, add_layer(mass, layer_mass, layer_weight)
 
 
 def _check_rows(rows: tuple[int, int] | None, batch: int) -> tuple[int, int]:
@@ -147,15 +135,6 @@ def _check_rows(rows: tuple[int, int] | None, batch: int) -> tuple[int, int]:
     if not 0 <= first < end <= batch:
         raise ValueError(f"rows: expected 0 <= first < end <= {batch} (the batch), got {rows!r}")
     return first, end
-
-
-def _check_mass(mass: Tensor, shape: tuple[int, int, int], query: Tensor, unit_weights: Tensor) -> None:
-    dtype = reference.statistics_dtype(query, unit_weights)
-    check_tensor("mass", mass, shape, dtypes=(dtype,), device=query.device)
-    if mass.requires_grad:
-        raise ValueError("mass: expected a buffer that requires no gradient, got one with requires_grad=True")
-    if any(stride == 0 and size > 1 for stride, size in zip(mass.stride(), mass.shape, strict=True)):
-        raise ValueError(f"mass: expected a buffer with memory for each element, got an expanded one {mass.stride()}")
 
 
 @torch.library.custom_op("star_kernels::joint_attention", mutates_args=())
@@ -174,8 +153,7 @@ def _joint_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, this layer's mass (empty without unit weights) and log-sum-exp."""
     chosen = _resolve_backend(backend, query)
-    if unit_weights is not None and unit_weights.device.type == "cpu":
-        _check_unit_weights(unit_weights)
+    check_values(unit_weights, None, 0)
     # float64 is for checks of derivatives, and precise rather than fast: the reference computes it for every backend.
     if chosen != "reference" and query.dtype != torch.float64:
         out, mass, log_sum_exp = _kernel(chosen)(
@@ -228,13 +206,6 @@ def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]
     from star_kernels.attention import triton_kernels
 
     return triton_kernels.joint_attention
-
-
-def _check_unit_weights(unit_weights: Tensor) -> None:
-    smallest, largest = (bound.item() for bound in torch.aminmax(unit_weights))
-    # Written so that NaN, which aminmax passes on, fails both.
-    if not (smallest >= 0 and largest < float("inf")):
-        raise ValueError(f"unit_weights: expected finite values >= 0, got values from {smallest} to {largest}")
 
 
 @_joint_attention.register_fake

@@ -131,6 +131,34 @@ def text_to_image_mass(
     return mass
 
 
+def attention_mass(
+    query: Tensor,
+    key: Tensor,
+    unit_weights: Tensor,
+    log_sum_exp: Tensor,
+    *,
+    scale: float,
+    text_lengths: Tensor | None,
+    direction: str,
+) -> Tensor:
+    """The mass from the log-sum-exp of the logits, over the first `text_lengths` text tokens.
+
+    Args and result: see `star_kernels.attention_mass`.
+    """
+    dtype, to_text = statistics_dtype(query), direction == "image_to_text"
+    num_image = (query if to_text else key).shape[2]
+    shape = (query.shape[0], num_image, unit_weights.shape[2])
+    mass = query.new_empty(shape, dtype=statistics_dtype(query, unit_weights))
+    for b in range(query.shape[0]):
+        text = slice(0, unit_weights.shape[1] if text_lengths is None else int(text_lengths[b]))
+        queries, keys = (slice(None), text) if to_text else (text, slice(None))
+        logits = (query[b, :, queries].to(dtype) * scale) @ key[b, :, keys].to(dtype).transpose(-1, -2)
+        # A probability above 1 would come of the log-sum-exp's rounding.
+        probabilities = logits.sub_(log_sum_exp[b, :, queries, None]).clamp_(max=0).exp_().mean(0)
+        mass[b] = (probabilities if to_text else probabilities.transpose(0, 1)) @ unit_weights[b, text].to(dtype)
+    return mass
+
+
 def attention_backward(
     grad_out: Tensor,
     query: Tensor,
