@@ -18,6 +18,7 @@ from star_trainer.studies.timing import (
     Group,
     Measurement,
     Member,
+    Sample,
     Spread,
     clock_for,
     default_device,
@@ -38,6 +39,7 @@ __all__ = [
     "Group",
     "Measurement",
     "Member",
+    "Sample",
     "Spread",
     "clock_for",
     "default_device",
@@ -62,7 +64,10 @@ FORMAT = 1
 
 
 def table(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """Groups as `group_as_dict` makes them, as lines: median time, ratio with quartiles and interval, memory, rates."""
+    """Groups as `group_as_dict` makes them, as lines: median time, ratio with quartiles and interval, memory, rates.
+
+    Last the time of the host, where it is not the device, and whether that may have waited for it.
+    """
     width = max((len(member["name"]) for group in groups for member in group["members"]), default=0)
     width += len(" (baseline)")
     head = f"{'':<{width + 2}} {'median':>10}  {'time / baseline':<22}  {'median within':<16}"
@@ -80,6 +85,9 @@ def table(groups: Sequence[dict[str, Any]]) -> list[str]:
                 interval = f"[{ratio['low']:.3f}, {ratio['high']:.3f}]"
                 line += f"  {relative:<22}  {interval:<16} {1 / ratio['median']:>7.2f}x"
             rates = "".join(f"  {value:.3g} {unit}" for unit, value in member["rates"].items())
+            host = member.get("host_seconds")
+            if host is not None:
+                rates += f"  host {format_seconds(host)}" + ("" if member["ahead"] > 0.5 else ", not ahead")
             lines.append(f"{line} {format_bytes(member['peak_bytes']):>12}{rates}")
     return lines
 
@@ -116,6 +124,8 @@ def group_as_dict(group: Group) -> dict[str, Any]:
                 "ratio": None if ratio is None else vars(ratio),
                 "peak_bytes": measurement.peak_bytes,
                 "rates": measurement.rates,
+                "host_seconds": measurement.host_seconds,
+                "ahead": measurement.ahead,
             }
         )
     return {"name": group.name, "baseline": group.baseline, "members": members}

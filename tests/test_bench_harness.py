@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from star_trainer.studies import timing
 
 from bench import attention_cases, harness, latent_cases, plot
-from bench.harness import CpuClock, CudaClock, Group, Measurement, Member
+from bench.harness import CpuClock, CudaClock, Group, Measurement, Member, Sample
 from star_kernels.attention import reference
 
 ROOT = Path(__file__).parent.parent
@@ -30,12 +31,12 @@ class ScriptedClock:
     def __init__(self, speed: Callable[[int], float]) -> None:
         self.speed, self.calls, self.order = speed, 0, []
 
-    def seconds(self, function: Callable[[], object], calls: int) -> float:
+    def sample(self, function: Callable[[], object], calls: int, host_seconds: float = 0.0) -> Sample:
         cost = function()
         assert isinstance(cost, float)
         self.calls += 1
         self.order.append(cost)
-        return cost * self.speed(self.calls)
+        return Sample(cost * self.speed(self.calls))
 
     def peak_bytes(self, function: Callable[[], object]) -> int:
         return 1000
@@ -92,9 +93,9 @@ def test_the_interval_holds_the_median_as_often_as_it_says(count: int) -> None:
 
 def test_cpu_clock_repeats_and_divides() -> None:
     calls = []
-    seconds = CpuClock().seconds(lambda: calls.append(torch.ones(10).sum()), 50)
+    sample = CpuClock().sample(lambda: calls.append(torch.ones(10).sum()), 50)
     assert len(calls) == 50
-    assert 0 < seconds < 0.1
+    assert 0 < sample.seconds < 0.1 and sample.host_seconds is None
 
 
 def test_cpu_peak_memory_counts_what_is_held_at_once() -> None:
@@ -113,38 +114,103 @@ def test_cpu_peak_memory_counts_what_is_held_at_once() -> None:
     assert CpuClock().peak_bytes(at_once) == 3 * 4 * size
 
 
-def test_cuda_clock_flushes_the_cache_before_the_time_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+class FakeGpu:
+    """A GPU that computes in order what is queued, on a clock that the host shares; it spins at 2 GHz.
+
+    `launch(seconds, host)` queues work of so many seconds, for which the host takes `host`.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.busy_until = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.reached = max(gpu.now, gpu.busy_until)
+
+            def query(self) -> bool:
+                return gpu.now >= self.reached
+
+            def synchronize(self) -> None:
+                gpu.now = max(gpu.now, self.reached)
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.reached - self.reached) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(cycles / 2e9, 0.0))
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(CudaClock, "FLUSH_BYTES", 16)
+        monkeypatch.setattr(CudaClock, "peak_bytes", lambda clock, function: 0)
+        self.clock = CudaClock(torch.device("cpu"))
+        monkeypatch.setattr(self.clock, "_flush", SimpleNamespace(zero_=lambda: self.launch(1e-4, 0.0)))
+
+    def launch(self, seconds: float, host: float) -> None:
+        self.now += host
+        self.busy_until = max(self.now, self.busy_until) + seconds
+
+    def wait(self) -> None:
+        self.now = max(self.now, self.busy_until)
+
+
+@pytest.mark.parametrize("host", [1e-5, 1e-3, 0.04])
+@pytest.mark.parametrize("device", [1e-6, 1e-3, 0.1])
+def test_a_gpus_time_has_none_of_the_hosts_in_it(device: float, host: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+
+    def call() -> None:
+        for _ in range(10):
+            gpu.launch(device / 10, host / 10)
+
+    group = harness.measure([Member("m", call)], gpu.clock, name="g", budget=0.0)
+    assert group["m"].median == pytest.approx(device)
+    assert group["m"].host_seconds == pytest.approx(host)
+    assert group["m"].ahead == 1.0
+    (member,) = harness.group_as_dict(group)["members"]
+    assert member["host_seconds"] == pytest.approx(host) and member["ahead"] == 1.0
+
+
+@pytest.mark.parametrize("host", [1e-5, 0.06])
+def test_a_call_that_waits_for_the_gpu_is_told(host: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+
+    def call() -> None:
+        gpu.launch(1e-5, host)
+        gpu.wait()
+        gpu.launch(1e-5, host)
+
+    group = harness.measure([Member("m", call)], gpu.clock, name="g", budget=0.0)
+    assert group["m"].ahead == 0.0
+    assert group["m"].median >= host
+    assert "not ahead" in harness.table([harness.group_as_dict(group)])[-1]
+
+
+def test_the_cache_is_flushed_before_the_time_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setattr(gpu.clock, "_flush", SimpleNamespace(zero_=lambda: log.append("flush")))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("spin"))
+    record = torch.cuda.Event.record
+    monkeypatch.setattr(torch.cuda.Event, "record", lambda event: (log.append("event"), record(event)))
+    gpu.clock.sample(lambda: log.append("call"), 1)
+    assert log == ["flush", "spin", "event", "call", "event"]
 
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
 
-        def record(self) -> None:
-            log.append("event")
-
-        def synchronize(self) -> None:
-            log.append("wait")
-
-        def elapsed_time(self, end: Event) -> float:
-            return 4.0  # ms
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(CudaClock, "FLUSH_BYTES", 16)
-    clock = CudaClock(torch.device("cpu"))
-    monkeypatch.setattr(clock, "_flush", SimpleNamespace(zero_=lambda: log.append("flush")))
-    assert clock.seconds(lambda: log.append("call"), 2) == pytest.approx(4e-3)
-    assert log == ["flush", "event", "call", "event", "wait"] * 2
+def measurement(name: str, seconds: tuple[float, ...], *arguments: Any) -> Measurement:
+    return Measurement(name, tuple(map(Sample, seconds)), *arguments)
 
 
 def example() -> list[dict[str, Any]]:
     groups = [
         Group(
             "with a baseline",
-            (Measurement("a", (1.0, 2.0, 4.0), 10), Measurement("b", (0.5, 1.0, 2.0), 2_500_000, {"GB": 3.0})),
+            (measurement("a", (1.0, 2.0, 4.0), 10), measurement("b", (0.5, 1.0, 2.0), 2_500_000, {"GB": 3.0})),
             baseline="a",
         ),
-        Group("without", (Measurement("only", (1e-5, 2e-5), 0),)),
+        Group("without", (measurement("only", (1e-5, 2e-5), 0),)),
     ]
     return [harness.group_as_dict(group) for group in groups]
 
@@ -163,6 +229,8 @@ def test_results_are_read_back_as_written_and_drawn(tmp_path: Path) -> None:
         "ratio": {"median": 0.5, "q1": 0.5, "q3": 0.5, "low": 0.5, "high": 0.5},
         "peak_bytes": 2_500_000,
         "rates": {"GB/s": 3.0},
+        "host_seconds": None,
+        "ahead": 1.0,
     }
     assert read["groups"][1]["members"][0]["ratio"] is None
     assert {"device", "torch", "triton", "threads", "commit"} <= read["environment"].keys()

@@ -56,17 +56,45 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One reading of a clock: seconds of a call, and where a device computes those that the host takes to launch it.
+
+    `ahead` says whether the host had launched all of it before the device came to it, so that `seconds` are the
+    device's alone.
+    """
+
+    seconds: float
+    host_seconds: float | None = None
+    ahead: bool = True
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """Seconds of one call in each round, and the most memory that a call holds beyond what was there before it."""
+    """A reading of one call in each round, and the most memory that it holds beyond what was there before it."""
 
     name: str
-    seconds: tuple[float, ...]
+    samples: tuple[Sample, ...]
     peak_bytes: int
     work: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def seconds(self) -> tuple[float, ...]:
+        return tuple(sample.seconds for sample in self.samples)
+
+    @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def host_seconds(self) -> float | None:
+        """The median of those of the host; None where the host is the device."""
+        found = [sample.host_seconds for sample in self.samples if sample.host_seconds is not None]
+        return statistics.median(found) if found else None
+
+    @property
+    def ahead(self) -> float:
+        """The share of the rounds in which the host ran ahead of the device."""
+        return statistics.mean(sample.ahead for sample in self.samples)
 
     @property
     def rates(self) -> dict[str, float]:
@@ -110,8 +138,8 @@ class Clock(Protocol):
 
     shortest_round: float  # seconds that a round should last at least, by repeating the call
 
-    def seconds(self, function: Function, calls: int) -> float:
-        """Seconds of one call, the mean of `calls` of them."""
+    def sample(self, function: Function, calls: int, host_seconds: float = 0.0) -> Sample:
+        """A reading of one call, the mean of `calls` of them, whose launches are expected to take `host_seconds`."""
 
     def peak_bytes(self, function: Function) -> int:
         """The most bytes that one call holds at a time, results included, arguments not."""
@@ -125,11 +153,11 @@ class CpuClock:
 
     shortest_round = 1e-2
 
-    def seconds(self, function: Function, calls: int) -> float:
+    def sample(self, function: Function, calls: int, host_seconds: float = 0.0) -> Sample:
         start = time.perf_counter()
         for _ in range(calls):
             function()
-        return (time.perf_counter() - start) / calls
+        return Sample((time.perf_counter() - start) / calls)
 
     def peak_bytes(self, function: Function) -> int:
         with torch.autograd.profiler.profile(profile_memory=True) as profile:
@@ -145,30 +173,39 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between CUDA events around a call, the L2 cache overwritten before it, and the caching allocator's peak.
+    """The device's time for a call, between CUDA events, the host's for launching it, and the caching allocator's peak.
 
-    Overwriting the cache keeps the GPU busy while the launches of the call are queued behind it, so that what counts
-    is the GPU's time; a call with more launches than that hides is bound by launching them, and shows it.
+    The L2 cache is overwritten before a call. Then the device spins for longer than the host is expected to need, so
+    that all of the call is queued when the device comes to it. Whether it was, the first event tells: the host is done
+    with the last launch before the device has reached it. That cannot be for a call that waits for the device, or that
+    launches more than the driver queues (about a thousand kernels): its time is as long as host and device take
+    together, and that of the host includes its waiting for room in the queue.
     """
 
     shortest_round = 0.0
     FLUSH_BYTES = 256 * 2**20  # more than any L2
+    MARGIN, LONGEST_SPIN = 2e-4, 0.1  # seconds
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._flush = torch.empty(self.FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._cycles_per_second = 1e9
+        self._cycles_per_second = 1e6 / self.sample(lambda: torch.cuda._sleep(1_000_000), 1).seconds
 
-    def seconds(self, function: Function, calls: int) -> float:
-        milliseconds = 0.0
+    def sample(self, function: Function, calls: int, host_seconds: float = 0.0) -> Sample:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        spin = min(self.LONGEST_SPIN, 2 * host_seconds * calls + self.MARGIN)
+        self._flush.zero_()
+        torch.cuda._sleep(int(spin * self._cycles_per_second))
+        start.record()
+        began = time.perf_counter()
         for _ in range(calls):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.zero_()
-            start.record()
             function()
-            end.record()
-            end.synchronize()
-            milliseconds += start.elapsed_time(end)
-        return milliseconds * 1e-3 / calls
+        host_seconds = (time.perf_counter() - began) / calls
+        end.record()
+        ahead = not start.query()
+        end.synchronize()
+        return Sample(start.elapsed_time(end) * 1e-3 / calls, host_seconds, ahead)
 
     def peak_bytes(self, function: Function) -> int:
         torch.cuda.synchronize(self._device)
@@ -211,21 +248,24 @@ def measure(
     if not members or len(set(names)) != len(names) or len(baselines) > 1:
         raise ValueError(f"{name}: expected members with different names and at most one baseline, got {names}")
     with _without_garbage_collection():
-        estimates, peaks = {}, {}
+        last, peaks, calls = {}, {}, {}
         for member in members:
-            clock.seconds(member.function, 1)  # compiles
-            estimates[member.name] = clock.seconds(member.function, 1)
+            clock.sample(member.function, 1)  # compiles
+            last[member.name] = estimate = clock.sample(member.function, 1)
             peaks[member.name] = clock.peak_bytes(member.function)
-        calls = {key: max(1, math.ceil(clock.shortest_round / max(value, 1e-7))) for key, value in estimates.items()}
-        round_seconds = sum(estimates[key] * calls[key] for key in names)
+            calls[member.name] = max(1, math.ceil(clock.shortest_round / max(estimate.seconds, 1e-7)))
+        # The host's time once for launching, and twice for what goes ahead of that.
+        round_seconds = sum((last[key].seconds + 3 * (last[key].host_seconds or 0.0)) * calls[key] for key in names)
         rounds = min(max_rounds, max(min_rounds, int(budget / max(round_seconds, 1e-9))))
         order, shuffle = list(members), random.Random(0)
-        seconds: dict[str, list[float]] = {key: [] for key in names}
+        samples: dict[str, list[Sample]] = {key: [] for key in names}
         for _ in range(rounds):
             shuffle.shuffle(order)
             for member in order:
-                seconds[member.name].append(clock.seconds(member.function, calls[member.name]))
-    measurements = tuple(Measurement(m.name, tuple(seconds[m.name]), peaks[m.name], m.work) for m in members)
+                name, host_seconds = member.name, last[member.name].host_seconds or 0.0
+                last[name] = clock.sample(member.function, calls[name], host_seconds)
+                samples[name].append(last[name])
+    measurements = tuple(Measurement(m.name, tuple(samples[m.name]), peaks[m.name], m.work) for m in members)
     return Group(name, measurements, baselines[0] if baselines else None)
 
 

@@ -39,10 +39,10 @@ class ScriptedClock:
     def __init__(self) -> None:
         self.order: list[Callable[[], object]] = []
 
-    def seconds(self, function: Callable[[], object], calls: int) -> float:
+    def sample(self, function: Callable[[], object], calls: int, host_seconds: float = 0.0) -> timing.Sample:
         if function not in self.order:
             self.order.append(function)
-        return 2.0 ** self.order.index(function)
+        return timing.Sample(2.0 ** self.order.index(function))
 
     def peak_bytes(self, function: Callable[[], object]) -> int:
         function()
