@@ -264,11 +264,12 @@ def _memory(
 
 
 def _kept_numbers(config: Config, numbers: int, tokens: int, positions: int) -> int:
-    """Numbers of one sample that wait for the update, in float32: latents, log-probs and maps of its steps."""
+    """Numbers of one sample that wait for the update, in float32: latents, log-probs, maps and perhaps velocities."""
     steps = config.rollout.steps
     if config.trains_by_reward_gradient:
         # Latents and noise of each step, what it predicts, and gradients.
         return 4 * steps * numbers + (steps * tokens if config.uses_maps else 0)
     log_probs = config.rollout.noisy_steps * positions
+    velocities = config.rollout.noisy_steps * numbers if config.needs_old_velocity else 0
     maps = steps * tokens if config.uses_maps or config.method == "oracle" else 0
-    return (steps + 1) * numbers + log_probs + maps
+    return (steps + 1) * numbers + log_probs + velocities + maps

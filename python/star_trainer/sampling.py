@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -17,6 +18,9 @@ from star_trainer.families.devices import send
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 
+# A trajectory's tensors that have a place for each sample.
+PER_SAMPLE = ("latents", "log_prob", "weights", "velocity")
+
 
 class NonFiniteError(TrainerError, RuntimeError):
     """NaN or infinity where training cannot go on."""
@@ -27,13 +31,15 @@ class Trajectory:
     """One batch of denoising.
 
     latents [T+1, B, C, H, W]; log_prob [S, B, H, W] of the S steps with noise, which follow each other, or None;
-    weights [T, B, h, w], or None if attention was not recorded; coefficients of the T steps, one row each.
+    weights [T, B, h, w], or None if attention was not recorded; coefficients of the T steps, one row each; velocity
+    [S, B, C, H, W] of the steps with noise, guidance applied, or None if it was not kept.
     """
 
     latents: Tensor
     log_prob: Tensor | None
     weights: Tensor | None
     coefficients: list[sk.TransitionCoefficients]
+    velocity: Tensor | None = None
 
     @property
     def first_noisy(self) -> int:
@@ -42,9 +48,20 @@ class Trajectory:
 
     def to(self, device: str | torch.device) -> Trajectory:
         """The same with its tensors of the size of the batch on another device."""
-        log_prob = None if self.log_prob is None else self.log_prob.to(device)
-        weights = None if self.weights is None else self.weights.to(device)
-        return Trajectory(self.latents.to(device), log_prob, weights, self.coefficients)
+        return self.changed(lambda tensor: tensor.to(device))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Trajectory:
+        """The same with each of its tensors of the size of the batch [*, B, ...] changed."""
+        tensors = {name: getattr(self, name) for name in PER_SAMPLE}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **changed)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Trajectory]) -> Trajectory:
+        """The samples of several trajectories in one."""
+        tensors = {name: [getattr(part, name) for part in parts] for name in PER_SAMPLE}
+        joined: dict[str, Any] = {name: torch.cat(each, dim=1) for name, each in tensors.items() if each[0] is not None}
+        return replace(parts[0], **joined)
 
 
 def text_units(policy: Policy, prompts: Sequence[Prompt]) -> sk.TextUnits:
@@ -73,6 +90,7 @@ def denoise(
     guidance_scale: float = 1.0,
     units: sk.TextUnits | None = None,
     allocation: Allocation | None = None,
+    keep_velocity: bool = False,
     backend: str = "auto",
 ) -> Trajectory:
     """Denoise B latents from noise drawn on the CPU by `generator`, so that results do not depend on the device.
@@ -84,6 +102,8 @@ def denoise(
 
     With `units` the transformer's attention is recorded and each step gets its allocation map; where guidance takes a
     second prediction, both run in one call, as in diffusers' pipelines, and the conditional half is recorded.
+
+    `keep_velocity` keeps what was predicted at the steps with noise.
     """
     batch, shape, device = len(conditioning), policy.latent_shape, policy.device
     sigmas, timesteps = policy.schedule(steps)
@@ -97,7 +117,8 @@ def denoise(
     # All that the steps take from the host crosses before them: a copy in between would wait for the device.
     draws = [draw() for _ in range((initial is None) + sum(row.stochastic for row in coefficients))]
     noise = iter(send(torch.stack(draws), device) if draws else ())
-    latents, log_probs, weights = [next(noise) if initial is None else send(initial, device)], [], []
+    latents = [next(noise) if initial is None else send(initial, device)]
+    log_probs, weights, velocities = [], [], []
     layers = None if allocation is None else allocation.layers
     rows = policy.family.conditional_rows(batch, guidance)
     recording = (
@@ -122,6 +143,8 @@ def denoise(
             latents.append(result.next_sample)
             if result.log_prob is not None:
                 log_probs.append(result.log_prob)
+                if keep_velocity:
+                    velocities.append(prediction.guided)
             if recorder is not None:
                 assert allocation is not None, "maps are made as the allocation section says"
                 weights.append(
@@ -137,12 +160,26 @@ def denoise(
         bad = [i for i in range(batch) if not torch.isfinite(latents[-1][i]).all()]
         step = next(t for t, latent in enumerate(latents) if not torch.isfinite(latent).all()) - 1
         raise NonFiniteError(f"denoising gave NaN or infinity, first at step {step}, in samples {bad[:8]}")
+    maps = torch.stack(weights) if weights else None
+    if maps is not None and allocation is not None and allocation.map == "geometric":
+        maps = with_last(maps)
     return Trajectory(
         torch.stack(latents),
         torch.stack(log_probs) if log_probs else None,
-        torch.stack(weights) if weights else None,
+        maps,
         coefficients,
+        torch.stack(velocities) if velocities else None,
     )
+
+
+def with_last(maps: Tensor) -> Tensor:
+    """The geometric mean of each step's maps [T, B, h, w] with the last step's, of mean 1 (docs/method.md, section 4).
+
+    Where the two have no place in common the step's own map stays.
+    """
+    both = (maps * maps[-1]).sqrt()
+    mean = both.mean((-2, -1), keepdim=True)
+    return torch.where(mean > 0, both / mean, maps)
 
 
 def _coefficients(

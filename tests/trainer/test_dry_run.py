@@ -37,11 +37,13 @@ def test_the_plan_has_the_numbers_of_the_loaded_model(overrides: list[str]) -> N
     assert found.tokens == policy.grid[0] * policy.grid[1] + policy.encode(["a"]).tensors["text"].shape[1]
 
 
-def test_calls_are_those_that_a_run_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("objective", ["clip", "guard"])
+def test_calls_are_those_that_a_run_makes(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from star_trainer import train
     from star_trainer.algorithms import policy_gradient
     from star_trainer.families.policy import Policy
     from star_trainer.rewards import terms as rewards
+    from star_trainer.sampling import PER_SAMPLE
 
     config = load_config(
         "tiny",
@@ -50,7 +52,7 @@ def test_calls_are_those_that_a_run_makes(tmp_path: Path, monkeypatch: pytest.Mo
             *("rollout.batch_size=4", "rollout.steps=3", "rollout.sde_steps=2", "rollout.guidance_scale=2.0"),
             *("train.iterations=1", "train.updates=2", "train.batch_size=2", "train.kl_weight=0.1"),
             *("evaluation.prompts=2", "evaluation.interim_prompts=2", "evaluation.pictures=1", "evaluation.steps=1"),
-            "reward.terms={'dry_run_reward:distinct': 1.0}",
+            *("reward.terms={'dry_run_reward:distinct': 1.0}", f"train.objective={objective}"),
         ],
     )
     found = plan(config)
@@ -72,7 +74,8 @@ def test_calls_are_those_that_a_run_makes(tmp_path: Path, monkeypatch: pytest.Mo
                 result = function(*arguments)
                 if name == "rollout":
                     trajectory = result.trajectory
-                    kept.append(sum(t.nbytes for t in (trajectory.latents, trajectory.log_prob, trajectory.weights)))
+                    tensors = [getattr(trajectory, name) for name in PER_SAMPLE]
+                    kept.append(sum(tensor.nbytes for tensor in tensors if tensor is not None))
                 return result
             finally:
                 inside[0] = "elsewhere"

@@ -1,4 +1,4 @@
-"""The policy update: the clipped objective over one iteration's samples (docs/method.md, sections 1, 5 and 7)."""
+"""The policy update: the objective over one iteration's samples (docs/method.md, sections 1, 4, 5 and 7)."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
     shares = [divide_samples(part, accelerator.num_processes) for part in trained]
     rollout = exchange(accelerator, rollout, shares)
     parts = [own_part(share, rollout, accelerator.process_index, config.train.batch_size) for share in shares]
-    batch = Batch(rollout, advantages.values.take(rollout.places, mode="clip"), rollout.log_prob)
+    batch = batch_of(state, rollout, advantages.values.take(rollout.places, mode="clip"), steps)
     consistency: list[Tensor] = []
     if config.train.old_log_prob == "recompute":
         batch, consistency = recompute(state, batch, steps, parts)
@@ -121,9 +121,13 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
                 accelerator.backward(result.loss * share)
             if len(rows) == 0:
                 continue
-            if on_policy:
-                consistency.append(log_ratio(state, samples, step, prediction))
             measured = {**result.metrics, "loss": result.loss.detach()}
+            if on_policy or "divergence" not in measured:
+                old = samples.old_log_prob[step - samples.first_noisy]
+                difference = log_prob(state, samples, step, prediction) - old
+                if on_policy:
+                    consistency.append(log_ratio(state, difference))
+                measured.setdefault("divergence", divergence(difference, prediction.velocity.shape[1]))
             if config.train.kl_weight == 0.0:
                 # Without a weight the reference model is not run, and a KL of 0 would be no measurement.
                 del measured["kl"]
@@ -131,7 +135,7 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
         state.policy.transformer.eval()
         parameters = list(state.policy.trainable().values())
         norm = full_tensor(accelerator.clip_grad_norm_(parameters, config.train.max_gradient_norm))
-        summary = summarise(accelerator, passes, norm, with_kl=config.train.kl_weight > 0.0)
+        summary = summarise(accelerator, passes, steps, norm, with_kl=config.train.kl_weight > 0.0)
         if summary["non_finite"] or not math.isfinite(summary["loss"] + summary["gradient_norm"]):
             skipped += 1
             bad = [p for p in passes if p.metrics["non_finite"] > 0 or not torch.isfinite(p.metrics["loss"])]
@@ -148,23 +152,43 @@ def update(state: TrainingState, rollout: Rollout, advantages: Advantages, itera
             totals.append(summary)
     counts = {"updates": float(len(totals)), "skipped_updates": float(skipped)}
     agreement = rollout_agreement(accelerator, consistency)
-    warn_of_disagreement(state, agreement)
+    warn_of_disagreement(state, agreement, min(plan.clip_range for plan in batch.plans.values()))
     counts |= agreement
+    if config.allocation.temporal != "none":
+        counts |= {f"temporal_weight/step_{step + 1}": plan.weight for step, plan in batch.plans.items()}
     if not totals:
         return counts
     return counts | {name: float(np.mean([t[name] for t in totals])) for name in totals[0]}
 
 
 @dataclass(frozen=True)
+class StepPlan:
+    """How much a denoising step counts, and the range in which its ratios may move."""
+
+    weight: float
+    clip_range: float
+
+
+@dataclass(frozen=True)
 class Batch:
     """What updates are made of: this process's samples, their advantages [B] and old log-probs [S, B, H, W].
 
-    The first of the S is that of `rollout.trajectory.first_noisy`.
+    The first of the S is that of `rollout.trajectory.first_noisy`, as of the old velocities [S, B, C, H, W], guidance
+    applied, where the objective asks for them; `plans` are those of the steps that are trained on.
     """
 
     rollout: Rollout
     advantages: np.ndarray
     old_log_prob: Tensor
+    old_velocity: Tensor | None
+    plans: dict[int, StepPlan]
+
+
+def batch_of(state: TrainingState, rollout: Rollout, advantages: np.ndarray, steps: list[int]) -> Batch:
+    """A rollout whose own log-probs and velocities are the old ones, to be trained on at some denoising steps."""
+    trajectory = rollout.trajectory
+    plans = plan_steps(state, trajectory.coefficients, steps)
+    return Batch(rollout, advantages, rollout.log_prob, trajectory.velocity, plans)
 
 
 @dataclass(frozen=True)
@@ -172,18 +196,21 @@ class Samples:
     """The samples of a backward pass on the policy's device, with all that passes at any step ask for.
 
     latents [T+1, b, C, H, W]; log_prob of the rollout and old_log_prob [S, b, H, W], of which the first is that of the
-    step `first_noisy`; weights [T, b, h, w], or None;
-    advantages [b]; timesteps [T] and coefficients of the T steps; conditioning and guidance of b samples.
+    step `first_noisy`, as old_velocity [S, b, C, H, W], or None; weights [T, b, h, w], or None; advantages [b];
+    timesteps [T] and coefficients of the T steps, and the plans of those trained on; conditioning and guidance of b
+    samples.
     """
 
     latents: Tensor
     log_prob: Tensor
     old_log_prob: Tensor
+    old_velocity: Tensor | None
     first_noisy: int
     weights: Tensor | None
     advantages: Tensor
     timesteps: Tensor
     coefficients: list[sk.TransitionCoefficients]
+    plans: dict[int, StepPlan]
     conditioning: Conditioning
     guidance: Guidance | None
 
@@ -200,11 +227,13 @@ def take(state: TrainingState, batch: Batch, rows: np.ndarray) -> Samples:
         latents=send(trajectory.latents[:, index], device),
         log_prob=log_prob,
         old_log_prob=send(batch.old_log_prob[:, index], device) if recomputed else log_prob,
+        old_velocity=None if batch.old_velocity is None else send(batch.old_velocity[:, index], device),
         first_noisy=trajectory.first_noisy,
         weights=None if trajectory.weights is None else send(trajectory.weights[:, index], device),
         advantages=send(torch.from_numpy(batch.advantages[rows]).float(), device),
         timesteps=rollout.timesteps,
         coefficients=trajectory.coefficients,
+        plans=batch.plans,
         conditioning=rollout.conditioning[send(torch.from_numpy(rollout.groups[rows]), device)],
         guidance=policy.guidance(len(rows), state.config.rollout.guidance_scale, in_one_pass=False),
     )
@@ -287,15 +316,9 @@ def exchange(accelerator: Accelerator, rollout: Rollout, shares: list[list[np.nd
         everywhere = gather(accelerator, values[:, torch.from_numpy(rows)].transpose(0, 1)).transpose(0, 1)
         return torch.cat([values, everywhere[:, wanted]], dim=1)
 
-    trajectory = rollout.trajectory
     return replace(
         rollout,
-        trajectory=replace(
-            trajectory,
-            latents=with_wanted(trajectory.latents),
-            log_prob=with_wanted(rollout.log_prob),
-            weights=None if trajectory.weights is None else with_wanted(trajectory.weights),
-        ),
+        trajectory=rollout.trajectory.changed(with_wanted),
         rewards=with_wanted(torch.from_numpy(rollout.rewards)[None])[0].numpy(),
         places=np.concatenate([rollout.places, moving[own]]),
     )
@@ -341,8 +364,8 @@ def predict(state: TrainingState, samples: Samples, step: int, *, reference: boo
 
 
 def step_loss(state: TrainingState, samples: Samples, step: int) -> tuple[sk.PolicyLoss, Prediction]:
-    """The clipped objective of one denoising step on some samples, and the prediction it was made of."""
-    config = state.config
+    """The objective of one denoising step on some samples, and the prediction it was made of."""
+    config, plan, place = state.config, samples.plans[step], step - samples.first_noisy
     reference = None
     with attention_of_the_rollout(state):
         if config.train.kl_weight > 0.0:
@@ -352,11 +375,15 @@ def step_loss(state: TrainingState, samples: Samples, step: int) -> tuple[sk.Pol
         prediction.velocity,
         samples.latents[step],
         samples.latents[step + 1],
-        samples.old_log_prob[step - samples.first_noisy],
-        samples.advantages,
+        samples.old_log_prob[place],
+        # The policy term is in proportion to it, and the KL does not have it.
+        samples.advantages * plan.weight,
         samples.coefficients[step],
         weights=None if samples.weights is None else samples.weights[step],
-        clip_range=clip_range(state),
+        objective=config.train.objective,
+        old_velocity=None if samples.old_velocity is None else samples.old_velocity[place],
+        clip_range=plan.clip_range,
+        divergence_limit=config.train.divergence_limit,
         granularity=config.granularity,
         reference_velocity=reference,
         kl_weight=config.train.kl_weight,
@@ -368,13 +395,26 @@ def step_loss(state: TrainingState, samples: Samples, step: int) -> tuple[sk.Pol
     return loss, prediction
 
 
-def clip_range(state: TrainingState) -> float:
-    """The clip range of the method's ratios, from that of an image's."""
-    if state.config.granularity == "image":
-        return state.config.train.clip_range
-    # An image's log-ratio averages H*W times as many numbers, so that its spread is sqrt(H*W) times smaller.
-    _, height, width = state.policy.latent_shape
-    return state.config.train.clip_range * math.sqrt(height * width)
+def plan_steps(
+    state: TrainingState, coefficients: list[sk.TransitionCoefficients], steps: list[int]
+) -> dict[int, StepPlan]:
+    """Temporal weight and clip range of each step that is trained on, both from that step's coefficients."""
+    config, trained = state.config, [coefficients[step] for step in steps]
+    limit = config.train.clip_range
+    if config.granularity == "position":
+        # An image's log-ratio averages H*W times as many numbers, so that its spread is sqrt(H*W) times smaller.
+        _, height, width = state.policy.latent_shape
+        limit *= math.sqrt(height * width)
+    weights, spreads = [1.0] * len(steps), [1.0] * len(steps)
+    if config.allocation.temporal != "none":
+        weights = sk.temporal_weights(trained, kind=config.allocation.temporal).tolist()
+    if config.train.clip_range_by_step == "spread":
+        # A change of the velocity moves a log-ratio by |b|/s times as much: the root of one over these weights.
+        spread = sk.temporal_weights(trained, kind="velocity").rsqrt()
+        spreads = (spread / spread.mean()).tolist()
+    return {
+        step: StepPlan(weight, limit * spread) for step, weight, spread in zip(steps, weights, spreads, strict=True)
+    }
 
 
 def log_prob(state: TrainingState, samples: Samples, step: int, prediction: Prediction) -> Tensor:
@@ -390,35 +430,49 @@ def log_prob(state: TrainingState, samples: Samples, step: int, prediction: Pred
     )
 
 
-def log_ratio(state: TrainingState, samples: Samples, step: int, prediction: Prediction) -> Tensor:
-    """|log-ratio| of the training passes to the rollout, mean and largest [2], at the method's granularity."""
-    difference = log_prob(state, samples, step, prediction) - samples.log_prob[step - samples.first_noisy]
+def log_ratio(state: TrainingState, difference: Tensor) -> Tensor:
+    """|log-ratio|, mean and largest [2], at the method's granularity, from log-probs' `difference` [b, H, W]."""
     if state.config.granularity == "image":
         difference = difference.mean((-2, -1))
     return torch.stack([difference.abs().mean(), difference.abs().max()])
 
 
+def divergence(difference: Tensor, channels: int) -> Tensor:
+    """The mean divergence from the policy that sampled, estimated from log-ratios [b, H, W] of its own samples.
+
+    Over what it drew, the square of a position's log-ratio is 2·D/C on average where D is small (docs/method.md,
+    section 5): neither weights nor the ratio's granularity have a part in it.
+    """
+    return 0.5 * channels * difference.square().mean()
+
+
 @torch.no_grad()
 def recompute(state: TrainingState, batch: Batch, steps: list[int], parts: list[Part]) -> tuple[Batch, list[Tensor]]:
-    """The batch with old log-probs as training passes see them, and how far the rollout's are from them."""
+    """The batch with what was old as training passes see it, and how far the rollout's log-probs are from theirs."""
     old = batch.rollout.log_prob.clone()
+    old_velocity = None if batch.old_velocity is None else batch.old_velocity.clone()
     differences: list[Tensor] = []
     state.policy.transformer.train()
     for part in parts:
         found: list[Tensor] = []
+        predicted: list[Tensor] = []
         for _, rows, samples, step in passes_of(state, batch, part, steps):
             with attention_of_the_rollout(state):
                 prediction = predict(state, samples, step)
             if len(rows) == 0:
                 continue
-            differences.append(log_ratio(state, samples, step, prediction))
             found.append(log_prob(state, samples, step, prediction))
+            predicted.append(prediction.guided)
+            differences.append(log_ratio(state, found[-1] - samples.log_prob[step - samples.first_noisy]))
             if step == steps[-1]:
                 places = torch.tensor(steps)[:, None] - samples.first_noisy
                 old[places, torch.from_numpy(rows)] = torch.stack(found).to(old.device)
+                if old_velocity is not None:
+                    old_velocity[places, torch.from_numpy(rows)] = torch.stack(predicted).to(old_velocity)
                 found.clear()
+                predicted.clear()
     state.policy.transformer.eval()
-    return replace(batch, old_log_prob=old), differences
+    return replace(batch, old_log_prob=old, old_velocity=old_velocity), differences
 
 
 def rollout_agreement(accelerator: Accelerator, differences: list[Tensor]) -> dict[str, float]:
@@ -434,16 +488,17 @@ def rollout_agreement(accelerator: Accelerator, differences: list[Tensor]) -> di
     }
 
 
-def warn_of_disagreement(state: TrainingState, agreement: dict[str, float]) -> None:
+def warn_of_disagreement(state: TrainingState, agreement: dict[str, float], limit: float) -> None:
     """Say once, at a start's first update, that ratios are not 1 before it where that is not small to the clip range.
 
-    Old log-probs that are computed again cannot disagree.
+    Old log-probs that are computed again cannot disagree, and objectives that do not clip hardly care.
     """
     config, largest = state.config, agreement.get("log_ratio_max", 0.0)
     if state.agreement_checked or config.train.old_log_prob == "recompute" or not agreement:
         return
     state.agreement_checked = True
-    limit = clip_range(state)
+    if config.train.objective in ("none", "dppo"):
+        return
     if largest > _SMALL_DISAGREEMENT * limit and state.accelerator.is_main_process:
         _log.warning(
             "before any update the log-ratio of training passes to the rollout reaches %.1e where the clip range is "
@@ -460,34 +515,46 @@ def choose_steps(coefficients: list[sk.TransitionCoefficients], fraction: float,
     return sorted(rng.choice(noisy, count, replace=False).tolist())
 
 
-MEANS = ("loss", "policy_loss", "clip_fraction", "ratio_mean", "approx_kl")
+MEANS = ("loss", "policy_loss", "clip_fraction", "ratio_mean", "approx_kl", "divergence")
+# Those that are told by step, too.
+BY_STEP = ("clip_fraction", "divergence")
 
 
-def summarise(accelerator: Accelerator, passes: list[Pass], norm: Tensor, *, with_kl: bool) -> dict[str, float]:
+def summarise(
+    accelerator: Accelerator, passes: list[Pass], steps: list[int], norm: Tensor, *, with_kl: bool
+) -> dict[str, float]:
     """Means over the samples of all processes (sums of counts, extremes of extremes); reads the device once."""
     names = [*MEANS, "kl"] if with_kl else list(MEANS)
-    counts = torch.tensor([float(len(entry.places)) for entry in passes], dtype=torch.float64)
-    rows = send(counts, accelerator.device)
+    samples = [[float(len(entry.places) * (entry.step == step)) for entry in passes] for step in steps]
+    counts = send(torch.tensor(samples, dtype=torch.float64), accelerator.device)
 
     def column(name: str) -> Tensor:
         return torch.stack([entry.metrics[name].double() for entry in passes]).to(accelerator.device)
 
-    own = torch.zeros(len(names) + 4, dtype=torch.float64, device=accelerator.device)
+    cells = len(names) * len(steps)
+    own = torch.zeros(cells + len(steps) + 3, dtype=torch.float64, device=accelerator.device)
     own[-2], own[-1] = float("inf"), float("-inf")
     if passes:
-        sums = [(column(name) * rows).sum() for name in names]
-        own = torch.stack(
-            [*sums, rows.sum(), column("non_finite").sum()] + [column("ratio_min").amin(), column("ratio_max").amax()]
-        )
+        sums = [(column(name) * row).sum() for name in names for row in counts]
+        last = [column("non_finite").sum(), column("ratio_min").amin(), column("ratio_max").amax()]
+        own = torch.stack([*sums, *counts.sum(1), *last])
     norm = norm.to(own)
     everywhere = gather(accelerator, torch.cat([own, norm[None]])[None]).cpu()
-    everywhere, norms = everywhere[:, :-1], everywhere[:, -1]
     total = everywhere.sum(0)
-    values = torch.cat([total[: len(names)] / total[len(names)], total[[-3]]]).tolist()
-    return dict(zip([*names, "non_finite"], values, strict=True)) | {
-        "ratio_min": float(everywhere[:, -2].min()),
-        "ratio_max": float(everywhere[:, -1].max()),
-        "gradient_norm": float(norms[0]),
+    sums_by_step = total[:cells].view(len(names), len(steps))
+    counts_by_step = total[cells : cells + len(steps)]
+    by_step = sums_by_step / counts_by_step
+    means = dict(zip(names, (sums_by_step.sum(1) / counts_by_step.sum()).tolist(), strict=True))
+    return means | {
+        "non_finite": float(total[-4]),
+        "ratio_min": float(everywhere[:, -3].min()),
+        "ratio_max": float(everywhere[:, -2].max()),
+        "gradient_norm": float(everywhere[0, -1]),
+        **{
+            f"{name}/step_{step + 1}": value
+            for name in BY_STEP
+            for step, value in zip(steps, by_step[names.index(name)].tolist(), strict=True)
+        },
     }
 
 

@@ -114,6 +114,7 @@ def collect(
                 guidance_scale=section.guidance_scale,
                 units=None if units is None else units[groups],
                 allocation=config.allocation,
+                keep_velocity=config.needs_old_velocity,
                 backend=config.backend,
             )
         except NonFiniteError as error:
@@ -132,7 +133,7 @@ def collect(
     sampled = time.perf_counter()
     judgements = [future.result() for future in pending]
     end = time.perf_counter()
-    trajectory = _join(trajectories)
+    trajectory = Trajectory.joined(trajectories)
     if config.method == "oracle":
         maps = torch.cat([judged.maps for judged in judgements if judged.maps is not None], dim=1)
         trajectory = replace(trajectory, weights=maps.to(trajectory.latents.device))
@@ -193,13 +194,3 @@ def _judge(
         if config.method == "oracle":
             maps = true_maps(images, prompts, policy.grid, config.allocation, config.rollout.steps)
     return _Judged(rewards, maps, start, time.perf_counter())
-
-
-def _join(parts: Sequence[Trajectory]) -> Trajectory:
-    def stack(name: str) -> Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors, dim=1)
-
-    latents = stack("latents")
-    assert latents is not None
-    return Trajectory(latents, stack("log_prob"), stack("weights"), parts[0].coefficients)

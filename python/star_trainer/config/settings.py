@@ -248,11 +248,19 @@ class Allocation(Section):
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, min_length=1, description="transformer blocks that are recorded, or null for all"
     )
+    map: Literal["step", "geometric"] = Field(
+        "step", description="each step's own map, or its geometric mean with that of the last step"
+    )
+    temporal: Literal["none", "std", "velocity"] = Field(
+        "none",
+        description="how much each trained step counts, its KL aside, whatever the method: all alike, in proportion "
+        "to the sampler's noise s, or to (s/b)^2",
+    )
 
     def options(self, step: int) -> dict[str, Any]:
-        """The arguments of `star_kernels.allocation_map` at a step: every setting but the layers, for recording."""
+        """The arguments of `star_kernels.allocation_map` at a step."""
         strength = self.strength[min(step, len(self.strength) - 1)]
-        return self.model_dump(exclude={"layers"}) | {"strength": strength}
+        return self.model_dump(exclude={"layers", "map", "temporal"}) | {"strength": strength}
 
 
 class Train(Section):
@@ -266,11 +274,27 @@ class Train(Section):
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="of AdamW: decay of its first and second moment")
     weight_decay: float = Field(0.0, ge=0.0)
     max_gradient_norm: float = Field(1.0, gt=0.0)
+    granularity: Literal["image", "position"] | None = Field(
+        None,
+        description="whether ratios are of images (weighted by the map) or of positions; null is image for the method "
+        "uniform, and position for all others",
+    )
+    objective: Literal["clip", "none", "guard", "dppo"] = Field(
+        "clip", description="what holds the policy back: clipped ratios, nothing, GRPO-Guard or Flow-DPPO"
+    )
     clip_range: float = Field(
         1e-4, ge=0.0, lt=1.0, description="of the image-level ratio; times sqrt(H*W) where ratios are per position"
     )
+    clip_range_by_step: Literal["even", "spread"] = Field(
+        "even",
+        description="clip_range at every step, or as the mean of ranges in proportion to |b|/s, by which the "
+        "log-ratios of the steps spread",
+    )
+    divergence_limit: float | None = Field(
+        None, ge=0.0, description="of dppo: the divergence from which on nothing that goes further is trained on"
+    )
     kl_weight: float = Field(0.0, ge=0.0, description="weight of the KL to the model without adapters")
-    kl_scale: Literal["variance", "std_dev"] = "variance"
+    kl_scale: Literal["variance", "std_dev", "velocity"] = "variance"
     old_log_prob: Literal["rollout", "recompute"] = Field(
         "rollout",
         description="old log-probs as sampling gave them, or computed again by passes like those of the update",
@@ -381,7 +405,12 @@ class Config(Section):
     @property
     def granularity(self) -> Literal["image", "position"]:
         """Where ratios are taken and clipped."""
-        return "image" if self.method == "uniform" else "position"
+        return self.train.granularity or ("image" if self.method == "uniform" else "position")
+
+    @property
+    def needs_old_velocity(self) -> bool:
+        """Whether the objective compares with the velocity that the rollout had, which is then kept."""
+        return self.train.objective in ("guard", "dppo")
 
     @property
     def uses_maps(self) -> bool:
@@ -416,7 +445,10 @@ class Config(Section):
             raise ValueError(f"rollout.sde_steps: expected at most the {self.rollout.steps} of rollout.steps")
         self._check_window()
         if self.train.kl_scale == "std_dev" and self.rollout.sampler == "cps":
-            raise ValueError("train.kl_scale: expected 'variance' for the sampler cps, which has no noise rate")
+            raise ValueError(
+                "train.kl_scale: expected 'variance' or 'velocity' for the sampler cps, which has no noise rate"
+            )
+        self._check_objective()
         if compares and self.rollout.samples < 2:
             raise ValueError(
                 f"rollout.samples: expected at least 2 for the method {self.method}, which compares the samples of a "
@@ -443,6 +475,8 @@ class Config(Section):
             raise ValueError(f"allocation.clamp: expected low <= 1 <= high, both at least 0, got {list(clamp)}")
         if (self.units.source == "llm") != (self.units.model is not None):
             raise ValueError("units.model: expected a chat model exactly where units.source is llm")
+        if self.allocation.map == "geometric" and len(self.allocation.strength) > 1:
+            raise ValueError("allocation.strength: expected one for all steps where allocation.map is geometric")
         if self.units.endpoint is not None and self.units.source != "llm":
             raise ValueError(f"units.endpoint: expected none where units.source is {self.units.source}")
         if (self.prompts.source == "scenes") != (self.prompts.held_out is None):
@@ -452,6 +486,21 @@ class Config(Section):
         if self.trains_by_reward_gradient:
             self._check_reward_gradient()
         return self
+
+    def _check_objective(self) -> None:
+        train = self.train
+        if self.method == "uniform_position" and train.granularity == "image":
+            raise ValueError(
+                "train.granularity: expected 'position' for the method uniform_position, got 'image', which is that of "
+                "the method uniform"
+            )
+        if (train.objective == "dppo") != (train.divergence_limit is not None):
+            raise ValueError(
+                f"train.divergence_limit: expected a number exactly where train.objective is dppo, "
+                f"got {train.divergence_limit} with {train.objective}"
+            )
+        if train.clip_range_by_step != "even" and train.objective != "clip":
+            raise ValueError(f"train.clip_range_by_step: expected 'even' where train.objective is {train.objective}")
 
     def _check_window(self) -> None:
         window, steps = self.rollout.sde_window, self.rollout.steps
@@ -473,6 +522,18 @@ class Config(Section):
 
     def _check_reward_gradient(self) -> None:
         steps = self.rollout.steps
+        for section, keys in (
+            ("train", ("granularity", "objective", "clip_range_by_step")),
+            ("allocation", ("map", "temporal")),
+        ):
+            given = getattr(self, section)
+            for key in keys:
+                default = type(given).model_fields[key].default
+                if getattr(given, key) != default:
+                    raise ValueError(
+                        f"{section}.{key}: expected {default!r} for the method {self.method}, which compares no "
+                        f"samples, got {getattr(given, key)!r}"
+                    )
         if self.rollout.eta > 1.0:
             raise ValueError(
                 f"rollout.eta: expected at most 1 for the method {self.method}, which takes r0.eta, "

@@ -261,12 +261,13 @@ def check_against_model(config: Config, family: Family, shape: Any, vae_scale: i
     if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
         raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
     _, height, width = family.latent_shape(config.model, shape, vae_scale)
-    side = (height * width) ** 0.5
-    per_position = config.granularity == "position" and not config.trains_by_reward_gradient
-    if per_position and config.train.clip_range * side >= 1.0:
+    # A position's range is so many times the image's, and a step's at most so many times their mean.
+    factor = (height * width) ** 0.5 if config.granularity == "position" else 1.0
+    factor *= config.rollout.noisy_steps if config.train.clip_range_by_step == "spread" else 1
+    if not config.trains_by_reward_gradient and config.train.clip_range * factor >= 1.0:
         raise ConfigError(
-            f"train.clip_range: expected below 1/sqrt(H*W) = {1.0 / side:.4g} where ratios are per position, "
-            f"got {config.train.clip_range}"
+            f"train.clip_range: expected below {1.0 / factor:.4g}, which is 1/sqrt(H*W) where ratios are per position, "
+            f"over the number of steps where ranges are spread over them, got {config.train.clip_range}"
         )
 
 

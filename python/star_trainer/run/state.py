@@ -222,6 +222,7 @@ def _check_same_settings(values: dict[str, Any], state: TrainingState, root: Pat
         flat = flatten(config.model_dump(mode="json"))
         if config.model.lora is not None:
             flat["model.lora.targets"] = lora_targets(config.model, family)
+        flat["train.granularity"] = config.granularity
         return flat
 
     # A setting that did not exist yet had the effect of its default, but for these.

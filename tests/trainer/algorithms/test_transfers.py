@@ -114,6 +114,7 @@ def transfers_of_an_update(steps: int, *settings: str) -> int:
         empty(steps, samples, height, width),
         empty(steps, samples, *policy.grid),
         [row] * steps,
+        empty(steps, samples, channels, height, width) if state.config.needs_old_velocity else None,
     )
     conditioning = policy.encode([prompt.text for prompt in case.prompts])
     timesteps, places = torch.empty(steps, device="meta"), np.arange(samples)
@@ -130,6 +131,7 @@ def transfers_of_an_update(steps: int, *settings: str) -> int:
         ([], 9),
         (["rollout.guidance_scale=4.5", "train.old_log_prob=recompute"], 25),
         (["rollout.keep_on_host=true"], 13),
+        (["train.objective=guard", "allocation.temporal=velocity", "rollout.keep_on_host=true"], 16),
     ],
 )
 def test_an_update_sends_and_reads_as_much_whatever_its_passes(

@@ -48,6 +48,11 @@ SMALL = [
 ]
 
 
+# What each process keeps of the rollout, and what it is told of the others, with all that can be asked for.
+WEIGHTED_IMAGE = ["train.granularity=image", "allocation.temporal=velocity", "allocation.map=geometric"]
+WEIGHTED_IMAGE += ["train.objective=dppo", "train.divergence_limit=1e-12"]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(HERE))
@@ -138,16 +143,24 @@ def test_rewards_are_back_propagated_as_in_one_process(tmp_path: Path) -> None:
         assert mine.get("eval/reward", 0.0) == pytest.approx(theirs.get("eval/reward", 0.0), abs=0.02)
 
 
-def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_all_groups(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", [[], WEIGHTED_IMAGE])
+def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_all_groups(
+    objective: list[str], tmp_path: Path
+) -> None:
     # 15 samples on two processes. Two groups of the five have spread, and the last two updates one sample each.
-    overrides = ["method=shuffled", "train.iterations=1", "train.updates=4", "rollout.prompts=5"]
+    overrides = ["method=shuffled", "train.iterations=1", "train.updates=4", "rollout.prompts=5", *objective]
     overrides.append("reward.terms={'reward_for_tests:one_group': 1.0}")
     run_two(tmp_path / "two", *overrides)
     run_one(tmp_path / "one", *overrides)
     one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
     assert max(float(tensor.abs().max()) for key, tensor in one.items() if "exp_avg" in key) > 1e-4
-    assert records(tmp_path / "two")[1]["reward/groups_without_spread"] == 0.6
+    records_of_one, records_of_two = (records(tmp_path / name)[1] for name in ("one", "two"))
+    assert records_of_two["reward/groups_without_spread"] == 0.6
+    by_step = [name for name in records_of_one if "/step_" in name]
+    assert len(by_step) == (6 if objective else 4)
+    for name in ("train/divergence", *by_step):
+        assert records_of_two[name] == pytest.approx(records_of_one[name], rel=1e-3, abs=1e-9), name
 
 
 @pytest.mark.exhaustive

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from star_trainer.algorithms.advantages import group_advantages
-from star_trainer.algorithms.policy_gradient import Batch, step_loss, take
+from star_trainer.algorithms.policy_gradient import batch_of, step_loss, take
 from star_trainer.algorithms.rollout import collect
 from star_trainer.config import load_config
 from star_trainer.prompts import Prompt
@@ -165,7 +165,7 @@ def test_gradients_are_those_of_an_on_policy_update(state) -> None:
     parameters = list(state.policy.trainable().values())
     for arm, weights in maps.items():
         weighted = replace(rollout, trajectory=replace(rollout.trajectory, weights=weights))
-        batch = Batch(weighted, advantages.values, rollout.log_prob)
+        batch = batch_of(state, weighted, advantages.values, [0])
         result, _ = step_loss(state, take(state, batch, np.arange(4)), 0)
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(result.loss, parameters)])
         torch.testing.assert_close(found[arm, 0], expected, atol=1e-6 * float(expected.abs().max()) + 1e-9, rtol=1e-3)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import star_kernels as sk
 from star_kernels.attention.reference import num_text_keys
-from star_trainer.algorithms.policy_gradient import Batch, step_loss, take
+from star_trainer.algorithms.policy_gradient import batch_of, step_loss, take
 from star_trainer.algorithms.rollout import Rollout
 from star_trainer.sampling import Trajectory, text_units
 from star_trainer.studies.cost.attention import flash_with_log_sum_exp
@@ -157,7 +157,7 @@ def _update(case: Case, arm: Arm) -> int:
     places = np.arange(samples)
     prompts = list(small.prompts)
     rollout = Rollout(trajectory, empty(1), conditioning, np.zeros(samples), prompts, places, section.samples, {})
-    batch = Batch(rollout, np.zeros(samples), log_prob)
+    batch = batch_of(state, rollout, np.zeros(samples), [0])
 
     def call() -> None:
         with attention_of(arm.variant):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import star_kernels as sk
 from star_trainer.algorithms.advantages import control_weights, group_advantages
-from star_trainer.algorithms.policy_gradient import Batch, attention_of_the_rollout, log_prob, predict, take
+from star_trainer.algorithms.policy_gradient import attention_of_the_rollout, batch_of, log_prob, predict, take
 from star_trainer.algorithms.rollout import Rollout, collect
 from star_trainer.config import Allocation
 from star_trainer.families.devices import own_worker
@@ -37,7 +37,7 @@ from star_trainer.run.inputs import PromptSource
 from star_trainer.run.processes import full_tensor
 from star_trainer.run.randomness import numpy_stream
 from star_trainer.run.state import TrainingState
-from star_trainer.sampling import text_units
+from star_trainer.sampling import text_units, with_last
 from star_trainer.worlds.scenes.oracle import true_maps
 
 # Iterations of the rollouts' random numbers that no training reaches, so that no batch was trained on.
@@ -263,11 +263,14 @@ def arm_weights(
 def other_weights(state: TrainingState, rollout: Rollout, allocations: Mapping[str, Allocation]) -> dict[str, Tensor]:
     """The maps [S, B, h, w] of a rollout with other allocation settings, up to the last step S with noise.
 
-    The model runs again on the rollout's latents, once for each choice of layers.
+    Up to the last of all where a map asks for that one's. The model runs again on the rollout's latents, once for each
+    choice of layers.
     """
     config, policy, trajectory = state.config, state.policy, rollout.trajectory
     samples, size = len(rollout.rewards), rollout.group_size
     steps = 1 + max(step for step, row in enumerate(trajectory.coefficients) if row.stochastic)
+    if any(allocation.map == "geometric" for allocation in allocations.values()):
+        steps = len(trajectory.coefficients)
     maps = {name: torch.empty(steps, samples, *policy.grid, device=policy.device) for name in allocations}
     units = text_units(policy, rollout.prompts[::size])
     by_layers: dict[tuple[int, ...] | None, dict[str, Allocation]] = {}
@@ -286,7 +289,7 @@ def other_weights(state: TrainingState, rollout: Rollout, allocations: Mapping[s
                             recorder.mass, policy.grid, backend=config.backend, **allocation.options(step)
                         )
                     recorder.discard_step()
-    return maps
+    return {name: with_last(own) if allocations[name].map == "geometric" else own for name, own in maps.items()}
 
 
 def batch_gradients(
@@ -297,10 +300,10 @@ def batch_gradients(
     Samples of groups without spread have no advantage and add nothing, but count: gradients are means over all samples.
     """
     config, device = state.config, state.policy.device
-    batch = Batch(rollout, advantages, rollout.log_prob)
+    steps = [step for step, row in enumerate(rollout.trajectory.coefficients) if row.stochastic]
+    batch = batch_of(state, rollout, advantages, steps)
     parameters = list(state.policy.trainable().values())
     sizes = sum(parameter.numel() for parameter in parameters)
-    steps = [step for step, row in enumerate(rollout.trajectory.coefficients) if row.stochastic]
     gradients = {(arm, step): torch.zeros(sizes) for arm in weights for step in steps}
     samples = len(rollout.rewards)
     state.policy.transformer.train()
