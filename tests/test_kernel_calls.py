@@ -1,6 +1,7 @@
 """The record that a kernel is launched and compiled from."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from star_kernels._kernel_calls import KernelCall  # noqa: E402
+from star_kernels._kernel_calls import KernelCall, launch  # noqa: E402
+from tests.test_ahead_of_time import OLDEST_TRITON, python  # noqa: E402
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
@@ -39,3 +41,31 @@ def test_compile_says_that_an_interpreted_kernel_cannot_be_compiled() -> None:
     call = double(torch.empty(37, device="meta"), torch.empty(37, device="meta"))
     with pytest.raises(RuntimeError, match="double: .*TRITON_INTERPRET"):
         call.compile("sm_90")
+
+
+def doubled(source: torch.Tensor, how: str) -> tuple[torch.Tensor, list[KernelCall]]:
+    target = (torch.zeros if how == "fills" else torch.empty)(source.shape, device=source.device)
+    return target, [double(source.contiguous() if how == "copies" else source, target)]
+
+
+@interpreted
+def test_launch_returns_what_the_kernels_wrote() -> None:
+    source = torch.arange(37.0)
+    assert torch.equal(launch(doubled, (source,), ("as it should",)), 2 * source)
+
+
+@interpreted
+@pytest.mark.parametrize("how", ["fills", "copies"])
+def test_launch_refuses_a_description_that_computes(how: str) -> None:
+    with pytest.raises(RuntimeError, match="doubled: expected to allocate and to take views only, it calls aten::"):
+        launch(doubled, (torch.arange(74.0)[::2],), (how,))
+
+
+@pytest.mark.parametrize("triton_folder", [None, pytest.param(OLDEST_TRITON, marks=pytest.mark.exhaustive)])
+def test_a_plan_gives_the_launcher_what_triton_gives_it(
+    triton_folder: Path | None, triton_cache: Path, tmp_path: Path
+) -> None:
+    if triton_folder is not None and not triton_folder.exists():
+        pytest.skip("make test-all installs the oldest Triton")
+    run = python("tests/launched_arguments.py", str(tmp_path), cache=triton_cache, first=triton_folder)
+    assert run.returncode == 0, run.stderr

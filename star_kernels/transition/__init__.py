@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import backends
@@ -16,6 +15,7 @@ from .._gaussian import (
     compute_dtype,
     per_sample,
 )
+from .._operators import operator
 from . import cpu, reference
 from .coefficients import transition_coefficients
 
@@ -168,35 +168,9 @@ def _implementation(operator: str, backend: str, *latents: Tensor | None) -> Any
     return cpu if chosen == "cpu" and cpu.supports(*latents) else reference
 
 
-@torch.library.custom_op("star_kernels::transition_step", mutates_args=())
-def _transition_step(
-    velocity: Tensor,
-    sample: Tensor,
-    noise: Tensor | None,
-    unconditional_velocity: Tensor | None,
-    sample_drift: Tensor,
-    velocity_scale: Tensor,
-    std: Tensor,
-    guidance_scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Next sample, and its log-prob or, without noise, an empty tensor: an operator cannot return None."""
-    implementation = _implementation("transition_step", backend, velocity, sample, noise, unconditional_velocity)
-    next_sample, log_prob = implementation.transition_step(
-        velocity,
-        sample,
-        noise,
-        unconditional_velocity,
-        sample_drift,
-        velocity_scale,
-        std,
-        guidance_scale=guidance_scale,
-    )
-    return next_sample.contiguous(), sample_drift.new_empty(0) if log_prob is None else log_prob
-
-
-@_transition_step.register_fake
-def _(velocity, sample, noise, unconditional_velocity, sample_drift, velocity_scale, std, guidance_scale, backend):
+def _fake_step(
+    velocity, sample, noise, unconditional_velocity, sample_drift, velocity_scale, std, guidance_scale, backend
+):
     next_sample = sample.new_empty(sample.shape)
     if noise is None:
         return next_sample, sample_drift.new_empty(0)
@@ -227,38 +201,36 @@ def _step_backward(ctx: Any, grad_next_sample: Tensor | None, _: Tensor | None) 
     return grad_velocity, grad_sample, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("star_kernels::transition_step", _step_backward, setup_context=_save_for_step)
-
-
-@torch.library.custom_op("star_kernels::transition_log_prob", mutates_args=())
-def _transition_log_prob(
+@operator("transition_step", fake=_fake_step, save=_save_for_step, backward=_step_backward)
+def _transition_step(
     velocity: Tensor,
     sample: Tensor,
-    next_sample: Tensor,
+    noise: Tensor | None,
     unconditional_velocity: Tensor | None,
     sample_drift: Tensor,
     velocity_scale: Tensor,
     std: Tensor,
     guidance_scale: float,
     backend: str,
-) -> Tensor:
-    implementation = _implementation(
-        "transition_log_prob", backend, velocity, sample, next_sample, unconditional_velocity
-    )
-    return implementation.transition_log_prob(
+) -> tuple[Tensor, Tensor]:
+    """Next sample, and its log-prob or, without noise, an empty tensor: an operator cannot return None."""
+    implementation = _implementation("transition_step", backend, velocity, sample, noise, unconditional_velocity)
+    next_sample, log_prob = implementation.transition_step(
         velocity,
         sample,
-        next_sample,
+        noise,
         unconditional_velocity,
         sample_drift,
         velocity_scale,
         std,
         guidance_scale=guidance_scale,
     )
+    return next_sample.contiguous(), sample_drift.new_empty(0) if log_prob is None else log_prob
 
 
-@_transition_log_prob.register_fake
-def _(velocity, sample, next_sample, unconditional_velocity, sample_drift, velocity_scale, std, guidance, backend):
+def _fake_log_prob(
+    velocity, sample, next_sample, unconditional_velocity, sample_drift, velocity_scale, std, guidance, backend
+):
     dtype = compute_dtype(velocity, sample, next_sample, unconditional_velocity, sample_drift, velocity_scale, std)
     batch, _, height, width = sample.shape
     return sample.new_empty((batch, height, width), dtype=dtype)
@@ -286,6 +258,28 @@ def _log_prob_backward(ctx: Any, grad_log_prob: Tensor) -> tuple[Tensor | None, 
     return (*gradients, None, None, None, None, None, None)
 
 
-torch.library.register_autograd(
-    "star_kernels::transition_log_prob", _log_prob_backward, setup_context=_save_for_log_prob
-)
+@operator("transition_log_prob", fake=_fake_log_prob, save=_save_for_log_prob, backward=_log_prob_backward)
+def _transition_log_prob(
+    velocity: Tensor,
+    sample: Tensor,
+    next_sample: Tensor,
+    unconditional_velocity: Tensor | None,
+    sample_drift: Tensor,
+    velocity_scale: Tensor,
+    std: Tensor,
+    guidance_scale: float,
+    backend: str,
+) -> Tensor:
+    implementation = _implementation(
+        "transition_log_prob", backend, velocity, sample, next_sample, unconditional_velocity
+    )
+    return implementation.transition_log_prob(
+        velocity,
+        sample,
+        next_sample,
+        unconditional_velocity,
+        sample_drift,
+        velocity_scale,
+        std,
+        guidance_scale=guidance_scale,
+    )

@@ -28,7 +28,7 @@ from .._gaussian_kernels import (
     store_tile,
     tiling,
 )
-from .._kernel_calls import KernelCall
+from .._kernel_calls import KernelCall, launch
 from .._triton import cast
 
 
@@ -110,25 +110,8 @@ def transition_step(
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     """x' in the sample's dtype, contiguous, and the log-prob [B, H, W] of that x'; without ε, x' = μ and None."""
-    next_sample = torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
-    scalars = (sample_drift, velocity_scale, std)
-    log_probs = None
-    if noise is not None:
-        log_probs = _empty_log_probs(velocity, sample, noise, unconditional_velocity, *scalars)
-    call = kernel_call(
-        "step",
-        velocity,
-        sample,
-        noise,
-        unconditional_velocity,
-        *scalars,
-        guidance_scale=guidance_scale,
-        next_sample=next_sample,
-        log_probs=log_probs,
-    )
-    with torch.cuda.device_of(velocity):
-        call.launch()
-    return next_sample, log_probs
+    tensors = (velocity, sample, noise, unconditional_velocity, sample_drift, velocity_scale, std)
+    return launch(prepare_step, tensors, (guidance_scale,))
 
 
 def transition_log_prob(
@@ -143,27 +126,30 @@ def transition_log_prob(
     guidance_scale: float,
 ) -> Tensor:
     """logp_i [B, H, W] of a given next sample."""
-    scalars = (sample_drift, velocity_scale, std)
-    log_probs = _empty_log_probs(velocity, sample, next_sample, unconditional_velocity, *scalars)
-    call = kernel_call(
-        "log-prob",
-        velocity,
-        sample,
-        next_sample,
-        unconditional_velocity,
-        *scalars,
-        guidance_scale=guidance_scale,
-        next_sample=None,
-        log_probs=log_probs,
-    )
-    with torch.cuda.device_of(velocity):
-        call.launch()
-    return log_probs
+    tensors = (velocity, sample, next_sample, unconditional_velocity, sample_drift, velocity_scale, std)
+    return launch(prepare_log_prob, tensors, (guidance_scale,))
 
 
-def _empty_log_probs(velocity: Tensor, *others: Tensor | None) -> Tensor:
+def prepare_step(
+    velocity: Tensor, sample: Tensor, noise: Tensor | None, *others: Any
+) -> tuple[tuple[Tensor, Tensor | None], list[KernelCall]]:
+    """The outputs of `transition_step`, not yet written, and the kernel that writes them."""
+    next_sample = torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
+    log_probs = None if noise is None else _empty_log_probs(velocity, sample, noise, *others)
+    call = kernel_call("step", velocity, sample, noise, *others, next_sample=next_sample, log_probs=log_probs)
+    return (next_sample, log_probs), [call]
+
+
+def prepare_log_prob(*arguments: Any) -> tuple[Tensor, list[KernelCall]]:
+    """The output of `transition_log_prob`, not yet written, and the kernel that writes it."""
+    log_probs = _empty_log_probs(*arguments)
+    return log_probs, [kernel_call("log-prob", *arguments, next_sample=None, log_probs=log_probs)]
+
+
+def _empty_log_probs(velocity: Tensor, *others: Any) -> Tensor:
     batch, _, height, width = velocity.shape
-    return torch.empty((batch, height, width), dtype=compute_dtype(velocity, *others), device=velocity.device)
+    dtype = compute_dtype(velocity, *(other for other in others if isinstance(other, Tensor)))
+    return torch.empty((batch, height, width), dtype=dtype, device=velocity.device)
 
 
 def kernel_call(
@@ -175,8 +161,8 @@ def kernel_call(
     sample_drift: Tensor,
     velocity_scale: Tensor,
     std: Tensor,
-    *,
     guidance_scale: float,
+    *,
     next_sample: Tensor | None,
     log_probs: Tensor | None,
 ) -> KernelCall:
@@ -204,7 +190,7 @@ def kernel_call(
 def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
     """The kernel's uses on tensors without memory, to be compiled; one configuration serves all architectures."""
     batch, height, width = 8, 64, 64
-    scalars = [torch.empty(batch, device="meta") for _ in range(3)]
+    drift, scale, std = (torch.empty(batch, device="meta") for _ in range(3))
     log_probs = torch.empty((batch, height, width), device="meta")
     calls = []
     for name, dtype, channels, memory_format in (
@@ -217,6 +203,6 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
             torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format) for _ in range(4)
         )
         next_sample = torch.empty(shape, dtype=dtype, device="meta") if name.startswith("step") else None
-        options: dict[str, Any] = {"guidance_scale": 4.5, "next_sample": next_sample, "log_probs": log_probs}
-        calls.append(kernel_call(name, v, x, other, base, *scalars, **options))
+        options: dict[str, Any] = {"next_sample": next_sample, "log_probs": log_probs}
+        calls.append(kernel_call(name, v, x, other, base, drift, scale, std, 4.5, **options))
     return calls
