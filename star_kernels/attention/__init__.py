@@ -10,11 +10,19 @@ from torch import Tensor
 
 from star_kernels import backends
 from star_kernels._checks import check_choice, check_number, check_reverse_mode, check_tensor
-from star_kernels.attention import cpu, reference
-from star_kernels.attention.mass import DIRECTIONS as DIRECTIONS
-from star_kernels.attention.mass import add_layer, autocast, check_mass, check_values
+from star_kernels.attention import cpu, reference, sdpa, table
+from star_kernels.attention.mass import (
+    DIRECTIONS,
+    add_layer,
+    attention_mass,
+    autocast,
+    check_mass,
+    check_text_lengths,
+    check_values,
+)
 
 KERNELS: tuple[str, ...] = ("cpu", "triton")
+IMPLEMENTATIONS = ("auto", *table.IMPLEMENTATIONS)
 _MAX_HEAD_DIM_TRITON = 128
 
 
@@ -26,11 +34,13 @@ def joint_attention(
     *,
     num_image_tokens: int,
     text_first: bool = False,
+    text_lengths: Tensor | None = None,
     scale: float | None = None,
     mass: Tensor | None = None,
     layer_weight: float = 1.0,
     rows: tuple[int, int] | None = None,
     direction: Literal["image_to_text", "text_to_image"] = "image_to_text",
+    implementation: Literal["auto", "fused", "sdpa"] = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention over image and text tokens, and the attention mass per image token and text unit.
@@ -52,6 +62,12 @@ def joint_attention(
             values are checked on the CPU only: on a GPU the check would have to wait for the device.
         num_image_tokens: how many of the N queries are image tokens, 1 to N.
         text_first: the text tokens stand before the image tokens (FLUX) and not behind them (SD3).
+        text_lengths: [B] int32 or int64, 0 to N_text, at least 1 where all keys are text (checked on the CPU only).
+            Text keys from there on take no part, neither in the softmax nor in the mass, and get no gradient; text
+            queries from there on still attend, and count nothing in T. A row's own tokens come out as those of the row
+            alone, without the others, bit for bit. By default all take part. On the device of `query`, or on the CPU:
+            from a GPU the backward pass of ``fused``, and ``sdpa`` at once, have to fetch them, which waits for the
+            device, while a capture of CUDA graphs wants them there.
         scale: positive factor of the logits, by default D ** -0.5.
         mass: [rows, num_image_tokens, K] float32 (float64 if `query` and `unit_weights` both are), without gradient.
             This layer's mass is added to it in place, and it is returned: one buffer serves all layers of a step.
@@ -60,20 +76,29 @@ def joint_attention(
             then have end - first rows. Under guidance: the conditional half.
         direction: ``image_to_text`` for M, how much image token i attends to the unit; ``text_to_image`` for T, how
             much the unit's tokens attend to image token i (it needs text queries).
-        backend: ``auto``, ``triton``, ``cpu`` or ``reference``. float64 is computed by the reference under ``auto`` and
-            ``cpu``: it is for checks of derivatives.
+        implementation: ``fused``, the library's kernel, which captures the mass on its way; ``sdpa``, the kernel that
+            ``scaled_dot_product_attention`` prefers here if it returns its log-sum-exp (cuDNN, flash, efficient), with
+            its own backward pass, and then `attention_mass`; ``auto``: on a GPU what was measured to be faster, on the
+            CPU ``fused``. The choice depends on the device, the dtype, the head dimension and the number of keys, and
+            never on batch, gradient mode or capture (`attention_implementation`). Under ``sdpa`` `out` and its
+            gradients are those of PyTorch's kernel bit for bit. Each stands in for the other where it has no kernel,
+            and that is said once.
+        backend: of the library's kernels, ``auto``, ``triton``, ``cpu`` or ``reference``; one that is asked for by name
+            makes ``auto`` ``fused``. float64 is computed by the reference under ``auto`` and ``cpu``: it is for checks
+            of derivatives.
 
     Returns:
         out [B, heads, N, D] in the dtype of `query`, and the mass [rows, num_image_tokens, K], or None without
         `unit_weights`. The mass carries no gradient. Second derivatives are not implemented; torch.func and
         forward-mode derivatives are out of scope and raise NotImplementedError.
 
-    The backward pass is PyTorch's flash backward. On CUDA it is reproducible bit for bit only under
-    ``torch.use_deterministic_algorithms(True)``.
+    The backward pass is PyTorch's: under ``sdpa`` that of its kernel, else flash attention's or, in float32 on CUDA,
+    efficient attention's. docs/kernels.md says what is reproducible bit for bit, where and with which setting.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: wrong rank, shape, device or value, a zero-size input, an unknown backend or direction.
+        ValueError: wrong rank, shape, device or value, a zero-size input, an unknown backend, implementation or
+            direction.
         RuntimeError: the backend asked for cannot run here.
     """
     check_tensor("query", query, ("B", "heads", "N", "D"))
@@ -98,9 +123,9 @@ def joint_attention(
         raise TypeError(f"text_first: expected a bool, got {type(text_first).__name__}")
     scale = head_dim**-0.5 if scale is None else check_number("scale", scale, low=0, low_open=True)
     layer_weight = check_number("layer_weight", layer_weight, low=0)
+    check_text_lengths(text_lengths, batch, query.device)
     check_choice("direction", direction, DIRECTIONS)
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
+    chosen = _implementation(query, num_keys, implementation, backend)
     first, end = _check_rows(rows, batch)
 
     if unit_weights is None:
@@ -116,12 +141,65 @@ def joint_attention(
             check_mass(mass, (end - first, num_image_tokens, unit_weights.shape[2]), query, unit_weights)
 
     check_reverse_mode("joint_attention", (query, key, value, unit_weights, mass))
-    out, layer_mass, _ = _joint_attention(
-        query, key, value, unit_weights, num_image_tokens, text_first, scale, first, end, direction, backend
-    )
+    sequence = (num_image_tokens, text_first, scale)
+    if chosen == "fused":
+        out, layer_mass, _ = _joint_attention(
+            query, key, value, unit_weights, *sequence, first, end, direction, backend, text_lengths
+        )
+        return out, None if unit_weights is None else add_layer(mass, layer_mass, layer_weight)
+    kernel = chosen.removeprefix("sdpa:")
+    if text_lengths is None:
+        out, log_sum_exp = sdpa.attention(kernel, query, key, value, scale)
+    else:
+        out, log_sum_exp = sdpa.attention_by_rows(query, key, value, text_lengths, *sequence, kernel)
     if unit_weights is None:
         return out, None
-    return out, add_layer(mass, layer_mass, layer_weight)
+    image_queries, text_queries, image_keys, text_keys = reference.token_slices(
+        num_queries, num_keys, num_image_tokens, text_first
+    )
+    queries, keys = (image_queries, text_keys) if direction == "image_to_text" else (text_queries, image_keys)
+    captured = slice(first, end)
+    return out, attention_mass(
+        query[captured, :, queries].detach(),
+        key[captured, :, keys].detach(),
+        unit_weights.detach(),
+        log_sum_exp[captured, :, queries],
+        scale=scale,
+        text_lengths=None if text_lengths is None else text_lengths[captured],
+        mass=mass,
+        layer_weight=layer_weight,
+        direction=direction,
+        backend=backend,
+    )
+
+
+def attention_implementation(query: Tensor, key: Tensor, *, implementation: str = "auto", backend: str = "auto") -> str:
+    """What `joint_attention` runs for these arguments: "fused", or "sdpa:" and PyTorch's name for its kernel."""
+    return _implementation(autocast(query[:1, :1, :1]), key.shape[2], implementation, backend)
+
+
+def _implementation(query: Tensor, num_keys: int, implementation: str, backend: str) -> str:
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
+    if implementation == "auto":
+        measured = table.implementation_for(query.device, query.dtype, query.shape[3], num_keys)
+        implementation = "fused" if backend != "auto" else measured
+    materialised = query.device.type != "cpu" and query.shape[3] > _MAX_HEAD_DIM_TRITON and backend == "auto"
+    if implementation == "fused" and not materialised:
+        return "fused"
+    kernel = sdpa.kernel_for(query, num_keys)
+    if kernel is not None and implementation == "fused":
+        _say_once(f"joint_attention runs as sdpa: no fused kernel has head dimensions above {_MAX_HEAD_DIM_TRITON}")
+    elif kernel is None and implementation == "sdpa":
+        _say_once(f"joint_attention runs as fused: no kernel of PyTorch's returns a log-sum-exp for {query.dtype} here")
+    return "fused" if kernel is None else f"sdpa:{kernel}"
+
+
+@torch.compiler.assume_constant_result
+def _say_once(message: str) -> None:
+    # By torch.compile while it traces.
+    backends.say_once(message)
 
 
 def _check_rows(rows: tuple[int, int] | None, batch: int) -> tuple[int, int]:
@@ -150,13 +228,18 @@ def _joint_attention(
     end_row: int,
     direction: str,
     backend: str,
+    text_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, this layer's mass (empty without unit weights) and log-sum-exp."""
     chosen = _resolve_backend(backend, query)
-    check_values(unit_weights, None, 0)
+    num_text = reference.num_text_keys(query.shape[2], key.shape[2], num_image_tokens)
+    check_values(unit_weights, text_lengths, num_text, shortest=int(num_text == key.shape[2]))
+    if text_lengths is not None:
+        text_lengths = text_lengths.to(query.device)
     # float64 is for checks of derivatives, and precise rather than fast: the reference computes it for every backend.
-    if chosen != "reference" and query.dtype != torch.float64:
-        out, mass, log_sum_exp = _kernel(chosen)(
+    run = reference.joint_attention if query.dtype == torch.float64 else _kernel(chosen)
+    with torch.autocast(query.device.type, enabled=False):
+        out, mass, log_sum_exp = run(
             query,
             key,
             value,
@@ -166,29 +249,8 @@ def _joint_attention(
             scale=scale,
             rows=(first_row, end_row),
             direction=direction,
+            **({} if text_lengths is None else {"text_lengths": text_lengths}),
         )
-        return out, query.new_empty(0) if mass is None else mass, log_sum_exp
-    text_row_weights = unit_weights if direction == "text_to_image" else None
-    with torch.autocast(query.device.type, enabled=False):
-        out, mass, log_sum_exp = reference.joint_attention(
-            query,
-            key,
-            value,
-            unit_weights if text_row_weights is None else None,
-            num_image_tokens=num_image_tokens,
-            text_first=text_first,
-            scale=scale,
-            rows=(first_row, end_row),
-        )
-        if text_row_weights is not None:
-            mass = reference.text_to_image_mass(
-                query[first_row:end_row],
-                key[first_row:end_row],
-                text_row_weights,
-                num_image_tokens=num_image_tokens,
-                text_first=text_first,
-                scale=scale,
-            )
     return out, query.new_empty(0) if mass is None else mass, log_sum_exp
 
 
@@ -200,6 +262,8 @@ def _resolve_backend(backend: str, query: Tensor) -> str:
 
 
 def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+    if backend == "reference":
+        return reference.joint_attention
     if backend == "cpu":
         return cpu.joint_attention
     # Not at the top: importing the library loads torch alone.
@@ -221,6 +285,7 @@ def _(
     end_row: int,
     direction: str,
     backend: str,
+    text_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     log_sum_exp = query.new_empty(query.shape[:3], dtype=reference.statistics_dtype(query))
     if unit_weights is None:
@@ -231,95 +296,16 @@ def _(
     return torch.empty_like(query), mass, log_sum_exp
 
 
-@torch.library.custom_op("star_kernels::joint_attention_backward", mutates_args=())
-def _joint_attention_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for query, key and value, each with its tokens outside its heads in memory, as SDPA lays them out."""
-    flash = _flash_backward(query)
-    with torch.autocast(query.device.type, enabled=False):
-        if flash is None:
-            gradients = reference.attention_backward(grad_out, query, key, value, out, log_sum_exp, scale)
-        else:
-            # The flash kernels walk rows of D numbers that lie side by side.
-            rows = [t if t.stride(-1) == 1 else t.contiguous() for t in (grad_out, query, key, value, out)]
-            gradients = flash(*rows, log_sum_exp, scale)
-    query_gradient, key_gradient, value_gradient = (
-        gradient.transpose(1, 2).contiguous().transpose(1, 2) for gradient in gradients
-    )
-    return query_gradient, key_gradient, value_gradient
-
-
-@_joint_attention_backward.register_fake
-def _(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    def gradient_of(tensor: Tensor) -> Tensor:
-        batch, heads, tokens, head_dim = tensor.shape
-        return tensor.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-
-    return gradient_of(query), gradient_of(key), gradient_of(value)
-
-
-def _flash_backward(query: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
-    """PyTorch's flash backward for tensors like `query`, or None where it has none."""
-    if query.device.type == "cpu":
-        return _flash_backward_cpu
-    if (
-        query.device.type == "cuda"
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    ):
-        return _flash_backward_cuda
-    return None
-
-
-def _flash_backward_cpu(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, query, key, value, out, log_sum_exp, 0.0, False, scale=scale
-    )
-
-
-def _flash_backward_cuda(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    # The state of the random numbers is read only with dropout; it has the form that the forward pass gives it.
-    seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    offset = torch.zeros((), dtype=torch.uint64, device=query.device)
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad_out,
-        query,
-        key,
-        value,
-        out,
-        log_sum_exp,
-        None,
-        None,
-        query.shape[2],
-        key.shape[2],
-        0.0,
-        False,
-        seed,
-        offset,
-        scale=scale,
-    )
-
-
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, ctx.scale = inputs[0], inputs[1], inputs[2], inputs[6]
+    query, key, value, _, *ctx.sequence = inputs[:7]
     out, mass, log_sum_exp = output
     ctx.mark_non_differentiable(mass, log_sum_exp)
-    ctx.save_for_backward(query, key, value, out, log_sum_exp)
+    ctx.save_for_backward(query, key, value, out, log_sum_exp, inputs[11])
 
 
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = _joint_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
-    return (*gradients, *(None,) * 8)
+    gradients = sdpa.joint_attention_backward(grad_out, *ctx.saved_tensors, *ctx.sequence, None)
+    return (*gradients, *(None,) * 9)
 
 
 _joint_attention.register_autograd(_backward, setup_context=_save_for_backward)

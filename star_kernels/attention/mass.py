@@ -124,7 +124,7 @@ def check_text_lengths(text_lengths: Tensor | None, batch: int, device: torch.de
         raise ValueError(f"text_lengths: expected a tensor on {device} or the CPU, got one on {text_lengths.device}")
 
 
-def check_values(unit_weights: Tensor | None, text_lengths: Tensor | None, num_text: int) -> None:
+def check_values(unit_weights: Tensor | None, text_lengths: Tensor | None, num_text: int, *, shortest: int = 0) -> None:
     """Of what lies on the CPU."""
     if unit_weights is not None and unit_weights.device.type == "cpu":
         smallest, largest = (bound.item() for bound in torch.aminmax(unit_weights))
@@ -132,9 +132,9 @@ def check_values(unit_weights: Tensor | None, text_lengths: Tensor | None, num_t
         if not (smallest >= 0 and largest < float("inf")):
             raise ValueError(f"unit_weights: expected finite values >= 0, got values from {smallest} to {largest}")
     if text_lengths is not None and text_lengths.device.type == "cpu":
-        shortest, longest = (bound.item() for bound in torch.aminmax(text_lengths))
-        if not (shortest >= 0 and longest <= num_text):
-            raise ValueError(f"text_lengths: expected values from 0 to {num_text}, got {shortest} to {longest}")
+        lowest, highest = (bound.item() for bound in torch.aminmax(text_lengths))
+        if not shortest <= lowest <= highest <= num_text:
+            raise ValueError(f"text_lengths: expected values from {shortest} to {num_text}, got {lowest} to {highest}")
 
 
 @torch.library.custom_op("star_kernels::attention_mass", mutates_args=())

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Ranges = list[tuple[int, int]]  # [first, end) of tokens
+
 
 def num_text_keys(num_queries: int, num_keys: int, num_image_tokens: int) -> int:
     """How many of the keys are text.
@@ -24,22 +26,16 @@ def token_slices(
     num_queries: int, num_keys: int, num_image_tokens: int, text_first: bool
 ) -> tuple[slice, slice, slice, slice]:
     """Where a sequence keeps its (image queries, text queries, image keys, text keys)."""
-    text_queries = num_queries - num_image_tokens
-    text_keys = num_text_keys(num_queries, num_keys, num_image_tokens)
+    num_image_keys = num_keys - num_text_keys(num_queries, num_keys, num_image_tokens)
+    return *_split(num_queries, num_image_tokens, text_first), *_split(num_keys, num_image_keys, text_first)
+
+
+def _split(total: int, num_image: int, text_first: bool) -> tuple[slice, slice]:
+    """Where image and text stand among `total` tokens."""
+    num_text = total - num_image
     if text_first:
-        return (
-            slice(text_queries, num_queries),
-            slice(0, text_queries),
-            slice(text_keys, num_keys),
-            slice(0, text_keys),
-        )
-    image_keys = num_keys - text_keys
-    return (
-        slice(0, num_image_tokens),
-        slice(num_image_tokens, num_queries),
-        slice(0, image_keys),
-        slice(image_keys, num_keys),
-    )
+        return slice(num_text, total), slice(0, num_text)
+    return slice(0, num_image), slice(num_image, total)
 
 
 def statistics_dtype(*tensors: Tensor) -> torch.dtype:
@@ -58,6 +54,27 @@ def _probabilities(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Te
     return exponentials.div_(normaliser), (largest + normaliser.log()).squeeze(-1)
 
 
+def row_tokens(total: int, num_text: int, length: int, text_first: bool) -> tuple[Ranges, Ranges]:
+    """Where a row has tokens of its own: all but the text tokens from `length` on, which are the second result."""
+    _, text = _split(total, total - num_text, text_first)
+    end = text.start + min(length, num_text)
+    own, padding = [(0, end), (text.stop, total)], [(end, text.stop)]
+    return [r for r in own if r[0] < r[1]], [r for r in padding if r[0] < r[1]]
+
+
+def take(tensor: Tensor, ranges: Ranges) -> Tensor:
+    """The tokens in `ranges`, one range or more, of [..., heads, N, D]."""
+    pieces = [tensor[..., start:end, :] for start, end in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
+
+
+def put(target: Tensor, ranges: Ranges, values: Tensor) -> None:
+    """Write what `take` would read."""
+    pieces = values.split([end - start for start, end in ranges], -2)
+    for (start, end), piece in zip(ranges, pieces, strict=True):
+        target[..., start:end, :] = piece
+
+
 def joint_attention(
     query: Tensor,
     key: Tensor,
@@ -68,8 +85,12 @@ def joint_attention(
     text_first: bool,
     scale: float,
     rows: tuple[int, int],
+    text_lengths: Tensor | None = None,
+    direction: str = "image_to_text",
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Attention, the mass M of this layer, and the log-sum-exp of the logits.
+    """Attention, this layer's mass M or T, and the log-sum-exp of the logits.
+
+    A row's own tokens are computed as if it were alone, and then what its other text queries attend to.
 
     Args:
         query: [B, heads, N_query, D].
@@ -78,13 +99,16 @@ def joint_attention(
         num_image_tokens, text_first: see `token_slices`.
         scale: factor of the logits.
         rows: half-open range of batch rows whose mass is captured.
+        text_lengths: [B], how many of a row's text tokens are its own, by default all.
+        direction: "image_to_text" for M, "text_to_image" for T.
 
     Returns:
         out [B, heads, N_query, D] in the dtype of `query`;
         mass [rows, num_image_tokens, K] or None, float32 (float64 if `query` and `unit_weights` both are);
         log_sum_exp [B, heads, N_query], float32 (float64 for float64 `query`).
     """
-    image_queries, _, _, text_keys = token_slices(query.shape[2], key.shape[2], num_image_tokens, text_first)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    num_text = num_text_keys(num_queries, num_keys, num_image_tokens)
     dtype = statistics_dtype(query)
     first, end = rows
     out = torch.empty_like(query)
@@ -94,11 +118,22 @@ def joint_attention(
         shape = (end - first, num_image_tokens, unit_weights.shape[2])
         mass = query.new_empty(shape, dtype=statistics_dtype(query, unit_weights))
     for b in range(query.shape[0]):
-        probabilities, log_sum_exp[b] = _probabilities(query[b], key[b], scale)
-        out[b] = probabilities @ value[b].to(dtype)
+        length = num_text if text_lengths is None else int(text_lengths[b])
+        keys, _ = row_tokens(num_keys, num_text, length, text_first)
+        own, padding = row_tokens(num_queries, num_queries - num_image_tokens, length, text_first)
+        for queries in (padding, own) if padding else (own,):
+            probabilities, statistics = _probabilities(take(query[b], queries), take(key[b], keys), scale)
+            put(out[b], queries, (probabilities @ take(value[b], keys).to(dtype)).to(out.dtype))
+            put(log_sum_exp[b, :, :, None], queries, statistics[..., None])
         if mass is not None and unit_weights is not None and first <= b < end:
-            image_to_text = probabilities[:, image_queries, text_keys].mean(0)  # [image, text]
-            mass[b - first] = image_to_text @ unit_weights[b - first].to(dtype)
+            _, own_queries, own_keys = probabilities.shape
+            image_queries, text_queries = _split(own_queries, num_image_tokens, text_first)
+            image_keys, text_keys = _split(own_keys, own_keys - length, text_first)
+            weights = unit_weights[b - first, :length].to(dtype)
+            if direction == "image_to_text":
+                mass[b - first] = probabilities[:, image_queries, text_keys].mean(0) @ weights
+            else:
+                mass[b - first] = probabilities[:, text_queries, image_keys].mean(0).transpose(0, 1) @ weights
     return out, mass, log_sum_exp
 
 

@@ -1,0 +1,287 @@
+"""Attention by PyTorch's own kernels: those that return their log-sum-exp, and their backward passes for any attention.
+
+PyTorch calls them "cudnn", "flash" (on the CPU and on AMD too, where it stands for AOTriton or AITER) and "efficient".
+They are called as ``scaled_dot_product_attention`` calls them, by the operators of these names, so that Inductor, a
+FLOP counter and a checkpointing policy see what they know. None of them masks keys without a bias: texts of unequal
+length are a call per row, with the row's tokens alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from star_kernels.attention import reference
+from star_kernels.attention.mass import check_values
+from star_kernels.attention.reference import Ranges, put, take
+
+_NAMES = {1: "flash", 2: "efficient", 3: "cudnn"}
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def kernel_for(query: Tensor, num_keys: int) -> str | None:
+    """The kernel that ``scaled_dot_product_attention`` prefers for tensors like `query`, None if none of these.
+
+    PyTorch is asked: it knows the device, its own version and what the user has switched off (``sdpa_kernel``). It is
+    asked about two tokens that require a gradient, so that batch, gradient mode and lengths have no say; cuDNN refuses
+    a single key.
+    """
+    # A head dimension that torch.compile left open becomes a constant here.
+    return _kernel_for(query.device, query.dtype, operator.index(query.shape[3]), 1 if num_keys == 1 else 2)
+
+
+@torch.compiler.assume_constant_result
+def _kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int) -> str | None:
+    settings = (
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        *torch._C._get_sdp_priority_order(),
+    )
+    return _ask(device, dtype, head_dim, num_keys, settings)
+
+
+@functools.cache
+def _ask(device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int, settings: object) -> str | None:
+    with torch.enable_grad():
+        query = torch.empty(1, 1, 2, head_dim, dtype=dtype, device=device, requires_grad=True)
+        key = _readable(query)[:, :, :num_keys]
+        return _NAMES.get(torch._fused_sdp_choice(_readable(query), key, key))
+
+
+def backward_kernel_for(query: Tensor) -> str | None:
+    """The kernel whose backward pass serves an attention that is not PyTorch's, None if none does."""
+    if query.device.type == "cpu":
+        return "flash"
+    if query.device.type != "cuda" or query.dtype == torch.float64:
+        return None
+    if query.dtype == torch.float32 or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None if query.dtype == torch.bfloat16 else "efficient"
+    return "flash" if query.shape[3] <= 256 and torch.backends.cuda.is_flash_attention_available() else "efficient"
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where a kernel could not read it.
+
+    All want the D numbers of a token side by side. Those on GPUs want 16-byte words, and a D that is a multiple of 8,
+    to which ``scaled_dot_product_attention`` pads as well.
+    """
+    on_gpu = tensor.device.type != "cpu"
+    if on_gpu and tensor.shape[3] % 8:
+        return pad(tensor, (0, -tensor.shape[3] % 8))
+    if tensor.stride(3) == 1 and not (
+        on_gpu and any(step % 8 for step in (*tensor.stride()[:3], tensor.storage_offset()))
+    ):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def attention(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out and log-sum-exp [B, heads, N], with the kernel's own backward pass."""
+    num_queries, head_dim = query.shape[2:]
+    query, key, value = _readable(query), _readable(key), _readable(value)
+    if query.device.type == "cpu":
+        return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    if kernel == "flash":
+        out, log_sum_exp, *_ = torch._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+    elif kernel == "efficient":  # pads the rows of log-sum-exps
+        out, log_sum_exp, *_ = torch._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
+        log_sum_exp = log_sum_exp[..., :num_queries]
+    else:  # adds an axis to them
+        out, log_sum_exp, *_ = torch._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)
+        log_sum_exp = log_sum_exp.flatten(2)
+    return out if out.shape[3] == head_dim else out[..., :head_dim], log_sum_exp
+
+
+def backward(
+    kernel: str,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+) -> Gradients:
+    """Gradients for query, key and value by the kernel's backward pass, whatever computed `out` and `log_sum_exp`."""
+    aten, head_dim = torch.ops.aten, query.shape[3]
+    inputs = [_readable(t) for t in (grad_out, query, key, value, out)]
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, log_sum_exp, 0.0, False, scale=scale)
+    log_sum_exp = log_sum_exp.contiguous()
+    # The state of the random numbers is read with dropout only. It has the form that the forward pass gives it.
+    in_pairs = kernel == "flash" and torch.version.hip is None
+    integers = torch.uint64 if in_pairs else torch.int64
+    state = query.new_empty([2] if in_pairs else [], dtype=integers), query.new_empty([], dtype=integers)
+    lengths = (None, None, query.shape[2], key.shape[2])
+    if kernel == "flash":
+        gradients = aten._scaled_dot_product_flash_attention_backward(
+            *inputs, log_sum_exp, *lengths, 0.0, False, *state, scale=scale
+        )
+    elif kernel == "efficient":
+        # It takes the tokens of `out` to lie outside its heads and, on CUDA, log-sum-exps to come in rows of 32.
+        *inputs, out = inputs
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        if torch.version.hip is None:
+            log_sum_exp = pad(log_sum_exp, (0, -query.shape[2] % 32), value=torch.inf)
+        gradients = aten._scaled_dot_product_efficient_attention_backward(
+            *inputs, None, out, log_sum_exp, *state, 0.0, [True, True, True, False], scale=scale
+        )
+    else:
+        gradients = aten._scaled_dot_product_cudnn_attention_backward(
+            *inputs, log_sum_exp.unsqueeze(-1), *state, None, *lengths, 0.0, False, scale=scale
+        )
+    query_gradient, key_gradient, value_gradient = (gradient[..., :head_dim] for gradient in gradients[:3])
+    return query_gradient, key_gradient, value_gradient
+
+
+def _rows(
+    text_lengths: Tensor, query: Tensor, key: Tensor, num_image_tokens: int, text_first: bool
+) -> Iterator[tuple[int, Ranges, list[Ranges]]]:
+    """Of each row: its number, where its keys are, and where its queries are, in one or two parts.
+
+    The first part is what the row has when it is alone, the second one text queries that stand for nothing. Both in
+    one call could give other bits, since kernels choose their tiles by the number of queries.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    num_text = reference.num_text_keys(num_queries, num_keys, num_image_tokens)
+    check_values(None, text_lengths, num_text, shortest=int(num_text == num_keys))
+    for row, length in enumerate(text_lengths.tolist()):
+        keys, _ = reference.row_tokens(num_keys, num_text, length, text_first)
+        parts = reference.row_tokens(num_queries, num_queries - num_image_tokens, length, text_first)
+        yield row, keys, [queries for queries in parts if queries]
+
+
+def _for_keys(kernel: str, keys: Tensor) -> str:
+    """`kernel`, as `kernel_for` would have it for the row alone."""
+    return "flash" if kernel == "cudnn" and keys.shape[2] == 1 else kernel
+
+
+@torch.library.custom_op("star_kernels::attention_by_rows", mutates_args=())
+def attention_by_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_lengths: Tensor,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """out and log-sum-exp of `attention` over each row's own keys. Lengths that are on a GPU are waited for."""
+    out = torch.empty_like(query)
+    log_sum_exp = query.new_empty(query.shape[:3], dtype=reference.statistics_dtype(query))
+    for row, keys, parts in _rows(text_lengths, query, key, num_image_tokens, text_first):
+        query_row, key_row, value_row = query[row, None], take(key[row, None], keys), take(value[row, None], keys)
+        for queries in parts:
+            part, statistics = attention(
+                _for_keys(kernel, key_row), take(query_row, queries), key_row, value_row, scale
+            )
+            put(out[row, None], queries, part)
+            put(log_sum_exp[row, None, ..., None], queries, statistics[..., None])
+    return out, log_sum_exp
+
+
+@attention_by_rows.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_lengths: Tensor,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    log_sum_exp = query.new_empty(query.shape[:3], dtype=reference.statistics_dtype(query))
+    return torch.empty_like(query), log_sum_exp
+
+
+@torch.library.custom_op("star_kernels::joint_attention_backward", mutates_args=())
+def joint_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    text_lengths: Tensor | None,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    kernel: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for query, key and value, each with its tokens outside its heads in memory, as SDPA lays them out.
+
+    By the backward pass of `kernel`, without one by whichever fits, else written out. With lengths a call per row, and
+    they are waited for where they are on a GPU.
+    """
+    kernel = kernel or backward_kernel_for(query)
+    with torch.autocast(query.device.type, enabled=False):
+        if text_lengths is None:
+            whole = _backward_by(kernel, key)(grad_out, query, key, value, out, log_sum_exp, scale)
+            first, second, third = (gradient.transpose(1, 2).contiguous().transpose(1, 2) for gradient in whole)
+            return first, second, third
+        gradients = _token_major(query), _token_major(key).zero_(), _token_major(value).zero_()
+        statistics = log_sum_exp[..., None]
+        for row, keys, parts in _rows(text_lengths, query, key, num_image_tokens, text_first):
+            key_row, value_row = (take(tensor[row, None], keys) for tensor in (key, value))
+            sums: list[Tensor] = []
+            for queries in parts:
+                grad, part, part_out, lse = (
+                    take(tensor[row, None], queries) for tensor in (grad_out, query, out, statistics)
+                )
+                query_gradient, *others = _backward_by(kernel, key_row)(
+                    grad, part, key_row, value_row, part_out, lse[..., 0], scale
+                )
+                put(gradients[0][row, None], queries, query_gradient)
+                sums = [total + other for total, other in zip(sums, others, strict=True)] if sums else others
+            for gradient, total in zip(gradients[1:], sums, strict=True):
+                put(gradient[row, None], keys, total)
+        return gradients
+
+
+def _backward_by(kernel: str | None, keys: Tensor) -> Callable[..., Gradients]:
+    return reference.attention_backward if kernel is None else functools.partial(backward, _for_keys(kernel, keys))
+
+
+def _token_major(tensor: Tensor) -> Tensor:
+    batch, heads, tokens, head_dim = tensor.shape
+    return tensor.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+@joint_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    text_lengths: Tensor | None,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    kernel: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _token_major(query), _token_major(key), _token_major(value)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, text_lengths, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, text_lengths)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *joint_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+
+
+attention_by_rows.register_autograd(_backward, setup_context=_save_for_backward)
