@@ -29,8 +29,8 @@ def operator(
     name: str,
     *,
     fake: Callable[..., Any],
-    save: Callable[[Any, tuple[Any, ...], Any], None],
-    backward: Callable[..., tuple[Tensor | None, ...]],
+    save: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
     schema: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates the function that computes ``star_kernels::name`` from arguments by position, and is then called.
@@ -38,33 +38,47 @@ def operator(
     Args:
         fake: the outputs without their values, from the same arguments.
         save: `setup_context` of torch.library.register_autograd: (ctx, inputs, output) -> None.
-        backward: (ctx, *gradients of the outputs) -> a gradient or None for each argument.
+        backward: (ctx, *gradients of the outputs) -> a gradient or None for each argument. Without it the operator has
+            no derivative, and asking for one is an error.
         schema: what torch.library.custom_op cannot read from the function's annotations.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         registered = torch.library.custom_op(f"star_kernels::{name}", function, mutates_args=(), schema=schema)
         registered.register_fake(fake)
-        registered.register_autograd(backward, setup_context=save)
-
-        class Eager(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *inputs: Any) -> Any:
-                output = function(*inputs)
-                save(ctx, inputs, output)
-                return output
-
-            @staticmethod
-            def backward(ctx: Any, *gradients: Any) -> Any:
-                return backward(ctx, *gradients)
+        differentiable: Callable[..., Any] = registered
+        if save is not None and backward is not None:
+            registered.register_autograd(backward, setup_context=save)
+            differentiable = _in_eager_mode(function, save, backward)
 
         def call(*arguments: Any) -> Any:
             if is_traced(arguments):
                 return registered(*arguments)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-                return Eager.apply(*arguments)
+                return differentiable(*arguments)
             return function(*arguments)
 
         return call
 
     return register
+
+
+def _in_eager_mode(
+    function: Callable[..., Any],
+    save: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., Any]:
+    """`function` with its derivative as a torch.autograd.Function."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return backward(ctx, *gradients)
+
+    return Eager.apply

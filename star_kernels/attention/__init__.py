@@ -10,6 +10,7 @@ from torch import Tensor
 
 from star_kernels import backends
 from star_kernels._checks import check_choice, check_number, check_reverse_mode, check_tensor
+from star_kernels._operators import operator
 from star_kernels.attention import cpu, reference, sdpa, table
 from star_kernels.attention.mass import (
     DIRECTIONS,
@@ -215,45 +216,6 @@ def _check_rows(rows: tuple[int, int] | None, batch: int) -> tuple[int, int]:
     return first, end
 
 
-@torch.library.custom_op("star_kernels::joint_attention", mutates_args=())
-def _joint_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    unit_weights: Tensor | None,
-    num_image_tokens: int,
-    text_first: bool,
-    scale: float,
-    first_row: int,
-    end_row: int,
-    direction: str,
-    backend: str,
-    text_lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out, this layer's mass (empty without unit weights) and log-sum-exp."""
-    chosen = _resolve_backend(backend, query)
-    num_text = reference.num_text_keys(query.shape[2], key.shape[2], num_image_tokens)
-    check_values(unit_weights, text_lengths, num_text, shortest=int(num_text == key.shape[2]))
-    if text_lengths is not None:
-        text_lengths = text_lengths.to(query.device)
-    # float64 is for checks of derivatives, and precise rather than fast: the reference computes it for every backend.
-    run = reference.joint_attention if query.dtype == torch.float64 else _kernel(chosen)
-    with torch.autocast(query.device.type, enabled=False):
-        out, mass, log_sum_exp = run(
-            query,
-            key,
-            value,
-            unit_weights,
-            num_image_tokens=num_image_tokens,
-            text_first=text_first,
-            scale=scale,
-            rows=(first_row, end_row),
-            direction=direction,
-            **({} if text_lengths is None else {"text_lengths": text_lengths}),
-        )
-    return out, query.new_empty(0) if mass is None else mass, log_sum_exp
-
-
 def _resolve_backend(backend: str, query: Tensor) -> str:
     if query.shape[3] <= _MAX_HEAD_DIM_TRITON:
         return backends.resolve_backend("joint_attention", backend, query.device, KERNELS)
@@ -261,9 +223,10 @@ def _resolve_backend(backend: str, query: Tensor) -> str:
     return backends.resolve_backend(name, backend, query.device, tuple(k for k in KERNELS if k != "triton"))
 
 
-def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
-    if backend == "reference":
-        return reference.joint_attention
+def _kernel(backend: str, query: Tensor) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+    # float64 is for checks of derivatives, and precise rather than fast: the reference computes it for every backend.
+    if backend == "reference" or query.dtype == torch.float64:
+        return torch.autocast(query.device.type, enabled=False)(reference.joint_attention)
     if backend == "cpu":
         return cpu.joint_attention
     # Not at the top: importing the library loads torch alone.
@@ -272,8 +235,7 @@ def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]
     return triton_kernels.joint_attention
 
 
-@_joint_attention.register_fake
-def _(
+def _fake(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -308,4 +270,37 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | N
     return (*gradients, *(None,) * 9)
 
 
-_joint_attention.register_autograd(_backward, setup_context=_save_for_backward)
+@operator("joint_attention", fake=_fake, save=_save_for_backward, backward=_backward)
+def _joint_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    unit_weights: Tensor | None,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    first_row: int,
+    end_row: int,
+    direction: str,
+    backend: str,
+    text_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, this layer's mass (empty without unit weights) and log-sum-exp."""
+    chosen = _resolve_backend(backend, query)
+    num_text = reference.num_text_keys(query.shape[2], key.shape[2], num_image_tokens)
+    check_values(unit_weights, text_lengths, num_text, shortest=int(num_text == key.shape[2]))
+    if text_lengths is not None:
+        text_lengths = text_lengths.to(query.device)
+    out, mass, log_sum_exp = _kernel(chosen, query)(
+        query,
+        key,
+        value,
+        unit_weights,
+        num_image_tokens=num_image_tokens,
+        text_first=text_first,
+        scale=scale,
+        rows=(first_row, end_row),
+        direction=direction,
+        **({} if text_lengths is None else {"text_lengths": text_lengths}),
+    )
+    return out, query.new_empty(0) if mass is None else mass, log_sum_exp

@@ -9,14 +9,15 @@ length are a call per row, with the row's tokens alone.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Iterator
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from star_kernels._operators import operator
 from star_kernels.attention import reference
 from star_kernels.attention.mass import check_values
 from star_kernels.attention.reference import Ranges, put, take
@@ -33,7 +34,7 @@ def kernel_for(query: Tensor, num_keys: int) -> str | None:
     a single key.
     """
     # A head dimension that torch.compile left open becomes a constant here.
-    return _kernel_for(query.device, query.dtype, operator.index(query.shape[3]), 1 if num_keys == 1 else 2)
+    return _kernel_for(query.device, query.dtype, index(query.shape[3]), 1 if num_keys == 1 else 2)
 
 
 @torch.compiler.assume_constant_result
@@ -164,7 +165,80 @@ def _for_keys(kernel: str, keys: Tensor) -> str:
     return "flash" if kernel == "cudnn" and keys.shape[2] == 1 else kernel
 
 
-@torch.library.custom_op("star_kernels::attention_by_rows", mutates_args=())
+def _backward_by(kernel: str | None, keys: Tensor) -> Callable[..., Gradients]:
+    if kernel is None:
+        return torch.autocast(keys.device.type, enabled=False)(reference.attention_backward)
+    return functools.partial(backward, _for_keys(kernel, keys))
+
+
+def _token_major(tensor: Tensor) -> Tensor:
+    batch, heads, tokens, head_dim = tensor.shape
+    return tensor.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+def _fake_gradients(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: object) -> Gradients:
+    return _token_major(query), _token_major(key), _token_major(value)
+
+
+@operator("joint_attention_backward", fake=_fake_gradients)
+def joint_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    text_lengths: Tensor | None,
+    num_image_tokens: int,
+    text_first: bool,
+    scale: float,
+    kernel: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for query, key and value, each with its tokens outside its heads in memory, as SDPA lays them out.
+
+    By the backward pass of `kernel`, without one by whichever fits, else written out. With lengths a call per row, and
+    they are waited for where they are on a GPU.
+    """
+    kernel = kernel or backward_kernel_for(query)
+    if text_lengths is None:
+        whole = _backward_by(kernel, key)(grad_out, query, key, value, out, log_sum_exp, scale)
+        first, second, third = (gradient.transpose(1, 2).contiguous().transpose(1, 2) for gradient in whole)
+        return first, second, third
+    gradients = _token_major(query), _token_major(key).zero_(), _token_major(value).zero_()
+    statistics = log_sum_exp[..., None]
+    for row, keys, parts in _rows(text_lengths, query, key, num_image_tokens, text_first):
+        key_row, value_row = (take(tensor[row, None], keys) for tensor in (key, value))
+        sums: list[Tensor] = []
+        for queries in parts:
+            grad, part, part_out, lse = (
+                take(tensor[row, None], queries) for tensor in (grad_out, query, out, statistics)
+            )
+            query_gradient, *others = _backward_by(kernel, key_row)(
+                grad, part, key_row, value_row, part_out, lse[..., 0], scale
+            )
+            put(gradients[0][row, None], queries, query_gradient)
+            sums = [total + other for total, other in zip(sums, others, strict=True)] if sums else others
+        for gradient, total in zip(gradients[1:], sums, strict=True):
+            put(gradient[row, None], keys, total)
+    return gradients
+
+
+def _fake_rows(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    log_sum_exp = query.new_empty(query.shape[:3], dtype=reference.statistics_dtype(query))
+    return torch.empty_like(query), log_sum_exp
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, text_lengths, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, text_lengths)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *joint_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+
+
+@operator("attention_by_rows", fake=_fake_rows, save=_save_for_backward, backward=_backward)
 def attention_by_rows(
     query: Tensor,
     key: Tensor,
@@ -187,101 +261,3 @@ def attention_by_rows(
             put(out[row, None], queries, part)
             put(log_sum_exp[row, None, ..., None], queries, statistics[..., None])
     return out, log_sum_exp
-
-
-@attention_by_rows.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    text_lengths: Tensor,
-    num_image_tokens: int,
-    text_first: bool,
-    scale: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor]:
-    log_sum_exp = query.new_empty(query.shape[:3], dtype=reference.statistics_dtype(query))
-    return torch.empty_like(query), log_sum_exp
-
-
-@torch.library.custom_op("star_kernels::joint_attention_backward", mutates_args=())
-def joint_attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    text_lengths: Tensor | None,
-    num_image_tokens: int,
-    text_first: bool,
-    scale: float,
-    kernel: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for query, key and value, each with its tokens outside its heads in memory, as SDPA lays them out.
-
-    By the backward pass of `kernel`, without one by whichever fits, else written out. With lengths a call per row, and
-    they are waited for where they are on a GPU.
-    """
-    kernel = kernel or backward_kernel_for(query)
-    with torch.autocast(query.device.type, enabled=False):
-        if text_lengths is None:
-            whole = _backward_by(kernel, key)(grad_out, query, key, value, out, log_sum_exp, scale)
-            first, second, third = (gradient.transpose(1, 2).contiguous().transpose(1, 2) for gradient in whole)
-            return first, second, third
-        gradients = _token_major(query), _token_major(key).zero_(), _token_major(value).zero_()
-        statistics = log_sum_exp[..., None]
-        for row, keys, parts in _rows(text_lengths, query, key, num_image_tokens, text_first):
-            key_row, value_row = (take(tensor[row, None], keys) for tensor in (key, value))
-            sums: list[Tensor] = []
-            for queries in parts:
-                grad, part, part_out, lse = (
-                    take(tensor[row, None], queries) for tensor in (grad_out, query, out, statistics)
-                )
-                query_gradient, *others = _backward_by(kernel, key_row)(
-                    grad, part, key_row, value_row, part_out, lse[..., 0], scale
-                )
-                put(gradients[0][row, None], queries, query_gradient)
-                sums = [total + other for total, other in zip(sums, others, strict=True)] if sums else others
-            for gradient, total in zip(gradients[1:], sums, strict=True):
-                put(gradient[row, None], keys, total)
-        return gradients
-
-
-def _backward_by(kernel: str | None, keys: Tensor) -> Callable[..., Gradients]:
-    return reference.attention_backward if kernel is None else functools.partial(backward, _for_keys(kernel, keys))
-
-
-def _token_major(tensor: Tensor) -> Tensor:
-    batch, heads, tokens, head_dim = tensor.shape
-    return tensor.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-
-
-@joint_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
-    text_lengths: Tensor | None,
-    num_image_tokens: int,
-    text_first: bool,
-    scale: float,
-    kernel: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _token_major(query), _token_major(key), _token_major(value)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, text_lengths, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, text_lengths)
-
-
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *joint_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options), *(None,) * 5
-
-
-attention_by_rows.register_autograd(_backward, setup_context=_save_for_backward)
