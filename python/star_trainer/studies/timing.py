@@ -262,9 +262,9 @@ def measure(
         for _ in range(rounds):
             shuffle.shuffle(order)
             for member in order:
-                name, host_seconds = member.name, last[member.name].host_seconds or 0.0
-                last[name] = clock.sample(member.function, calls[name], host_seconds)
-                samples[name].append(last[name])
+                host_seconds = last[member.name].host_seconds or 0.0
+                last[member.name] = clock.sample(member.function, calls[member.name], host_seconds)
+                samples[member.name].append(last[member.name])
     measurements = tuple(Measurement(m.name, tuple(samples[m.name]), peaks[m.name], m.work) for m in members)
     return Group(name, measurements, baselines[0] if baselines else None)
 
