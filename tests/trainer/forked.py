@@ -18,7 +18,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "star_trainer.train",
-        "star_trainer.rewards.clip",
+        "star_trainer.rewards.models.clip",
         "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
         "transformers.models.clip.modeling_clip",
         "transformers.models.t5.modeling_t5",

@@ -30,8 +30,8 @@ from star_trainer.families.policy import Policy, load_policy
 from star_trainer.prompts import Prompt, read_prompts
 from star_trainer.prompts.units import UnitExtractor
 from star_trainer.rewards import RewardError, load_reward
-from star_trainer.rewards.clip import ClipModel
 from star_trainer.rewards.geneval import Detector
+from star_trainer.rewards.models.clip import ClipModel
 from star_trainer.rewards.server import Limits, RequestError, parse_request
 from star_trainer.run import checkpoint
 from star_trainer.run.evaluation import Evaluation

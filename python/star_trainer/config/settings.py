@@ -185,11 +185,21 @@ class RewardModels(Section):
         "openai/clip-vit-large-patch14",
         description="of clip_score, and of geneval's colours; 'tiny' comes with the package and knows scenes",
     )
-    pickscore: Place = "yuvalkirstain/PickScore_v1"
+    pickscore: Place = Field(
+        "yuvalkirstain/PickScore_v1", description="of pickscore; 'tiny' comes with the package and knows scenes"
+    )
     pickscore_processor: Place = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     detector: Place = Field(
         "facebook/mask2former-swin-small-coco-instance", description="of geneval: instances of COCO's classes"
     )
+    hps: Place | None = Field(None, description="of hps: the folder that `star-convert-reward hps` has written")
+    image_reward: Place | None = Field(
+        None, description="of image_reward: the folder that `star-convert-reward image_reward` has written"
+    )
+    aesthetic: Place | None = Field(
+        None, description="of aesthetic: the folder that `star-convert-reward aesthetic` has written"
+    )
+    aesthetic_clip: Place = Field("openai/clip-vit-large-patch14", description="whose embeddings aesthetic rates")
 
 
 def _as_addresses(value: Any) -> Any:
@@ -219,7 +229,7 @@ class Reward(Section):
     terms: dict[str, float] = Field(
         {"scene_graded": 1.0},
         description="weight by name (scene_graded, scene_strict, geneval_flow_grpo, geneval_graded, geneval_strict, "
-        "ocr, pickscore, clip_score, remote), or by module:function for one's own",
+        "ocr, pickscore, clip_score, hps, image_reward, aesthetic, remote), or by module:function for one's own",
         min_length=1,
     )
     extra_objects: Literal["punished", "ignored"] = Field(
@@ -228,6 +238,7 @@ class Reward(Section):
     timeout: float = Field(
         900.0, gt=0.0, description="seconds until a term that has not returned for a batch of images counts as dead"
     )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights of rewards' models")
     models: RewardModels = RewardModels()
     remote: RemoteReward = RemoteReward()
 

@@ -1,11 +1,11 @@
 """Rewards by name: functions from images and prompts to numbers, and their weighted sum."""
 
 from star_trainer.rewards.errors import RewardError as RewardError
+from star_trainer.rewards.named import RewardFunction as RewardFunction
 from star_trainer.rewards.terms import GENEVAL as GENEVAL
 from star_trainer.rewards.terms import DifferentiableReward as DifferentiableReward
 from star_trainer.rewards.terms import HeldOutScorer as HeldOutScorer
 from star_trainer.rewards.terms import NotDifferentiable as NotDifferentiable
-from star_trainer.rewards.terms import RewardFunction as RewardFunction
 from star_trainer.rewards.terms import WeightedSum as WeightedSum
 from star_trainer.rewards.terms import check_differentiable as check_differentiable
 from star_trainer.rewards.terms import check_prompts as check_prompts

@@ -21,8 +21,8 @@ from star_trainer.config.paths import folder_or_name
 from star_trainer.families.loading import load_whole
 from star_trainer.prompts import Prompt
 from star_trainer.prompts.prompt import required
-from star_trainer.rewards.clip import ClipModel
 from star_trainer.rewards.geneval_classes import COLOURS, geneval_names
+from star_trainer.rewards.models.clip import ClipModel
 from star_trainer.worlds.requirements import DetectedObject
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9

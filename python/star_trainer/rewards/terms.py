@@ -11,8 +11,7 @@ import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,83 +22,13 @@ from star_trainer.prompts import Prompt
 from star_trainer.rewards.deadline import call_within
 from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.geneval_classes import CLASSES, COLOURS
+from star_trainer.rewards.named import BY_NAME, CONVERTED, DIFFERENTIABLE, Models, RewardFunction
 from star_trainer.rewards.scenes import scene_graded, scene_strict
 from star_trainer.rewards.spelling import wanted
-from star_trainer.worlds.requirements import check_requirements, flow_grpo_score, judge
+from star_trainer.worlds.requirements import check_requirements
 
-if TYPE_CHECKING:
-    from star_trainer.rewards.clip import ClipModel, ClipReward
-    from star_trainer.rewards.geneval import Detector
-
-RewardFunction = Callable[[np.ndarray, Sequence[Prompt]], np.ndarray]
 HeldOutScorer = Callable[[np.ndarray, Sequence[Prompt]], dict[str, np.ndarray]]
 DifferentiableReward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
-
-
-class _Models:
-    """The models of the rewards, each loaded when it is first asked for and then shared.
-
-    Imports are made here, not at the top: they need packages that most runs do without.
-    """
-
-    def __init__(self, config: Reward) -> None:
-        self.names = config.models
-        self.server = config.remote
-        self.punish_extras = config.extra_objects == "punished"
-
-    @cached_property
-    def clip(self) -> ClipModel:
-        from star_trainer.rewards.clip import ClipModel
-
-        return ClipModel(self.names.clip, key="reward.models.clip")
-
-    @cached_property
-    def detector(self) -> Detector:
-        from star_trainer.rewards.geneval import Detector
-
-        return Detector(self.names.detector, self.clip)
-
-    def geneval(self, score: Callable[..., float]) -> RewardFunction:
-        from star_trainer.rewards.geneval import GenEvalReward
-
-        return GenEvalReward(self.detector, score)
-
-    def geneval_graded(self) -> RewardFunction:
-        return self.geneval(lambda found, metadata: judge(found, metadata, punish_extras=self.punish_extras).graded)
-
-    def clip_score(self) -> ClipReward:
-        from star_trainer.rewards.clip import ClipReward
-
-        return ClipReward(self.clip, scale="percent")
-
-    def pickscore(self) -> ClipReward:
-        from star_trainer.rewards.clip import ClipModel, ClipReward
-
-        model = ClipModel(self.names.pickscore, self.names.pickscore_processor, key="reward.models.pickscore")
-        return ClipReward(model, scale="logit")
-
-    def remote(self) -> RewardFunction:
-        from star_trainer.rewards.remote import RemoteRewardClient
-
-        return RemoteRewardClient(self.server)
-
-    def ocr(self) -> RewardFunction:
-        from star_trainer.rewards.ocr import OcrReward
-
-        return OcrReward()
-
-
-_BY_NAME: dict[str, Callable[[_Models], RewardFunction]] = {
-    "scene_strict": lambda models: scene_strict,
-    "scene_graded": lambda models: scene_graded,
-    "geneval_flow_grpo": lambda models: models.geneval(flow_grpo_score),
-    "geneval_graded": _Models.geneval_graded,
-    "geneval_strict": lambda models: models.geneval(lambda found, metadata: judge(found, metadata).strict),
-    "ocr": _Models.ocr,
-    "pickscore": _Models.pickscore,
-    "clip_score": _Models.clip_score,
-    "remote": _Models.remote,
-}
 
 
 # GenEval's own measure.
@@ -193,7 +122,7 @@ def load_terms(config: Reward, names: Collection[str] | None = None) -> dict[str
         ConfigError, RewardError: as of `load_reward`.
     """
     use_own_device()
-    models = _Models(config)
+    models = Models(config)
     chosen = config.terms if names is None else names
     return {name: _checked(name, _find(name, models), config.timeout) for name in chosen}
 
@@ -230,14 +159,16 @@ def check_reward(config: Reward) -> None:
 
     Raises:
         ConfigError: a name that is not known, a module or function that cannot be imported or called with images and
-            prompts, a package that is missing, or no address of a reward server.
+            prompts, a package that is missing, no converted checkpoint, or no address of a reward server.
     """
     for name in config.terms:
         if name == "remote":
-            _Models(config).remote()
+            Models(config).remote()
+        elif name in CONVERTED:
+            Models(config).converted(name)
         elif name == "ocr" and importlib.util.find_spec("rapidocr_onnxruntime") is None:
             raise ConfigError("reward.terms: ocr needs the extra: pip install 'star-kernels[ocr]'")
-        elif name not in _BY_NAME:
+        elif name not in BY_NAME:
             _import(name)
 
 
@@ -321,8 +252,8 @@ def check_differentiable(config: Reward) -> None:
     """
     check_reward(config)
     for name in config.terms:
-        if name not in ("clip_score", "pickscore"):
-            _differentiable(name, None if name in _BY_NAME else _import(name))
+        if name not in DIFFERENTIABLE:
+            _differentiable(name, None if name in BY_NAME else _import(name))
 
 
 def _differentiable(name: str, function: RewardFunction | None) -> DifferentiableReward:
@@ -333,8 +264,8 @@ def _differentiable(name: str, function: RewardFunction | None) -> Differentiabl
     return found
 
 
-def _find(name: str, models: _Models) -> RewardFunction:
-    return _BY_NAME[name](models) if name in _BY_NAME else _guarded(name, _import(name))
+def _find(name: str, models: Models) -> RewardFunction:
+    return BY_NAME[name](models) if name in BY_NAME else _guarded(name, _import(name))
 
 
 def _guarded(name: str, function: RewardFunction) -> RewardFunction:
@@ -361,9 +292,9 @@ def _import(name: str) -> RewardFunction:
     """
     module, colon, attribute = name.partition(":")
     if not colon:
-        close = difflib.get_close_matches(name, _BY_NAME, n=1)
+        close = difflib.get_close_matches(name, BY_NAME, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"reward.terms: expected one of {', '.join(_BY_NAME)} or module:function, got {name!r}{hint}")
+        raise ConfigError(f"reward.terms: expected one of {', '.join(BY_NAME)} or module:function, got {name!r}{hint}")
     # As `python -m` does; a command has the folder of its script there.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

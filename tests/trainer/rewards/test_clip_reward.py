@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from star_trainer.config import ConfigError
 from star_trainer.prompts import Prompt
-from star_trainer.rewards.clip import ClipModel, ClipReward
+from star_trainer.rewards.models.clip import ClipModel, ClipReward
 from transformers import CLIPProcessor, SiglipConfig, SiglipModel
 
 from tests.tiny_models import tiny_clip_tokenizer

@@ -12,9 +12,10 @@ import pytest
 import torch
 from star_trainer.config import ConfigError, Reward
 from star_trainer.prompts import Prompt
-from star_trainer.rewards import clip, geneval
+from star_trainer.rewards import geneval
 from star_trainer.rewards.geneval import Detector, box_of, masked_crop
 from star_trainer.rewards.geneval_classes import CLASSES, COLOURS
+from star_trainer.rewards.models import clip
 from star_trainer.rewards.terms import load_terms, unsuitable
 from star_trainer.worlds.requirements import DetectedObject, flow_grpo_score, judge
 
@@ -129,7 +130,7 @@ def test_each_reward_is_its_score_of_what_was_seen(
     given, monkeypatch: pytest.MonkeyPatch, cats: int, asked: str, values: dict[str, float]
 ) -> None:
     detector = given(*[("cat", 0.9, mask(10, 10, 30, 30))] * cats)
-    monkeypatch.setattr("star_trainer.rewards.terms._Models.detector", detector)
+    monkeypatch.setattr("star_trainer.rewards.named.Models.detector", detector)
     metadata = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": asked}]}
     images, prompts = picture(blue=(10, 10, 30, 30))[None].repeat(2, 0), [Prompt("x", metadata)] * 2
     for name, value in values.items():
@@ -149,7 +150,7 @@ def test_images_and_crops_share_passes_and_give_what_each_gives_alone(
             lambda _, args, given, s=sizes: s.append(len(given["pixel_values"])), with_kwargs=True
         )
     monkeypatch.setattr(geneval, "_AT_ONCE", 2)
-    monkeypatch.setattr(clip, "_AT_ONCE", 7)
+    monkeypatch.setattr(clip, "AT_ONCE", 7)
     # Random weights are sure of nothing; half of what they see is above the second threshold.
     monkeypatch.setattr(geneval, "THRESHOLD", 0.0)
     images = np.random.default_rng(0).integers(0, 256, (5, 48, 80, 3), dtype=np.uint8)

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from star_trainer.config import Reward
 from star_trainer.config.paths import TINY_CLIP, TINY_PIPELINE
 from star_trainer.rewards import load_reward
-from star_trainer.rewards.clip import ClipModel, ClipReward
+from star_trainer.rewards.models.clip import ClipModel, ClipReward
 from star_trainer.worlds.scenes.captions import is_held_out, sample_prompts
 from star_trainer.worlds.scenes.renderer import render, render_background, sample_scene
 from star_trainer.worlds.scenes.tiny_clip.build import (

@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from star_trainer.config.paths import TINY_PIPELINE
 from star_trainer.prompts import Prompt
-from star_trainer.rewards.clip import ClipModel, ClipReward
+from star_trainer.rewards.models.clip import ClipModel, ClipReward
 from star_trainer.worlds.requirements import judge
 from star_trainer.worlds.scenes.captions import sample_prompts
 from star_trainer.worlds.scenes.detector import detect

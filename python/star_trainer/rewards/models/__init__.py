@@ -1,0 +1,1 @@
+"""Rewards that a model of transformers gives: how images are prepared for it, loaded whole, scored with a gradient."""
