@@ -37,14 +37,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     elif not path.is_file():
         hint = _did_you_mean(source, preset_names())
         raise ConfigError(f"{source}: neither a preset ({', '.join(preset_names())}) nor a file{hint}")
-    try:
-        tree, lines = parse(path.read_text(encoding="utf-8"))
-    except (YamlFileError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(tree).__name__}")
-    places = {key: f"{source}, line {line}" for key, line in lines.items()}
+    tree, places = _read_tree(path, source)
     for override in overrides:
         _apply_override(tree, override, places)
     try:
@@ -55,6 +48,50 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     for name, value in (("preset", path.stem), ("method", config.method), ("seed", str(config.run.seed))):
         folder = folder.replace(f"{{{name}}}", value)
     return config.model_copy(update={"run": config.run.model_copy(update={"folder": folder})})
+
+
+def read_section(section: type[SectionType], path: Path) -> SectionType:
+    """A section that is a YAML file of its own.
+
+    Raises:
+        ConfigError: malformed YAML, an unknown key, or a value that cannot be used; the message names key and line.
+    """
+    tree, places = _read_tree(path, str(path))
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, section, str(path), places)) from error
+
+
+def has_keys(path: Path, *keys: str) -> bool:
+    """Whether a file is YAML with these keys at its top."""
+    try:
+        return path.is_file() and set(keys) <= set(_read_tree(path, str(path))[0])
+    except ConfigError:
+        return False
+
+
+def _read_tree(path: Path, source: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """What a YAML file says, and where it says each key."""
+    try:
+        tree, lines = parse(path.read_text(encoding="utf-8"))
+    except (YamlFileError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(tree).__name__}")
+    return tree, {key: f"{source}, line {line}" for key, line in lines.items()}
+
+
+def with_implied(saved: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that a run has saved, with what it implied where a setting did not exist yet.
+
+    Such a setting had the effect of its default, but for these.
+    """
+    earlier: dict[str, dict[str, Any]] = {"train": {"betas": [0.9, 0.99]}}
+    if "geneval_graded" in saved.get("reward", {}).get("terms", {}):
+        earlier["reward"] = {"extra_objects": "ignored"}
+    return saved | {name: section | saved.get(name, {}) for name, section in earlier.items()}
 
 
 def check_section(

@@ -22,7 +22,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from star_trainer.config import Config, ConfigError
+from star_trainer.config import Config, ConfigError, with_implied
 from star_trainer.families.policy import Policy, load_policy, lora_targets
 from star_trainer.run import checkpoint
 from star_trainer.run.inputs import prompt_digests
@@ -225,12 +225,7 @@ def _check_same_settings(values: dict[str, Any], state: TrainingState, root: Pat
         flat["train.granularity"] = config.granularity
         return flat
 
-    # A setting that did not exist yet had the effect of its default, but for these.
-    saved = values["config"]
-    earlier: dict[str, dict[str, Any]] = {"train": {"betas": [0.9, 0.99]}}
-    if "geneval_graded" in saved.get("reward", {}).get("terms", {}):
-        earlier["reward"] = {"extra_objects": "ignored"}
-    saved = saved | {name: section | saved.get(name, {}) for name, section in earlier.items()}
+    saved = with_implied(values["config"])
     try:
         old = settled(Config.model_validate(saved))
     except ValidationError:

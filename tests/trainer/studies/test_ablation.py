@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from star_trainer.config import ConfigError
 from star_trainer.run.statistics import student_mean
 from star_trainer.studies.ablation import runs as runs_module
 from star_trainer.studies.ablation.cli import main
+from star_trainer.studies.ablation.plan import Comparison, read_plan
 from star_trainer.studies.ablation.results import Curve, compare, markdown
 from star_trainer.studies.ablation.runs import Run, places, plan_runs, run_all
+from star_trainer.studies.ablation.training import Training, answers, common_reward, holm, training_blocks
 from star_trainer.studies.arms import Arm
 
 HERE = Path(__file__).parent
@@ -50,7 +53,7 @@ score = 0.5 + 0.1 * (config.method == "star") + 0.01 * config.run.seed
 lines = [{"iteration": 0, "eval/graded": 0.4, "eval/prompts": 4}]
 for iteration in (1, 2):
     seconds = {f"seconds/{name}": 0.5 for name in ("rollout", "reward_wait", "update")}
-    lines.append({"iteration": iteration, "reward/mean": 0.5, **seconds})
+    lines.append({"iteration": iteration, "reward/mean": score - 0.1, **seconds})
 lines.append({"iteration": 2, "eval/graded": score, "eval/prompts": 4})
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 (folder / "summary.json").write_text(json.dumps({"iterations": 2, "final": {"graded": score}}))
@@ -137,6 +140,114 @@ def test_the_command_trains_and_compares_for_real(tmp_path: Path) -> None:
 
 def curve(arm: str, seed: int, final: float) -> Curve:
     return Curve(arm, seed, [0, 1], [0, 4], [0.0, 1.0], {"graded": [0.0, final]}, {"graded": final}, 1.0)
+
+
+PLAN = """
+config: tiny
+settings: [{settings}]
+baseline: even
+seeds: [0, 1, 2]
+arms:
+  even: method=uniform
+  map: method=star train.learning_rate=2e-3
+comparisons:
+  - {{question: does the map help, arm: map, against: even}}
+"""
+
+
+def test_a_plan_is_read_from_a_file_and_what_is_there_is_compared(
+    stand_in: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(PLAN.format(settings=", ".join(SMALL)))
+    arguments = [str(plan), "--folder", str(tmp_path / "runs")]
+    assert main([*arguments, "--compare"]) == 1, "there is no run yet"
+    assert main([*arguments, "--seeds", "2"]) == 0
+    assert len(list(tmp_path.glob("runs/*/*/starts"))) == 4
+    assert main([*arguments, "--compare"]) == 0
+    assert len(list(tmp_path.glob("runs/*/*/starts"))) == 4, "nothing was run"
+    result = json.loads((tmp_path / "runs" / "ablation.json").read_text())
+    assert result["baseline"] == "even" and result["seeds"] == [0, 1, 2]
+    assert result["config"]["train"]["iterations"] == 2
+    (block,) = result["training"]
+    assert (block["arm"], block["first"], block["last"], block["n"]) == ("map", 1, 2, 2)
+    assert block["difference"] == pytest.approx(0.1) and block["error"] == pytest.approx(0.0, abs=1e-12)
+    assert {answer["measure"] for answer in result["comparisons"]} == {
+        "training reward from iteration 1",
+        "held-out graded",
+    }
+    assert "does the map help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config: tiny\narms: {a: method=star}\nseeds: [0]\nbaseline: b\n", "line 4: baseline: .*got 'b'"),
+        ("config: tiny\narms: {a: method=star}\nseeds: [0, 0]\nbaseline: a\n", "seeds"),
+        ("config: tiny\narms: {a b: method=star}\nseeds: [0]\nbaseline: a\n", "arms"),
+        ("config: tiny\narms: {a: method=star}\nseeds: [0]\nbaseline: a\nruns: 3\n", "line 5: runs: unknown key"),
+    ],
+)
+def test_a_plan_that_cannot_be_used_is_refused_by_its_key(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_plan(tmp_path / "plan.yaml", [])
+
+
+def test_the_runs_that_the_repository_keeps_count(tmp_path: Path) -> None:
+    """Also those made before some of today's settings existed."""
+    results = Path(__file__).parents[3] / "docs" / "results"
+    arms = [Arm(name, (f"method={name}",)) for name in ("uniform", "star")]
+    runs = plan_runs("tiny", [], arms, [0, 4], results / "tiny_ablation_runs")
+    assert all(run.is_done() for run in runs)
+    planned = read_plan(results / "tiny_where_to_clip.yaml", [])
+    assert [run.arm for run in plan_runs("tiny", planned.overrides, planned.arms, [0], tmp_path)] == [
+        arm.name for arm in planned.arms
+    ]
+
+
+def test_training_rewards_are_compared_block_by_block_over_the_seeds_that_have_it() -> None:
+    rng = np.random.default_rng(1)
+    base, other = rng.normal(size=(3, 25)), rng.normal(size=(3, 25))
+    runs = [Training("uniform", seed, base[seed].tolist()) for seed in range(3)]
+    runs += [Training("star", seed, other[seed, : (25, 25, 12)[seed]].tolist()) for seed in range(3)]
+    first, second, third = training_blocks(runs, "uniform")
+    assert [(block.first, block.last, block.n) for block in (first, second, third)] == [
+        (1, 10, 3),
+        (11, 20, 2),
+        (21, 25, 2),
+    ]
+    differences = (other - base)[:, :10].mean(1)
+    assert first.difference == pytest.approx(differences.mean())
+    assert first.error == pytest.approx(stats.sem(differences))
+
+
+def test_the_common_reward_is_one_that_all_arms_reach() -> None:
+    slow, fast = np.linspace(0.0, 0.5, 50), np.linspace(0.0, 1.0, 50)
+    runs = [Training("slow", 0, slow.tolist()), Training("fast", 0, fast.tolist()), Training("fast", 1, [5.0] * 50)]
+    level, reached = common_reward(runs)
+    assert level == pytest.approx(slow[-10:].mean()) and reached["slow"] == 50
+    assert reached["fast"] == 28, "the iteration whose ten last have the mean; seed 1 is not one of both"
+    assert common_reward([Training("one", 0, [1.0]), Training("other", 1, [1.0])]) is None
+
+
+def test_holm_is_the_published_procedure() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9]) and holm([0.7]) == [0.7]
+    found = holm([0.01, float("nan"), 0.02])
+    assert found[0] == pytest.approx(0.02) and np.isnan(found[1]) and found[2] == pytest.approx(0.02)
+
+
+def test_questions_are_answered_by_paired_tests() -> None:
+    rng = np.random.default_rng(2)
+    values = {arm: dict(enumerate(rng.normal(size=4))) for arm in ("a", "b", "c")}
+    asked = [Comparison(question="?", arm="a", against="b"), Comparison(question="??", arm="c", against="b")]
+    found = answers(asked, {"reward": values})
+    expected = [stats.ttest_rel(list(values[arm].values()), list(values["b"].values())).pvalue for arm in "ac"]
+    assert [answer.difference.p_value for answer in found] == pytest.approx(expected)
+    assert [answer.corrected for answer in found] == pytest.approx(holm(expected))
+    (nothing,) = answers(asked[:1], {"reward": {"a": {0: 1.0}, "b": {0: 2.0}}})
+    assert nothing.difference is None and nothing.n == 1 and np.isnan(nothing.corrected)
 
 
 def test_intervals_and_tests_are_students() -> None:

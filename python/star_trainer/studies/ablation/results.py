@@ -13,6 +13,7 @@ from scipy import integrate
 
 from star_trainer.run.statistics import Mean, PairedDifference, paired_difference, student_mean
 from star_trainer.studies.ablation.runs import Run, read_metrics
+from star_trainer.studies.ablation.training import Answer, Block
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,37 @@ def _difference(difference: PairedDifference | None) -> tuple[str, str]:
     if difference is None:
         return "", ""
     return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]", f"{difference.p_value:.2g}"
+
+
+def training_markdown(blocks: Sequence[Block], reached: tuple[float, dict[str, int]] | None, baseline: str) -> str:
+    """Training rewards less the baseline's by block of iterations, and when each arm has come to a common reward."""
+    spans = sorted({(block.first, block.last) for block in blocks})
+    level, iterations = reached if reached else (math.nan, {})
+    columns = [f"training reward less {baseline}", "seeds", *(f"{first} to {last}" for first, last in spans)]
+    columns += [f"iterations to {level:.3f}"] if reached else []
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for arm in dict.fromkeys([baseline, *(block.arm for block in blocks)]):
+        own = {(block.first, block.last): block for block in blocks if block.arm == arm}
+        counts = sorted({block.n for block in own.values()})
+        cells = [_block(own[span]) if span in own else "" for span in spans]
+        cells += [str(iterations.get(arm, ""))] if reached else []
+        lines.append(f"| {' | '.join([arm, ' to '.join(map(str, counts)), *cells])} |")
+    return "\n".join([*lines, ""])
+
+
+def _block(block: Block) -> str:
+    return f"{block.difference:+.4f}" + ("" if math.isnan(block.error) else f" ± {block.error:.4f}")
+
+
+def answers_markdown(answers: Sequence[Answer]) -> str:
+    """The planned comparisons, with Holm's correction for the number of questions by each measure."""
+    columns = ["question", "arms", "measure", "seeds", "difference", "p", "p, Holm"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for answer in answers:
+        corrected = "" if math.isnan(answer.corrected) else f"{answer.corrected:.2g}"
+        cells = [answer.question, f"{answer.arm} less {answer.against}", answer.measure, str(answer.n)]
+        lines.append(f"| {' | '.join([*cells, *_difference(answer.difference), corrected])} |")
+    return "\n".join([*lines, ""])
 
 
 def as_json(curves: Sequence[Curve], rows: Sequence[Row], settings: Mapping[str, Any]) -> str:

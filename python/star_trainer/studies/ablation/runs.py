@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from star_trainer.config import Config, ConfigError, load_config
+from star_trainer.config import Config, ConfigError, load_config, with_implied
 from star_trainer.rewards import RewardError, check_differentiable
 from star_trainer.studies.arms import Arm
 
@@ -51,8 +51,9 @@ class Run:
         """Whether the folder holds the summary of this very run."""
         try:
             summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-            saved = Config.model_validate_json((self.folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            saved = Config.model_validate(with_implied(content))
+        except (OSError, ValueError, AttributeError):
             return False
         config = self.config()
         same = saved.model_copy(update={"run": config.run, "checkpoints": config.checkpoints}) == config
