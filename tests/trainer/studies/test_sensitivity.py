@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,9 @@ from star_trainer.studies.sensitivity.gradients import (
     moments,
     other_weights,
     pair_means,
+    relate_steps,
     summarise,
-    with_sums,
+    sums_of,
 )
 from star_trainer.studies.sensitivity.maps import (
     Cases,
@@ -203,14 +205,32 @@ def test_maps_with_other_settings_are_those_that_a_rollout_with_them_has(guidanc
     assert not torch.allclose(found["own"], found["settings"], atol=1e-2)
 
 
-def test_steps_are_added_by_arm_and_left_as_they_are() -> None:
-    first, second, other = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0]), torch.tensor([5.0, 5.0])
-    found = with_sums({("star", 1): first, ("uniform", 1): other, ("star", 2): second})
-    expected = {("star", "1"): [1, 2], ("star", "2"): [10, 20], ("star", "all"): [11, 22]}
-    assert {key: value.tolist() for key, value in found.items()} == expected | {
-        ("uniform", "1"): [5, 5],
-        ("uniform", "all"): [5, 5],
+def test_aligned_steps_are_seen_to_be_and_the_best_weights_have_the_most_signal() -> None:
+    """Three steps with one mean direction, whose noises differ: what the weights make of them is known."""
+    rng = np.random.default_rng(7)
+    mean = rng.normal(size=60) / math.sqrt(60)
+    lengths, spreads = {0: 1.0, 1: 2.0, 2: 1.0}, {0: 0.2, 1: 1.0, 2: 2.0}
+    gradients = {
+        step: torch.from_numpy(lengths[step] * mean + spreads[step] * rng.normal(size=(400, 60)) / math.sqrt(60))
+        for step in lengths
     }
+    found = relate_steps("star", gradients, {"none": [1.0] * 3, "velocity": [1.5, 1.0, 0.5]})
+    assert found.steps == [0, 1, 2] and np.mean(found.weights["best"]) == pytest.approx(1.0)
+    expected = np.array([lengths[step] / spreads[step] ** 2 for step in lengths])
+    np.testing.assert_allclose(found.weights["best"], expected / expected.mean(), rtol=0.1, atol=0.02)
+    for one in range(3):
+        for other in range(3):
+            estimate = found.cosines[one][other]
+            assert estimate is not None and estimate.low < 1.0 + 1e-9 and estimate.value == pytest.approx(1.0, abs=0.1)
+    sums = sums_of({"star": gradients}, [found])
+    assert set(sums) == {"all", "all, velocity", "all, best"}
+    torch.testing.assert_close(sums["all"]["star"], sum(gradients.values()))
+    weighted = 1.5 * gradients[0] + gradients[1] + 0.5 * gradients[2]
+    torch.testing.assert_close(sums["all, velocity"]["star"], weighted)
+    ratios = {kind: summarise(kind, own)[0].ratio.value for kind, own in sums.items()}
+    assert ratios["all, best"] > ratios["all, velocity"] > ratios["all"]
+    best = sum(lengths[step] ** 2 / spreads[step] ** 2 for step in lengths) * float(mean @ mean)
+    assert ratios["all, best"] == pytest.approx(best, rel=0.1)
 
 
 def picture(*objects: SceneObject) -> np.ndarray:
@@ -290,8 +310,11 @@ def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -
         *("map", "wrong prompt", "text-blind"),
         *(f"layer {layer}" for layer in range(4)),
     }
-    assert {(signal["arm"], signal["step"]) for signal in content["gradients"]} == {
-        (arm, step) for arm in ("star", "uniform", "shuffled", "inverted", "oracle") for step in ("0", "all")
+    # Where no step's signal is seen, nothing is best.
+    assert {(signal["arm"], signal["step"]) for signal in content["gradients"] if "best" not in signal["step"]} == {
+        (arm, step)
+        for arm in ("star", "uniform", "shuffled", "inverted", "oracle")
+        for step in ("0", "all", "all, std", "all, velocity")
     }
     for name in ("sensitivity.png", "cases.png"):
         assert (folder / name).stat().st_size > 10_000
@@ -350,10 +373,16 @@ def test_parts_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture
     first = measured("--parts", "gradients", *arms)
     second = measured("--parts", "objects")
     third = measured("--parts", "edits")
+    assert second["steps"] == third["steps"] == first["steps"] != []
     assert second["gradients"] == third["gradients"] == first["gradients"] and third["arms"] == first["arms"]
     assert first["scores"] == [] and second["scores"] == third["scores"][: len(second["scores"])]
     table = (tmp_path / "sensitivity.md").read_text()
-    assert "| half | all |" in table and "object AUROC" in table and "reward lost inside" in table
+    assert (
+        "| half | all |" in table
+        and "| weights of the steps | step 1 |" in table
+        and "object AUROC" in table
+        and "reward lost inside" in table
+    )
     before = (tmp_path / "sensitivity.json").read_bytes()
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main([*arguments, "rollout.eta=0.5", "--parts", "objects"]) == 2

@@ -139,7 +139,7 @@ def report(
     # Now, not after an hour of measuring, if it cannot be made.
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"config": _plain(config.model_dump(mode="json")), "prompts": options.prompts, "share": options.share}
-    kept_scores, kept_signals, kept_arms = kept_results(folder, list(parts), settings | {"trained": options.trained})
+    kept_scores, signals, steps, kept_arms = kept_results(folder, list(parts), settings | {"trained": options.trained})
     state = build_state(config)
     if options.trained and not state.take_average(Path(config.run.folder) / "checkpoints"):
         raise ConfigError(f"run.folder: expected a run with a checkpoint for --trained, got {config.run.folder}")
@@ -161,14 +161,13 @@ def report(
             scores += maps.regional_correlation(cases, reward)
             scores += _differentiable(terms, cases, state)
             _draw_cases(cases, reward, options.share, folder / "cases.png")
-    signals = kept_signals
     failure: Exception | None = None
     if "gradients" in parts:
         measured = gradients.measure_gradients(
             state, draw_training, reward, arms, options.batches, extractor.fill, others
         )
-        signals, failure = measured.signals, measured.failure
-    table = tables(scores, signals)
+        signals, steps, failure = measured.signals, measured.steps, measured.failure
+    table = "\n".join([tables(scores, signals), step_tables(steps)])
     content = {
         **settings,
         "trained": options.trained,
@@ -176,6 +175,7 @@ def report(
         "arms": {**kept_arms, **{name: allocation.model_dump(mode="json") for name, allocation in others.items()}},
         "scores": maps.as_rows(scores),
         "gradients": [dataclasses.asdict(signal) for signal in signals],
+        "steps": [dataclasses.asdict(own) for own in steps],
     }
     write_atomically(folder / "sensitivity.json", json.dumps(_plain(content), indent=1).encode())
     write_atomically(folder / "sensitivity.md", table.encode())
@@ -242,8 +242,8 @@ def tables(scores: Sequence[Any], signals: Sequence[Any]) -> str:
             "| cosine to it | cosine of two batches | norm² of mean | trace of covariance | n |"
         ]
         lines += ["|---" * 11 + "|"]
-        for signal in sorted(signals, key=lambda found: (found.step != "all", found.step)):
-            step = signal.step if signal.step == "all" else str(int(signal.step) + 1)
+        for signal in sorted(signals, key=lambda found: (not found.step.startswith("all"), found.step)):
+            step = signal.step if signal.step.startswith("all") else str(int(signal.step) + 1)
             lines += [
                 f"| {signal.arm} | {step} | {_interval(signal.ratio)} | {_interval(signal.ratio_less_uniform)} | "
                 f"{_interval(signal.ratio_less_star)} | {_interval(signal.ratio_along_uniform)} | "
@@ -252,6 +252,27 @@ def tables(scores: Sequence[Any], signals: Sequence[Any]) -> str:
             ]
         lines += [""]
     return "\n".join(lines)
+
+
+def step_tables(relations: Sequence[Any]) -> str:
+    """Markdown: how much each kind of temporal weights makes of each step, and the cosines between steps."""
+    if not relations:
+        return ""
+    numbers = [step + 1 for step in relations[0].steps]
+    lines = ["| weights of the steps | " + " | ".join(f"step {number}" for number in numbers) + " |"]
+    lines += ["|---" * (len(numbers) + 1) + "|"]
+    rows = [kind for kind in relations[0].weights if kind != "best"]
+    named = [(kind, relations[0].weights[kind]) for kind in rows]
+    named += [(f"best, {own.arm}", own.weights["best"]) for own in relations if "best" in own.weights]
+    lines += [f"| {name} | {' | '.join(f'{weight:.2f}' for weight in weights)} |" for name, weights in named]
+    pairs = [(one, other) for other in range(len(numbers)) for one in range(other)]
+    if pairs:
+        titles = " | ".join(f"{numbers[one]}, {numbers[other]}" for one, other in pairs)
+        lines += ["", f"| cosine of the expected gradients of steps | {titles} |", "|---" * (len(pairs) + 1) + "|"]
+        for own in relations:
+            cells = [_interval(own.cosines[one][other]) for one, other in pairs]
+            lines += [f"| {own.arm} | {' | '.join(cells)} |"]
+    return "\n".join([*lines, ""])
 
 
 def _mean(score: Any) -> str:

@@ -44,6 +44,8 @@ from star_trainer.worlds.scenes.oracle import true_maps
 _FIRST_ITERATION = 1_000_000
 # With fewer batches there is no jackknife interval.
 _FEWEST = 3
+# What takes a step's place where all are added up.
+SUM = "all"
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,26 @@ def inner_products(first: Tensor, second: Tensor) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """How one arm's denoising steps go together: their weights by kind, and the cosines of their expected gradients.
+
+    The weights have mean 1. Those of ``best`` are |E g|/tr Cov g, which give the sum of the steps the most signal for
+    its noise where expected gradients are aligned and noises independent; they are made from the batches that they are
+    then applied to. `cosines` [S, S] are None where an estimate of ‖E g‖² is not positive.
+    """
+
+    arm: str
+    steps: list[int]
+    weights: dict[str, list[float]]
+    cosines: list[list[Estimate | None]]
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What was measured, and the fault that ended it early, if there was one."""
 
     signals: list[Signal]
+    steps: list[Steps]
     failure: Exception | None
 
 
@@ -184,31 +202,66 @@ def measure_gradients(
     fill: Callable[[Sequence[Prompt]], list[Prompt]],
     others: Mapping[str, Allocation] | None = None,
 ) -> Measurement:
-    """Signal and noise per arm, for each denoising step and for their sum, from `batches` fresh rollouts.
+    """Signal and noise per arm, for each denoising step and for their sums, from `batches` fresh rollouts.
 
     `others` are further arms by name: the prompts' own maps, with other settings than the configuration's.
 
     A KeyboardInterrupt or a fault after three batches or more ends the measurement: the result is that of the batches
     so far, with the fault.
-    The gradients of all batches are held in memory: batches · arms · (steps + 1) · parameters · 4 bytes.
+    The gradients of all batches are held in memory: batches · arms · steps · parameters · 4 bytes.
     """
-    measured: list[dict[tuple[str, str], Tensor]] = []
+    measured: list[dict[tuple[str, int], Tensor]] = []
     failure: Exception | None = None
+    coefficients: list[sk.TransitionCoefficients] = []
     with own_worker() as worker:
         try:
             for batch in tqdm(range(batches), unit="batch", desc="gradients", disable=None):
                 place = _FIRST_ITERATION + batch
-                measured.append(_measure_batch(state, draw, reward, arms, fill, others or {}, worker, place))
+                found, coefficients = _measure_batch(state, draw, reward, arms, fill, others or {}, worker, place)
+                measured.append(found)
         except (KeyboardInterrupt, Exception) as error:
             if len(measured) < _FEWEST:
                 raise
             tqdm.write(f"stopped after {len(measured)} of {batches} batches")
             failure = error if isinstance(error, Exception) else None
-    by_step: dict[str, dict[str, Tensor]] = {}
+    by_arm: dict[str, dict[int, Tensor]] = {}
     for arm, step in measured[0]:
-        by_step.setdefault(step, {})[arm] = torch.stack([batch[arm, step] for batch in measured])
-    signals = [signal for step, gradients in by_step.items() for signal in summarise(step, gradients)]
-    return Measurement(signals, failure)
+        by_arm.setdefault(arm, {})[step] = torch.stack([batch[arm, step] for batch in measured])
+    trained = sorted(next(iter(by_arm.values())))
+    rows = [coefficients[step] for step in trained]
+    kinds = {kind: sk.temporal_weights(rows, kind=kind).tolist() for kind in ("none", "std", "velocity")}
+    steps = [relate_steps(arm, own, kinds) for arm, own in by_arm.items()]
+    signals = [signal for kind, sums in sums_of(by_arm, steps).items() for signal in summarise(kind, sums)]
+    for step in trained:
+        signals += summarise(str(step), {arm: own[step] for arm, own in by_arm.items()})
+    return Measurement(signals, steps, failure)
+
+
+def relate_steps(arm: str, gradients: Mapping[int, Tensor], kinds: Mapping[str, list[float]]) -> Steps:
+    """How the steps of one arm go together, from their gradients [n, P] and the weights of each kind."""
+    exact = {step: own.double() for step, own in gradients.items()}
+    found = {step: moments(inner_products(own, own)) for step, own in exact.items()}
+    best = np.array([math.sqrt(max(own.signal[0], 0.0)) / own.noise[0] for own in found.values()])
+    weights = {**kinds, "best": (best / best.mean()).tolist()} if best.any() else dict(kinds)
+
+    def cosine(one: int, other: int) -> Estimate | None:
+        lengths = found[one].signal * found[other].signal
+        if not ((found[one].signal > 0).all() and (found[other].signal > 0).all()):
+            return None
+        shared, _ = pair_means(inner_products(exact[one], exact[other]))
+        return jackknife(shared / np.sqrt(lengths))
+
+    return Steps(arm, list(exact), weights, [[cosine(one, other) for other in exact] for one in exact])
+
+
+def sums_of(by_arm: Mapping[str, Mapping[int, Tensor]], steps: Sequence[Steps]) -> dict[str, dict[str, Tensor]]:
+    """Each arm's gradients [n, P] added up over the steps, by kind of weights: ``all``, ``all, std`` and so on."""
+    sums: dict[str, dict[str, Tensor]] = {}
+    for own in steps:
+        for kind, weights in own.weights.items():
+            parts = [weight * by_arm[own.arm][step] for step, weight in zip(own.steps, weights, strict=True)]
+            sums.setdefault(SUM if kind == "none" else f"{SUM}, {kind}", {})[own.arm] = torch.stack(parts).sum(0)
+    return sums
 
 
 def _measure_batch(
@@ -220,8 +273,8 @@ def _measure_batch(
     others: Mapping[str, Allocation],
     worker: Executor,
     iteration: int,
-) -> dict[tuple[str, str], Tensor]:
-    """The gradient [P] of every arm at every step, and their sum over the steps, from one rollout."""
+) -> tuple[dict[tuple[str, int], Tensor], list[sk.TransitionCoefficients]]:
+    """The gradient [P] of every arm at every step with noise, from one rollout, and that one's coefficients."""
     config = state.config
     prompts = fill(draw(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts))
     rollout = collect(state.policy, config, prompts, reward, worker, iteration)
@@ -231,16 +284,7 @@ def _measure_batch(
     weights = arm_weights(state, rollout, arms, numpy_stream(config.run.seed, "shuffle", iteration))
     if others:
         weights |= other_weights(state, rollout, others)
-    return with_sums(batch_gradients(state, rollout, advantages.values, weights))
-
-
-def with_sums(gradients: dict[tuple[str, int], Tensor]) -> dict[tuple[str, str], Tensor]:
-    """Gradients [P] by arm and step, and each arm's sum over its steps under the name ``all``."""
-    found: dict[tuple[str, str], Tensor] = {}
-    for (arm, step), gradient in gradients.items():
-        found[arm, str(step)] = gradient
-        found[arm, "all"] = found[arm, "all"] + gradient if (arm, "all") in found else gradient
-    return found
+    return batch_gradients(state, rollout, advantages.values, weights), rollout.trajectory.coefficients
 
 
 def arm_weights(

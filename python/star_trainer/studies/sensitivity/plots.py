@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from star_trainer.run.files import write_atomically
-from star_trainer.studies.sensitivity.gradients import Signal
+from star_trainer.studies.sensitivity.gradients import SUM, Signal
 from star_trainer.studies.sensitivity.maps import Cases, Score
 
 # Colours that people who confuse red and green can tell apart (Okabe and Ito).
@@ -27,7 +27,7 @@ def plot_by_step(scores: Sequence[Score], signals: Sequence[Signal], path: Path)
         line = panels.setdefault(score.what, {}).setdefault(score.map, [])
         line.append((score.step, score.value, score.low, score.high))
     for signal in signals:
-        if signal.step != "all":
+        if not signal.step.startswith(SUM):
             for what, estimate in (("gradient signal / noise", signal.ratio), ("gradient cosine", signal.cosine)):
                 line = panels.setdefault(what, {}).setdefault(signal.arm, [])
                 line.append((int(signal.step), estimate.value, estimate.low, estimate.high))

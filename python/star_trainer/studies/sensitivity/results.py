@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from star_trainer.config import ConfigError
-from star_trainer.studies.sensitivity.gradients import Estimate, Signal
+from star_trainer.studies.sensitivity.gradients import Estimate, Signal, Steps
 from star_trainer.studies.sensitivity.maps import Score
 
 # What the parts' scores are called.
@@ -23,29 +23,31 @@ def part_of(score: Score) -> str:
 
 def kept_results(
     folder: Path, parts: list[str], settings: Mapping[str, Any]
-) -> tuple[list[Score], list[Signal], dict[str, Any]]:
-    """Scores and signals in the folder that belong to none of `parts`, and the allocations of the arms among them.
+) -> tuple[list[Score], list[Signal], list[Steps], dict[str, Any]]:
+    """Scores, signals and how steps go together that are in the folder and belong to none of `parts`, and the
+    allocations of the arms among them.
 
     Raises:
         ConfigError: there are some, and they were measured with other `settings`.
     """
     path = folder / "sensitivity.json"
     if not path.is_file():
-        return [], [], {}
+        return [], [], [], {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         scores = [Score(**{**row, **_numbers(row, "value", "low", "high")}) for row in content["scores"]]
         signals = [_signal(row) for row in content["gradients"]]
+        steps = [_steps(row) for row in content.get("steps", [])]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--folder: {path} cannot be read ({error}); choose another folder") from error
     scores = [score for score in scores if part_of(score) not in parts]
-    signals = [] if "gradients" in parts else signals
+    signals, steps = ([], []) if "gradients" in parts else (signals, steps)
     if (scores or signals) and any(content.get(key) != value for key, value in settings.items()):
         raise ConfigError(
             f"--folder: {folder} holds other parts measured with other settings; choose another folder, or the same "
             "settings"
         )
-    return scores, signals, content.get("arms", {}) if signals else {}
+    return scores, signals, steps, content.get("arms", {}) if signals else {}
 
 
 def _numbers(row: Mapping[str, Any], *names: str) -> dict[str, float]:
@@ -53,9 +55,17 @@ def _numbers(row: Mapping[str, Any], *names: str) -> dict[str, float]:
     return {name: math.nan if row[name] is None else row[name] for name in names}
 
 
+def _estimate(value: Mapping[str, Any] | None) -> Estimate | None:
+    return None if value is None else Estimate(**_numbers(value, "value", "low", "high"))
+
+
+def _steps(row: Mapping[str, Any]) -> Steps:
+    cosines = [[_estimate(value) for value in line] for line in row["cosines"]]
+    return Steps(row["arm"], row["steps"], row["weights"], cosines)
+
+
 def _signal(row: Mapping[str, Any]) -> Signal:
     values: dict[str, Any] = {
-        name: Estimate(**_numbers(value, "value", "low", "high")) if isinstance(value, dict) else value
-        for name, value in row.items()
+        name: _estimate(value) if isinstance(value, dict) else value for name, value in row.items()
     }
     return Signal(**values | _numbers(row, "squared_mean", "covariance_trace"))
