@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from star_kernels import joint_attention
+import star_kernels as sk
 from star_kernels.attention import reference
 
+joint_attention = sk.joint_attention
 ODD = settings(max_examples=30, deadline=None, derandomize=True)
 SHAPES = st.fixed_dictionaries(
     {
@@ -24,6 +28,15 @@ SHAPES = st.fixed_dictionaries(
         "seed": st.integers(0, 2**16),
     }
 )
+
+
+@pytest.fixture(scope="module", params=["fused", "sdpa"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every property here is that of both implementations."""
+    global joint_attention
+    joint_attention = functools.partial(sk.joint_attention, implementation=request.param)
+    yield request.param
+    joint_attention = sk.joint_attention
 
 
 def inputs(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +14,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from star_kernels import joint_attention
+import star_kernels as sk
 from star_kernels.attention import reference
 
+joint_attention = sk.joint_attention
 OPERATOR = torch.ops.star_kernels.joint_attention.default
 BACKWARD = torch.ops.star_kernels.joint_attention_backward.default
+
+
+@pytest.fixture(scope="module", params=["fused", "sdpa"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For what holds of both implementations."""
+    global joint_attention
+    joint_attention = functools.partial(sk.joint_attention, implementation=request.param)
+    yield request.param
+    joint_attention = sk.joint_attention
+
+
+both = pytest.mark.usefixtures("implementation")
 
 
 def leaves(
@@ -40,6 +55,7 @@ def leaves(
     ]
 
 
+@both
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("key_tokens", [None, 9])
 def test_gradients_are_those_of_scaled_dot_product_attention(
@@ -57,6 +73,7 @@ def test_gradients_are_those_of_scaled_dot_product_attention(
         assert (gradient.double() - wanted).abs().max() < error * wanted.abs().max()
 
 
+@both
 def test_the_gradient_of_a_sum_which_has_no_strides() -> None:
     tensors = leaves()
     out, _ = joint_attention(*tensors, num_image_tokens=10)
@@ -65,6 +82,7 @@ def test_the_gradient_of_a_sum_which_has_no_strides() -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
 
 
+@both
 def test_gradients_where_the_head_dimension_is_not_innermost() -> None:
     tensors = [t.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for t in leaves()]
     out, _ = joint_attention(*tensors, num_image_tokens=10)
@@ -74,6 +92,7 @@ def test_gradients_where_the_head_dimension_is_not_innermost() -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
 
 
+@both
 @pytest.mark.parametrize("text_first", [False, True])
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 def test_gradcheck_in_float64(direction: str, text_first: bool) -> None:
@@ -88,6 +107,7 @@ def test_gradcheck_in_float64(direction: str, text_first: bool) -> None:
     assert torch.autograd.gradcheck(attention, tensors)
 
 
+@both
 def test_gradcheck_of_cross_attention_in_float64() -> None:
     tensors = leaves(batch=1, heads=2, tokens=4, key_tokens=7, dim=3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *a: joint_attention(*a, num_image_tokens=4)[0], tensors)
@@ -115,6 +135,7 @@ def test_both_backward_passes_agree_on_odd_shapes(
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@both
 def test_mass_carries_no_gradient() -> None:
     tensors = leaves()
     unit_weights = torch.rand(2, 7, 2, requires_grad=True)
@@ -127,6 +148,7 @@ def test_mass_carries_no_gradient() -> None:
     assert not buffer.requires_grad
 
 
+@both
 def test_nothing_of_size_tokens_squared_is_saved() -> None:
     tokens = 64
     tensors = leaves(tokens=tokens)
@@ -137,6 +159,7 @@ def test_nothing_of_size_tokens_squared_is_saved() -> None:
     assert max(saved) == tensors[0].numel() < 2 * 3 * tokens * tokens
 
 
+@both
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     tensors = leaves()
     out, _ = joint_attention(*tensors, num_image_tokens=10)
@@ -145,6 +168,7 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
         torch.autograd.grad(gradient.sum(), tensors[:1])
 
 
+@both
 def test_torch_func_and_forward_mode_are_refused() -> None:
     query, key, value = (t.detach() for t in leaves())
 
@@ -215,6 +239,7 @@ def run(call: Any, model: Block, seed: int, batch: int = 2, image: int = 9, text
     return [out.detach(), buffer, tokens.grad, *(p.grad.clone() for p in model.parameters())]
 
 
+@both
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_model_compiles_without_a_graph_break(dynamic: bool) -> None:
     torch.manual_seed(0)
@@ -227,6 +252,7 @@ def test_a_model_compiles_without_a_graph_break(dynamic: bool) -> None:
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
+@both
 @pytest.mark.exhaustive
 def test_a_captured_layer_compiles_with_inductor() -> None:
     torch._dynamo.reset()
@@ -247,6 +273,7 @@ def test_a_captured_layer_compiles_with_inductor() -> None:
         assert torch.equal(gradient, expected)
 
 
+@both
 def test_autocast_inside_a_compiled_model() -> None:
     torch._dynamo.reset()
     query, key, value = leaves()
@@ -259,12 +286,14 @@ def test_autocast_inside_a_compiled_model() -> None:
     assert torch.equal(compiled(query, key, value), attention(query, key, value))
 
 
+@both
 def test_a_bad_unit_weight_is_caught_inside_a_compiled_model() -> None:
     torch._dynamo.reset()
     query, key, value = (t.detach() for t in leaves())
 
-    def attention(unit_weights: Tensor) -> Tensor:
-        return joint_attention(query, key, value, unit_weights, num_image_tokens=10)[0]
+    # With the mass: the compiler drops what nobody reads.
+    def attention(unit_weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        return joint_attention(query, key, value, unit_weights, num_image_tokens=10)
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     compiled(torch.ones(2, 7, 2))

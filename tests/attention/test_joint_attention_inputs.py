@@ -99,6 +99,17 @@ CASES: list[tuple[str, type[Exception], str, Change]] = [
     ("rows is one number", TypeError, "rows", lambda a: {"rows": 1}),
     ("rows of floats", TypeError, "rows", lambda a: {"rows": (0.0, 1.0)}),
     ("rows without unit_weights", ValueError, "rows", lambda a: {"rows": (0, 1), "unit_weights": None}),
+    ("text_lengths is a list", TypeError, "text_lengths", lambda a: {"text_lengths": [1, 2]}),
+    ("text_lengths of another batch", ValueError, "text_lengths", lambda a: {"text_lengths": torch.tensor([1])}),
+    ("text_lengths of floats", TypeError, "text_lengths", lambda a: {"text_lengths": torch.ones(BATCH)}),
+    ("text_lengths on another device", ValueError, "text_lengths",
+     lambda a: {"text_lengths": torch.ones(BATCH, dtype=torch.int32, device="meta")}),
+    ("a negative text length", ValueError, "text_lengths", lambda a: {"text_lengths": torch.tensor([1, -1])}),
+    ("a text length beyond the text", ValueError, "text_lengths", lambda a: {"text_lengths": torch.tensor([1, 6])}),
+    ("no text where all keys are text", ValueError, "text_lengths",
+     lambda a: {"text_lengths": torch.tensor([3, 0]), "num_image_tokens": 15, "unit_weights": None}),
+    ("an unknown implementation", ValueError, "implementation", lambda a: {"implementation": "flash"}),
+    ("implementation is no string", ValueError, "implementation", lambda a: {"implementation": None}),
     ("an unknown direction", ValueError, "direction", lambda a: {"direction": "both"}),
     ("text queries asked of cross-attention", ValueError, "direction",
      lambda a: {"direction": "text_to_image", "num_image_tokens": 15, "unit_weights": torch.ones(BATCH, 15, UNITS)}),
@@ -115,15 +126,19 @@ def test_the_arguments_that_the_cases_change_are_good() -> None:
 @pytest.mark.parametrize(("error", "argument", "change"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_bad_input_names_the_argument(error: type[Exception], argument: str, change: Change) -> None:
     good = arguments()
-    with pytest.raises(error, match=rf"^{argument}: expected .+, got ") as raised:
-        joint_attention(**{**good, **change(good)})
-    assert type(raised.value) is error
+    changed = {**good, **change(good)}
+    for implementation in ("fused", "sdpa") if argument != "implementation" else (changed["implementation"],):
+        with pytest.raises(error, match=rf"^{argument}: expected .+, got ") as raised:
+            joint_attention(**{**changed, "implementation": implementation})
+        assert type(raised.value) is error
 
 
-def test_a_rejected_call_leaves_the_buffer_alone() -> None:
+@pytest.mark.parametrize("implementation", ["fused", "sdpa"])
+def test_a_rejected_call_leaves_the_buffer_alone(implementation: str) -> None:
     buffer = BUFFER.clone()
+    changed = {**arguments(), "unit_weights": unit_weights_with(-1.0)}
     with pytest.raises(ValueError):
-        joint_attention(**{**arguments(), "unit_weights": unit_weights_with(-1.0)}, mass=buffer)
+        joint_attention(**changed, mass=buffer, implementation=implementation)
     assert buffer.count_nonzero() == 0
 
 
