@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,15 +32,19 @@ def plot_ablation(curves: Sequence[Curve], blocks: Sequence[Block], path: Path) 
     grid = figure.add_gridspec(len(scores) + bool(blocks), 2)
     arms = list(dict.fromkeys([curve.arm for curve in curves] + [block.arm for block in blocks]))
     if blocks:
-        _differences(figure.add_subplot(grid[-1, :]), blocks, arms)
-    axes = [[figure.add_subplot(grid[row, column]) for column in (0, 1)] for row in range(len(scores))]
+        _differences(figure.add_subplot(grid[0, :]), blocks, arms)
+    axes = [[figure.add_subplot(grid[row + bool(blocks), column]) for column in (0, 1)] for row in range(len(scores))]
     for row, score in enumerate(scores):
         for column, (kind, label) in enumerate((("rollouts", "images drawn for training"), ("seconds", "seconds"))):
             _panel(axes[row][column], curves, score, kind, arms)
             axes[row][column].set_xlabel(label, fontsize=9, color=_FAINT)
         axes[row][0].set_ylabel(f"held-out {score}", fontsize=9.5)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), frameon=False, fontsize=9)
+    shown: dict[str, Any] = {}
+    for panel in figure.axes:
+        shown |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    names = [arm for arm in arms if arm in shown]
+    handles = [shown[name] for name in names]
+    figure.legend(handles, names, loc="outside upper center", ncols=min(6, len(names)), frameon=False, fontsize=9)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     write_atomically(path, content.getvalue())

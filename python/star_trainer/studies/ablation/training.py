@@ -75,9 +75,9 @@ def training_blocks(trainings: Sequence[Training], baseline: str) -> list[Block]
     """Differences to the baseline by arm and block of iterations, over the seeds whose runs have the whole block."""
     arms = by_seed(trainings)
     reference = arms.get(baseline, {})
+    longest = max(map(len, reference.values()), default=0)
     blocks = []
     for arm, runs in arms.items():
-        longest = max(map(len, runs.values()))
         for first in range(0, longest, BLOCK) if arm != baseline else ():
             last = min(first + BLOCK, longest)
             pairs = [(runs[seed][first:last], reference[seed][first:last]) for seed in runs.keys() & reference.keys()]
