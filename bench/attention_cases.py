@@ -82,10 +82,20 @@ def make_unit_weights(shape: Shape, device: torch.device) -> Tensor:
     return unit_weights.to(device)
 
 
-def fused(inputs: Inputs, *, capture: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+def fused(
+    inputs: Inputs, *, capture: bool, backend: str, implementation: str = "fused"
+) -> tuple[Tensor, Tensor | None]:
     """The library's attention, with or without the mass."""
-    unit_weights = inputs.unit_weights if capture else None
-    return sk.joint_attention(*inputs.qkv, unit_weights, num_image_tokens=inputs.num_image_tokens, backend=backend)
+    return sk.joint_attention(
+        *inputs.qkv,
+        inputs.unit_weights if capture else None,
+        num_image_tokens=inputs.num_image_tokens,
+        implementation=implementation,
+        backend=backend,
+    )
+
+
+sdpa = functools.partial(fused, implementation="sdpa")
 
 
 def text_column_pass(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
@@ -104,6 +114,8 @@ def members(inputs: Inputs, backend: str) -> dict[str, Callable[[], object]]:
         "SDPA, no capture": functools.partial(scaled_dot_product_attention, *inputs.qkv),
         "fused, no capture": functools.partial(fused, inputs, capture=False, backend=backend),
         "fused, capture": functools.partial(fused, inputs, capture=True, backend=backend),
+        "sdpa, no capture": functools.partial(sdpa, inputs, capture=False, backend=backend),
+        "sdpa, capture": functools.partial(sdpa, inputs, capture=True, backend=backend),
         "SDPA, then text columns": functools.partial(text_column_pass, inputs),
         "materialised": functools.partial(materialised, inputs),
         "materialised, reference": functools.partial(fused, inputs, capture=True, backend="reference"),

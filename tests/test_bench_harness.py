@@ -302,8 +302,11 @@ def test_attention_baselines_compute_what_they_stand_for(dtype: torch.dtype) -> 
     members = attention_cases.members(inputs, "reference")
     results = {name: function() for name, function in members.items()}
     torch.testing.assert_close(results["SDPA, no capture"].double(), expected, rtol=tolerance, atol=tolerance)
-    assert results["fused, no capture"][1] is None
-    torch.testing.assert_close(results["fused, capture"][1].double(), mass, rtol=tolerance, atol=tolerance)
+    for implementation in ("fused", "sdpa"):
+        assert results[f"{implementation}, no capture"][1] is None
+        captured = results[f"{implementation}, capture"][1]
+        torch.testing.assert_close(captured.double(), mass, rtol=tolerance, atol=tolerance)
+    assert torch.equal(results["sdpa, capture"][0], results["SDPA, no capture"])
 
 
 @pytest.mark.parametrize(
