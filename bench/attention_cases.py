@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from star_trainer.studies.cost import attention
@@ -83,7 +84,7 @@ def make_unit_weights(shape: Shape, device: torch.device) -> Tensor:
 
 
 def fused(
-    inputs: Inputs, *, capture: bool, backend: str, implementation: str = "fused"
+    inputs: Inputs, *, capture: bool, backend: str, implementation: Literal["fused", "sdpa"] = "fused"
 ) -> tuple[Tensor, Tensor | None]:
     """The library's attention, with or without the mass."""
     return sk.joint_attention(
