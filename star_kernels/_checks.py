@@ -97,10 +97,6 @@ def check_number(
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    interval = (
-        f"{'(' if low_open or low is None else '['}{'-inf' if low is None else low}, "
-        f"{'inf' if high is None else high}{')' if high_open or high is None else ']'}"
-    )
     inside = (
         value == value
         and abs(value) != float("inf")
@@ -108,5 +104,9 @@ def check_number(
         and (high is None or (value < high if high_open else value <= high))
     )
     if not inside:
+        interval = (
+            f"{'(' if low_open or low is None else '['}{'-inf' if low is None else low}, "
+            f"{'inf' if high is None else high}{')' if high_open or high is None else ']'}"
+        )
         raise ValueError(f"{name}: expected a number in {interval}, got {value}")
     return float(value)

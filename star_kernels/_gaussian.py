@@ -63,35 +63,38 @@ class TransitionCoefficients:
         )
 
 
-def check_coefficients(coefficients: object, batch: int, device: torch.device) -> TransitionCoefficients:
-    """`coefficients` with [batch] tensors on `device`, after checking their type, shapes and devices.
+_ROWS = ("coefficients.sample_drift", "coefficients.velocity_scale", "coefficients.std", "coefficients.noise_rate")
 
-    Coefficients on the CPU are copied to `device`: schedules live on the CPU, and a handful of numbers crosses
-    without a wait. Any other device is an error.
+
+def check_coefficients(coefficients: object, batch: int, device: torch.device) -> TransitionCoefficients:
+    """`coefficients`, after checking the types, shapes and devices of their rows.
+
+    Single rows may be on the CPU wherever the latents are: a GPU gets their numbers by value. Several that are on the
+    CPU are copied to `device`, which cannot be captured in a graph. Any other device is an error.
     """
     if not isinstance(coefficients, TransitionCoefficients):
         raise TypeError(
             f"coefficients: expected TransitionCoefficients (see transition_coefficients), "
             f"got {type(coefficients).__name__}"
         )
-
-    def row(name: str, value: Tensor) -> Tensor:
-        name = f"coefficients.{name}"
-        if device.type != "cpu" and isinstance(value, torch.Tensor) and value.device.type == "cpu":
-            value = value.to(device, non_blocking=True)
-        if batch != 1 and isinstance(value, torch.Tensor) and value.shape == (1,):
-            return check_tensor(name, value, (1,), device=device).expand(batch)
-        return check_tensor(name, value, (batch,), device=device)
-
-    noise_rate = coefficients.noise_rate
-    return TransitionCoefficients(
-        sample_drift=row("sample_drift", coefficients.sample_drift),
-        velocity_scale=row("velocity_scale", coefficients.velocity_scale),
-        std=row("std", coefficients.std),
-        noise_rate=None if noise_rate is None else row("noise_rate", noise_rate),
-        kind=coefficients.kind,
-        stochastic=coefficients.stochastic,
-    )
+    rows = (coefficients.sample_drift, coefficients.velocity_scale, coefficients.std, coefficients.noise_rate)
+    on_cpu = several = 0
+    for name, row in zip(_ROWS, rows, strict=True):
+        if row is None and name == "coefficients.noise_rate":
+            continue
+        single = isinstance(row, Tensor) and row.shape == (1,)
+        here = isinstance(row, Tensor) and row.is_cpu
+        check_tensor(name, row, (1 if single else batch,), device=None if here else device)
+        on_cpu += here
+        several += not (here and single)
+    if device.type == "cpu" or not (on_cpu and several):
+        return coefficients
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"coefficients: expected tensors on {device}, or one row for all samples, while a graph is captured, got "
+            f"{batch} rows on the CPU; coefficients.to(device) copies them"
+        )
+    return coefficients.to(device)
 
 
 def check_guidance(velocity: Tensor, unconditional_velocity: object, guidance_scale: object) -> float:
@@ -113,9 +116,9 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if dtypes == {torch.float64} else torch.float32
 
 
-def per_sample(scalars: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B] scalars shaped [B, 1, 1, 1] for arithmetic with latents."""
-    return scalars.to(dtype)[:, None, None, None]
+def per_sample(scalars: Tensor, dtype: torch.dtype, dimensions: int = 3) -> Tensor:
+    """[B] scalars shaped [B, 1, 1, 1], or with as many dimensions after B; one for all is [], also from the CPU."""
+    return scalars.to(dtype).reshape(() if scalars.shape == (1,) else (-1,) + (1,) * dimensions)
 
 
 def guided_velocity(velocity: Tensor, unconditional_velocity: Tensor | None, guidance_scale: float) -> Tensor:
@@ -126,7 +129,7 @@ def guided_velocity(velocity: Tensor, unconditional_velocity: Tensor | None, gui
 
 
 def transition_shift(velocity: Tensor, sample: Tensor, sample_drift: Tensor, velocity_scale: Tensor) -> Tensor:
-    """μ − x = (a−1)·x + b·v, with the scalars as [B] and everything else [B, C, H, W] in one dtype."""
+    """μ − x = (a−1)·x + b·v, with the scalars as [B] or [1] and everything else [B, C, H, W] in one dtype."""
     return per_sample(sample_drift, sample.dtype) * sample + per_sample(velocity_scale, sample.dtype) * velocity
 
 
@@ -142,7 +145,7 @@ def channel_sum(values: Tensor) -> Tensor:
 
 def log_prob(deviation: Tensor, std: Tensor) -> Tensor:
     """logp_i [B, H, W] of the deviation x' − μ [B, C, H, W] under the standard deviation s [B], the channel mean."""
-    std = std.to(deviation.dtype)
+    std = per_sample(std, deviation.dtype, 2)
     scale = -1.0 / (2.0 * deviation.shape[1] * std * std)
     offset = -torch.log(std) - HALF_LOG_TWO_PI
-    return channel_sum(deviation * deviation) * scale[:, None, None] + offset[:, None, None]
+    return channel_sum(deviation * deviation) * scale + offset

@@ -10,12 +10,15 @@ would do or leave by context. Neither costs anything where memory binds.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._gaussian import compute_dtype
 
 # Compiled for sm_90, the loss with KL in bf16 takes 49 instructions per element and lane with a tile of 1024 and one
 # warp. With 2048 and four warps, which meet in shared memory for every sum over channels, it takes 85: on 132 SMs at
@@ -40,33 +43,49 @@ class Latent(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A tensor [B] and its stride, which is 0 where one number serves every sample."""
+    """A tensor [B] and its stride, which is 0 where one number serves every sample; or that number and no stride."""
 
-    data: Tensor
-    stride: int
-
-
-def row(tensor: Tensor) -> Row:
-    return Row(tensor, tensor.stride(0))
+    data: Tensor | float
+    stride: int | None
 
 
-def latents(**tensors: Tensor | None) -> tuple[dict[str, Any], bool]:
+def row(data: Any) -> Row:
+    """A tensor [B] or [1], or a number, as a `Row`."""
+    if isinstance(data, Tensor):
+        return Row(data, 0 if data.shape == (1,) else data.stride(0))
+    return Row(data, None)
+
+
+def rows_or_numbers(
+    rows: tuple[Tensor, ...], others: Sequence[Tensor | None]
+) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
+    """`rows` as a kernel gets them that also reads `others`: single ones that are on the CPU as numbers.
+
+    A GPU could not read them, and a copy would not be captured in a graph. A kernel takes numbers as float32.
+    """
+    if rows[0].is_cpu and rows[0].shape == (1,):
+        if compute_dtype(*rows, *others) == torch.float32:
+            return (None,) * len(rows), tuple(row.item() for row in rows)
+        device = next(other.device for other in others if other is not None)
+        rows = tuple(row.to(device) for row in rows)
+    return rows, ()
+
+
+def latents(*tensors: Tensor | None) -> tuple[list[Any], bool]:
     """The tensors as `Latent`s, and whether all are flat: H and W are one dimension, and 32 bits span a sample."""
-    strides = {name: _position_stride(tensor) for name, tensor in tensors.items() if tensor is not None}
-    flat = None not in strides.values()
-    views: dict[str, Any] = {}
-    for name, tensor in tensors.items():
+    strides = [None if tensor is None else _position_stride(tensor) for tensor in tensors]
+    flat = all(tensor is None or stride is not None for tensor, stride in zip(tensors, strides, strict=True))
+    views: list[Any] = []
+    for tensor, column in zip(tensors, strides, strict=True):
         if tensor is None:
-            views[name] = None
+            views.append(None)
         elif flat:
-            column: Any = strides[name]
-            if column == tensor.shape[1]:
-                # Channels last. Of a number that is not a constant Triton knows only whether 16 divides it, and would
-                # read 4 or 8 channels one by one.
-                column = tl.constexpr(column)
-            views[name] = Latent(tensor, tensor.stride(0), tensor.stride(1), 0, column)
+            # Channels last as a constant: of another number Triton knows only whether 16 divides it, and would read 4
+            # or 8 channels one by one.
+            constant: Any = tl.constexpr(column) if column == tensor.shape[1] else column
+            views.append(Latent(tensor, tensor.stride(0), tensor.stride(1), 0, constant))
         else:
-            views[name] = Latent(tensor, *tensor.stride())
+            views.append(Latent(tensor, *tensor.stride()))
     return views, flat
 
 
@@ -106,6 +125,15 @@ def position_sum(values):
         if values.shape[0] > 2:
             values = tl.sum(tl.reshape(values, [2, values.shape[0] // 2]), 0)
     return tl.sum(values, 0)
+
+
+@triton.jit
+def load_row(row, sample, COMPUTE: tl.constexpr):
+    """The number of a sample."""
+    if row.stride is None:
+        return tl.full([], row.data, COMPUTE)
+    else:
+        return tl.load(row.data + sample * row.stride).to(COMPUTE)
 
 
 @triton.jit

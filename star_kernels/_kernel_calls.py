@@ -1,17 +1,19 @@
 """How an operator launches its Triton kernels, and how they are compiled where there is no GPU.
 
-An operator describes its kernels in one function, `prepare(*tensors, *scalars) -> (outputs, calls)`. It allocates the
-outputs and what lies between two kernels, and lists a `KernelCall` for each kernel in order. Two things are made of it:
+An operator describes its kernels in one function, `prepare(*tensors, *scalars, *values) -> (outputs, calls)`. It
+allocates the outputs and what lies between two kernels, and lists a `KernelCall` for each kernel in order. Two things
+are made of it:
 
-- `launch(prepare, tensors, scalars)` runs it and returns the outputs. The first time for some shapes, strides, dtypes,
-  alignments and scalars it launches through Triton and keeps a plan: what is allocated, the compiled kernels, and which
-  pointer goes where. From then on a call fills in pointers and hands them to Triton's compiled launcher, in about a
-  tenth of the time. Therefore:
+- `launch(prepare, tensors, scalars, values)` runs it and returns the outputs. The first time for some shapes, strides,
+  dtypes, alignments and scalars it launches through Triton and keeps a plan: what is allocated, the compiled kernels,
+  and which pointer goes where. From then on a call fills in pointers and hands them to Triton's compiled launcher, in
+  about a tenth of the time. Therefore:
   - `prepare` sees sizes, strides and dtypes, and no values. It allocates with ``torch.empty`` and the like and takes
     views of its tensors. It must not copy (``contiguous``) or compute: that comes before `launch`, and is refused.
   - `outputs` is a tensor that it was given or allocated, or None, or a tuple of these.
-  - `scalars` are hashable, and each is of one type in all calls: 1, 1.0 and True are one key. A new value makes a new
-    plan, so what changes from call to call belongs into a tensor.
+  - `scalars` are hashable, and each is of one type in all calls: 1, 1.0 and True are one key. A new one makes a new
+    plan.
+  - `values` are floats that a kernel takes as they are, each as an argument: they may be others in every call.
   - the first of `tensors` is not None, and its device is everyone's.
 - the static checks call `prepare` with tensors on the ``meta`` device and compile its calls for any architecture:
   pointer alignment, strides of 1 and sizes that 16 divides are specialised exactly as in a launch, because it is
@@ -93,7 +95,7 @@ class _Launch(NamedTuple):
     grid: tuple[int, ...]
     function: int
     metadata: Any
-    arguments: Callable[[list[int]], tuple[Any, ...]]
+    arguments: Callable[[list[int], tuple[float, ...]], tuple[Any, ...]]
 
 
 class _Plan(NamedTuple):
@@ -112,14 +114,14 @@ class _Plan(NamedTuple):
         """Whether a profiler wants to know of launches: Triton itself then tells it."""
         return bool(self.knobs.launch_enter_hook.calls or self.knobs.launch_exit_hook.calls)
 
-    def run(self, tensors: list[Any], pointers: list[int], device: torch.device) -> Any:
+    def run(self, tensors: list[Any], pointers: list[int], values: tuple[float, ...], device: torch.device) -> Any:
         for size, stride, dtype in self.allocations:
             allocated = torch.empty_strided(size, stride, dtype=dtype, device=device)
             tensors.append(allocated)
             pointers.append(allocated.data_ptr())
         stream = self.driver.get_current_stream(device.index)
         for run, grid, function, metadata, arguments in self.launches:
-            run(*grid, stream, function, metadata, None, None, None, *arguments(pointers))
+            run(*grid, stream, function, metadata, None, None, None, *arguments(pointers, values))
         return self.outputs(tensors)
 
 
@@ -133,13 +135,14 @@ def launch(
     prepare: Prepare,
     tensors: Sequence[Tensor | None],
     scalars: tuple[Hashable, ...] = (),
+    values: tuple[float, ...] = (),
 ) -> Any:
-    """The outputs of ``prepare(*tensors, *scalars)``, written by its kernels on the current stream.
+    """The outputs of ``prepare(*tensors, *scalars, *values)``, written by its kernels on the current stream.
 
     Raises:
         RuntimeError: `prepare` does more than allocate and take views, or depends on more than the metadata.
     """
-    key: list[Hashable] = [prepare, scalars]
+    key: list[Hashable] = [prepare, scalars, len(values)]
     pointers = []
     for tensor in tensors:
         if tensor is None:
@@ -159,23 +162,24 @@ def launch(
     plan = _plans.get(whole)
     if plan is None or plan.is_hooked():
         with torch.cuda.device_of(tensors[0]):
-            outputs, calls = prepare(*tensors, *scalars)
+            outputs, calls = prepare(*tensors, *scalars, *values)
             compiled = [call.launch() for call in calls]
             if whole not in _plans:
                 if len(_plans) == _MOST_PLANS:
                     _plans.clear()
-                _plans[whole] = _plan(prepare, tensors, scalars, calls, compiled)
+                _plans[whole] = _plan(prepare, tensors, scalars, len(values), calls, compiled)
         return outputs
     if device.index is not None and device.index != plan.driver.get_current_device():
         with torch.cuda.device(device):
-            return plan.run(list(tensors), pointers, device)
-    return plan.run(list(tensors), pointers, device)
+            return plan.run(list(tensors), pointers, values, device)
+    return plan.run(list(tensors), pointers, values, device)
 
 
 def _plan(
     prepare: Prepare,
     tensors: Sequence[Tensor | None],
     scalars: tuple[Hashable, ...],
+    num_values: int,
     calls: Sequence[KernelCall],
     compiled: list[Any],
 ) -> _Plan | None:
@@ -191,7 +195,7 @@ def _plan(
         for tensor in tensors
     ]
     with _Allocations(prepare) as made:
-        outputs, like = prepare(*stand_ins, *scalars)
+        outputs, like = prepare(*stand_ins, *scalars, *(_Value(i) for i in range(num_values)))
     import triton
 
     if not all(isinstance(kernel, triton.compiler.CompiledKernel) for kernel in compiled):
@@ -226,6 +230,10 @@ class _Allocations(TorchDispatchMode):
         return result
 
 
+class _Value(float):
+    """Stands in for the value of this index."""
+
+
 class _Source:
     """Finds the tensors of a plan in what `prepare` made of their stand-ins."""
 
@@ -233,15 +241,15 @@ class _Source:
         self.stand_ins = stand_ins
         self.of_storage = {t.untyped_storage()._cdata: i for i, t in enumerate(stand_ins) if t is not None}
 
-    def arguments(self, call: KernelCall, like: KernelCall) -> Callable[[list[int]], tuple[Any, ...]]:
-        """The arguments of `call` in the order of its kernel's parameters, from the pointers of the plan's tensors.
+    def arguments(self, call: KernelCall, like: KernelCall) -> Callable[..., tuple[Any, ...]]:
+        """The arguments of `call` in the order of its parameters, from the pointers of the plan's tensors and values.
 
         `like` is the same call with stand-ins.
         """
         values = tuple((call.arguments[name], like.arguments[name]) for name in call.kernel.arg_names)
         constants: list[Any] = []
         source = "".join(f"{self._argument(call.name, *pair, constants)}, " for pair in values)
-        return eval(f"lambda p: ({source})", {"c": constants})
+        return eval(f"lambda p, v: ({source})", {"c": constants})
 
     def _argument(self, name: str, value: Any, like: Any, constants: list[Any]) -> str:
         if isinstance(value, tuple):
@@ -250,6 +258,8 @@ class _Source:
         if isinstance(value, Tensor):
             offset = like.storage_offset() * like.itemsize
             return f"p[{self._index(like)}]" + (f" + {offset}" if offset else "")
+        if isinstance(like, _Value):
+            return f"v[{int(like)}]"
         if value != like:
             raise RuntimeError(f"{name}: expected arguments that depend on metadata alone, got {value} and {like}")
         if value is None or isinstance(value, int):

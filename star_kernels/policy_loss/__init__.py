@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
@@ -13,6 +12,7 @@ from torch.autograd import forward_ad
 from .. import backends
 from .._checks import FLOATS, check_choice, check_number, check_reverse_mode, check_tensor
 from .._gaussian import TransitionCoefficients, check_coefficients, check_guidance
+from .._operators import is_traced
 from . import cpu, reference
 
 __all__ = ["PolicyLoss", "policy_loss"]
@@ -131,37 +131,36 @@ def policy_loss(
             an unconditional velocity, guard or dppo without `old_velocity`, or dppo without a limit.
         RuntimeError: a backend that cannot run here, with the reason.
     """
+    given = dict(locals())  # the arguments, while nothing else has a name
+    del given["backend"]
     if _is_plain(velocity, coefficients) and _resolve(velocity.device, backend) == "cpu":
-        plain = cpu.plain_policy_loss(
-            velocity,
-            sample,
-            next_sample,
-            old_log_prob,
-            advantage,
-            coefficients,
-            weights,
-            mask,
-            objective,
-            old_velocity,
-            clip_range,
-            divergence_limit,
-            granularity,
-            reference_velocity,
-            kl_weight,
-            kl_scale,
-            unconditional_velocity,
-            guidance_scale,
-        )
+        plain = cpu.plain_policy_loss(*given.values())
         if plain is not None:
             return PolicyLoss(plain[0], _by_name(plain[1:], old_velocity))
+    inputs = _checked(reference.Inputs(**given))
+    with_gradient = torch.is_grad_enabled() and velocity.requires_grad
+    if is_traced((velocity,)):
+        loss, metrics, _ = _policy_loss(*_flat(inputs), with_gradient, backend)
+    elif (chosen := _chosen_backend(inputs, backend)) == "cpu":
+        loss, metrics, _ = cpu.policy_loss(inputs, with_gradient)
+    elif with_gradient:
+        loss, metrics, _ = _LossAndGradient.apply(velocity, inputs, chosen)
+    else:
+        loss, metrics, _ = _compute(inputs, False, chosen)
+    return PolicyLoss(loss, _by_name(metrics.unbind(), old_velocity))
+
+
+def _checked(inputs: reference.Inputs) -> reference.Inputs:
+    """The arguments of `policy_loss` with a bool mask, two bounds of the clip range, and floats."""
+    velocity, objective, weights, mask = inputs.velocity, inputs.objective, inputs.weights, inputs.mask
     check_tensor("velocity", velocity, ("B", "C", "H", "W"))
     batch, _, height, width = velocity.shape
     device = velocity.device
-    check_tensor("sample", sample, velocity.shape, device=device)
-    check_tensor("next_sample", next_sample, velocity.shape, device=device)
-    check_tensor("old_log_prob", old_log_prob, (batch, height, width), device=device)
-    check_tensor("advantage", advantage, (batch,), device=device)
-    rows = check_coefficients(coefficients, batch, device)
+    check_tensor("sample", inputs.sample, velocity.shape, device=device)
+    check_tensor("next_sample", inputs.next_sample, velocity.shape, device=device)
+    check_tensor("old_log_prob", inputs.old_log_prob, (batch, height, width), device=device)
+    check_tensor("advantage", inputs.advantage, (batch,), device=device)
+    rows = check_coefficients(inputs.coefficients, batch, device)
     if not rows.stochastic:
         raise ValueError(f"coefficients: expected steps with noise, got {rows.kind} with s = 0, which has no log-prob")
     if weights is not None:
@@ -175,68 +174,39 @@ def policy_loss(
         check_tensor("mask", mask, (batch, height, width), dtypes=(torch.bool, *FLOATS), device=device)
         mask = mask.bool()
     check_choice("objective", objective, reference.OBJECTIVES)
-    if old_velocity is not None:
-        check_tensor("old_velocity", old_velocity, velocity.shape, device=device)
+    if inputs.old_velocity is not None:
+        check_tensor("old_velocity", inputs.old_velocity, velocity.shape, device=device)
     elif objective in ("guard", "dppo"):
         raise ValueError(
             f"old_velocity: expected a tensor {list(velocity.shape)} because objective is {objective!r}, got None"
         )
-    if divergence_limit is not None:
-        divergence_limit = check_number("divergence_limit", divergence_limit, low=0.0)
+    limit: float | None = inputs.divergence_limit
+    if limit is not None:
+        limit = check_number("divergence_limit", limit, low=0.0)
     elif objective == "dppo":
         raise ValueError("divergence_limit: expected a number of at least 0 because objective is 'dppo', got None")
-    clip_low, clip_high = _check_clip_range(clip_range)
-    check_choice("granularity", granularity, GRANULARITIES)
-    check_choice("kl_scale", kl_scale, KL_SCALES)
-    kl_weight = check_number("kl_weight", kl_weight, low=0.0)
-    if reference_velocity is not None:
-        check_tensor("reference_velocity", reference_velocity, velocity.shape, device=device)
+    clip_range = _check_clip_range(inputs.clip_range)
+    check_choice("granularity", inputs.granularity, GRANULARITIES)
+    check_choice("kl_scale", inputs.kl_scale, KL_SCALES)
+    kl_weight = check_number("kl_weight", inputs.kl_weight, low=0.0)
+    if inputs.reference_velocity is not None:
+        check_tensor("reference_velocity", inputs.reference_velocity, velocity.shape, device=device)
     elif kl_weight > 0:
         raise ValueError(
             f"reference_velocity: expected a tensor {list(velocity.shape)} because kl_weight is {kl_weight}, got None"
         )
-    if kl_scale == "variance":
-        kl_std = rows.std
-    elif kl_scale == "velocity":
-        # Means differ by b times what velocities differ by, and the KL is divided by twice the square of this.
-        kl_std = rows.velocity_scale.abs() * math.sqrt(0.5)
-    elif rows.noise_rate is None:
+    if inputs.kl_scale == "std_dev" and rows.noise_rate is None:
         raise ValueError(f"kl_scale: expected 'variance' because {rows.kind} steps have no noise rate, got 'std_dev'")
-    else:
-        kl_std = rows.noise_rate
-    guidance = check_guidance(velocity, unconditional_velocity, guidance_scale)
-    inputs = reference.Inputs(
-        velocity,
-        sample,
-        next_sample,
-        old_log_prob,
-        advantage,
-        rows.sample_drift,
-        rows.velocity_scale,
-        rows.std,
-        kl_std,
-        weights,
-        mask,
-        reference_velocity,
-        unconditional_velocity,
-        old_velocity,
-        clip_low,
-        clip_high,
-        objective,
-        divergence_limit or 0.0,
-        granularity,
-        kl_weight,
-        guidance,
+    guidance = check_guidance(velocity, inputs.unconditional_velocity, inputs.guidance_scale)
+    check_reverse_mode("policy_loss", _flat(inputs))
+    return inputs._replace(
+        coefficients=rows,
+        mask=mask,
+        clip_range=clip_range,
+        divergence_limit=limit or 0.0,
+        kl_weight=kl_weight,
+        guidance_scale=guidance,
     )
-    check_reverse_mode("policy_loss", inputs)
-    with_gradient = torch.is_grad_enabled() and velocity.requires_grad
-    if _is_traced(velocity):
-        loss, metrics, _ = _policy_loss(*inputs, with_gradient, backend)
-    elif (chosen := _chosen_backend(inputs, backend)) == "cpu":
-        loss, metrics, _ = cpu.policy_loss(inputs, with_gradient)
-    else:
-        loss, metrics, _ = _LossAndGradient.apply(velocity, inputs, with_gradient, chosen)
-    return PolicyLoss(loss, _by_name(metrics.unbind(), old_velocity))
 
 
 def _by_name(metrics: Iterable[Tensor], old_velocity: Tensor | None) -> dict[str, Tensor]:
@@ -278,13 +248,8 @@ def _compute(inputs: reference.Inputs, with_gradient: bool, chosen: str) -> tupl
     if not with_gradient:
         loss, metrics = reference.policy_loss(inputs)
         return loss, metrics, loss.new_empty(0)
-    loss, metrics, grad_velocity = reference.policy_loss_and_gradient(inputs)
-    return loss, metrics, grad_velocity.to(inputs.gradient_dtype(), memory_format=inputs.gradient_format())
-
-
-def _is_traced(velocity: Tensor) -> bool:
-    """Whether somebody looks at the operators that run: torch.compile, export, fake tensors, dispatch modes."""
-    return torch.compiler.is_compiling() or type(velocity) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+    loss, metrics, gradient = reference.policy_loss_and_gradient(inputs)
+    return loss, metrics, reference.empty_gradient(inputs.velocity, loss.dtype).copy_(gradient)
 
 
 def _is_plain(velocity: object, coefficients: object) -> bool:
@@ -293,7 +258,7 @@ def _is_plain(velocity: object, coefficients: object) -> bool:
         isinstance(coefficients, TransitionCoefficients)
         and isinstance(velocity, Tensor)
         and velocity.is_cpu
-        and not _is_traced(velocity)
+        and not is_traced((velocity,))
         and torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -304,22 +269,38 @@ class _LossAndGradient(torch.autograd.Function):
     """What the operator below and its backward do, without the 0.15 ms that its registration in Python costs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, _: Tensor, inputs: reference.Inputs, with_gradient: bool, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output = _compute(inputs, with_gradient, backend)
+    def forward(ctx: Any, _: Tensor, inputs: reference.Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        output = _compute(inputs, True, backend)
         _keep_gradient(ctx, output, inputs.velocity.dtype, backend)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, grad_loss), None, None, None
+        return _gradient(ctx, grad_loss), None, None
+
+
+_PLACE = reference.Inputs._fields.index("coefficients")
+_ROWS = "Tensor sample_drift, Tensor velocity_scale, Tensor std, Tensor? noise_rate"
+
+
+def _flat(inputs: reference.Inputs) -> tuple[Any, ...]:
+    """The arguments as the operator takes them: the rows of the coefficients in their place."""
+    c = inputs.coefficients
+    return (*inputs[:_PLACE], c.sample_drift, c.velocity_scale, c.std, c.noise_rate, *inputs[_PLACE + 1 :])
+
+
+def _from_flat(arguments: Sequence[Any]) -> reference.Inputs:
+    rows = TransitionCoefficients(*arguments[_PLACE : _PLACE + 4])
+    return reference.Inputs._make((*arguments[:_PLACE], rows, *arguments[_PLACE + 4 :]))
 
 
 def _schema() -> str:
-    """The operator takes the fields of `Inputs`, which list the arguments, and two more."""
-    types = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", str: "str"}
-    fields = (f"{types[kind]} {name}" for name, kind in get_type_hints(reference.Inputs).items())
+    """The operator takes what `Inputs` lists, and two more."""
+    types = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", str: "str", Sequence[float]: "float[]"}
+    fields = (
+        _ROWS if kind is TransitionCoefficients else f"{types[kind]} {name}"
+        for name, kind in get_type_hints(reference.Inputs).items()
+    )
     return f"({', '.join(fields)}, bool with_gradient, str backend) -> (Tensor, Tensor, Tensor)"
 
 
@@ -327,18 +308,17 @@ def _schema() -> str:
 def _policy_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics and, if asked for, the gradient with respect to the velocity (else an empty tensor)."""
     *given, with_gradient, backend = arguments
-    inputs = reference.Inputs(*given)
+    inputs = _from_flat(given)
     return _compute(inputs, with_gradient, _chosen_backend(inputs, backend))
 
 
 @_policy_loss.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, with_gradient, _backend = arguments
-    inputs = reference.Inputs(*given)
-    dtype = inputs.dtype()
-    loss = inputs.velocity.new_empty((), dtype=dtype)
-    metrics = loss.new_empty(len(reference.METRICS))
-    return loss, metrics, inputs.empty_gradient() if with_gradient else loss.new_empty(0)
+    inputs = _from_flat(given)
+    loss = inputs.velocity.new_empty((), dtype=inputs.dtype())
+    gradient = reference.empty_gradient(inputs.velocity, loss.dtype) if with_gradient else loss.new_empty(0)
+    return loss, loss.new_empty(len(reference.METRICS)), gradient
 
 
 class _Undifferentiable(torch.autograd.Function):
@@ -426,7 +406,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradient(ctx, grad_loss), *(None,) * (len(reference.Inputs._fields) + 1)
+    return _gradient(ctx, grad_loss), *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 torch.library.register_autograd("star_kernels::policy_loss", _backward, setup_context=_setup_context)

@@ -15,26 +15,29 @@ from . import reference
 
 def supports(inputs: reference.Inputs) -> bool:
     """Whether the kernel reads these latents: it has no float64."""
-    latents = (
-        inputs.velocity,
-        inputs.sample,
-        inputs.next_sample,
-        inputs.reference_velocity,
-        inputs.unconditional_velocity,
-        inputs.old_velocity,
-    )
-    return not any(latent is not None and latent.dtype == torch.float64 for latent in latents)
+    return not any(latent is not None and latent.dtype == torch.float64 for latent in inputs.latents())
 
 
 def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], metrics [9], and the gradient in `inputs.gradient_dtype()` or, unasked for, [0].
+    """Loss [], metrics [9], and the gradient as `reference.empty_gradient` has it or, unasked for, [0].
 
     Autograd knows the loss's gradient with respect to the velocity: csrc/policy_loss_autograd.cpp.
     """
-    arguments = inputs._asdict()
-    arguments["objective"] = reference.OBJECTIVES.index(inputs.objective)
-    arguments["granularity"] = inputs.granularity == "image"
-    return torch.ops.star_kernels_cpu.policy_loss(*arguments.values(), with_gradient)
+    c, batch = inputs.coefficients, len(inputs.velocity)
+    return torch.ops.star_kernels_cpu.policy_loss(
+        *inputs[:5],
+        *(row.expand(batch) for row in (c.sample_drift, c.velocity_scale, c.std, inputs.kl_std())),
+        inputs.weights,
+        inputs.mask,
+        *inputs.latents()[3:],
+        *inputs.clip_range,
+        reference.OBJECTIVES.index(inputs.objective),
+        inputs.divergence_limit,
+        inputs.granularity == "image",
+        inputs.kl_weight,
+        inputs.guidance_scale,
+        with_gradient,
+    )
 
 
 def plain_policy_loss(*arguments: object) -> tuple[Tensor, ...] | None:

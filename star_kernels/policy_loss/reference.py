@@ -8,12 +8,15 @@ Arithmetic is in float32, or in float64 when every floating argument is float64.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._gaussian import (
+    TransitionCoefficients,
     channel_sum,
     compute_dtype,
     guided_velocity,
@@ -43,58 +46,67 @@ WEIGHTED_ADVANTAGE_LIMIT = 2.0**64
 
 
 class Inputs(NamedTuple):
-    """The arguments of the objective, after `star_kernels.policy_loss` has checked and unpacked them."""
+    """The arguments of `star_kernels.policy_loss`, in its order, as it has checked and completed them."""
 
     velocity: Tensor  # [B, C, H, W]
     sample: Tensor  # [B, C, H, W]
     next_sample: Tensor  # [B, C, H, W]
     old_log_prob: Tensor  # [B, H, W]
     advantage: Tensor  # [B]
-    sample_drift: Tensor  # [B], a − 1
-    velocity_scale: Tensor  # [B], b
-    std: Tensor  # [B], s
-    kl_std: Tensor  # [B]: the KL is divided by twice its square
-    weights: Tensor | None  # [B, h, w]
-    mask: Tensor | None  # [B, H, W] bool
-    reference_velocity: Tensor | None  # [B, C, H, W]
-    unconditional_velocity: Tensor | None  # [B, C, H, W]
-    old_velocity: Tensor | None  # [B, C, H, W], guidance applied
-    clip_low: float
-    clip_high: float
-    objective: str
-    divergence_limit: float  # of dppo
-    granularity: str
-    kl_weight: float
-    guidance_scale: float
+    coefficients: TransitionCoefficients
+    weights: Tensor | None = None  # [B, h, w]
+    mask: Tensor | None = None  # [B, H, W] bool
+    objective: str = "clip"
+    old_velocity: Tensor | None = None  # [B, C, H, W], guidance applied
+    clip_range: Sequence[float] = (1e-4, 1e-4)
+    divergence_limit: float = 0.0  # of dppo
+    granularity: str = "position"
+    reference_velocity: Tensor | None = None  # [B, C, H, W]
+    kl_weight: float = 0.0
+    kl_scale: str = "variance"
+    unconditional_velocity: Tensor | None = None  # [B, C, H, W]
+    guidance_scale: float = 1.0
 
-    def clip_range(self) -> tuple[float, float]:
+    def bounds(self) -> Sequence[float]:
         """ε_low and ε_high; those of an objective that does not clip hold every ratio."""
-        clips = self.objective in ("clip", "guard")
-        return (self.clip_low, self.clip_high) if clips else (NO_CLIP_RANGE, NO_CLIP_RANGE)
+        return self.clip_range if self.objective in ("clip", "guard") else (NO_CLIP_RANGE, NO_CLIP_RANGE)
+
+    def kl_std(self) -> Tensor:
+        """[B] or [1]: the KL is divided by twice its square."""
+        c = self.coefficients
+        if self.kl_scale == "velocity":
+            # Means differ by b times what velocities differ by, and the KL is divided by twice the square of this.
+            return c.velocity_scale.abs() * math.sqrt(0.5)
+        return c.std if self.kl_scale == "variance" or c.noise_rate is None else c.noise_rate
+
+    def latents(self) -> tuple[Tensor | None, ...]:
+        """All that are like the velocity, which is the first."""
+        return tuple(getattr(self, name) for name in LATENTS)
 
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic and of the results."""
-        return compute_dtype(*(value for value in self if isinstance(value, torch.Tensor)))
+        c = self.coefficients
+        tensors = (*self.latents(), self.old_log_prob, self.advantage, self.weights)
+        return compute_dtype(*tensors, c.sample_drift, c.velocity_scale, c.std, self.kl_std())
 
-    def gradient_dtype(self) -> torch.dtype:
-        """The dtype that the gradient is kept in until backward: the velocity's, except for float16.
 
-        A loss scale is applied in backward. Before that, the gradient of one of many positions is below what float16
-        can hold, but not below what bfloat16 can.
-        """
-        return self.velocity.dtype if self.velocity.dtype == torch.bfloat16 else self.dtype()
+LATENTS = ("velocity", "sample", "next_sample", "reference_velocity", "unconditional_velocity", "old_velocity")
 
-    def gradient_format(self) -> torch.memory_format:
-        """channels_last where the velocity is and only that, else contiguous.
 
-        Autograd copies the gradient of a leaf that does not lie in memory as the leaf does.
-        """
-        contiguous = self.velocity.is_contiguous()
-        last = not contiguous and self.velocity.is_contiguous(memory_format=torch.channels_last)
-        return torch.channels_last if last else torch.contiguous_format
+def empty_gradient(velocity: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the gradient is kept in until backward, for arithmetic in `dtype`.
 
-    def empty_gradient(self) -> Tensor:
-        return torch.empty_like(self.velocity, dtype=self.gradient_dtype(), memory_format=self.gradient_format())
+    Its dtype is the velocity's if that is bfloat16, but not if it is float16: a loss scale is applied in backward, and
+    before that the gradient of one of many positions is below what float16 can hold. It lies in memory as the velocity
+    does where that is contiguous or channels_last, or else autograd would copy the gradient of a leaf; otherwise it is
+    contiguous.
+    """
+    last = not velocity.is_contiguous() and velocity.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(
+        velocity,
+        dtype=velocity.dtype if velocity.dtype == torch.bfloat16 else dtype,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
 
 
 class _Terms(NamedTuple):
@@ -122,43 +134,44 @@ def policy_loss_and_gradient(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     w_i·(−A·ρ_i) while the unclipped branch is active and the log-ratio is inside its clamp, else 0. At image
     granularity the ratio and its branch are the image's. With guard (x'−μ_old)/s takes the place of (x'−μ)/s².
     """
-    terms = _terms(inputs)
+    terms, c = _terms(inputs), inputs.coefficients
     dtype = terms.deviation.dtype
     batch, channels = inputs.velocity.shape[:2]
     power = 1 if inputs.objective == "guard" else 2
-    grad_mean = (terms.pull / inputs.std.to(dtype)[:, None, None] ** power)[:, None] * terms.deviation
+    grad_mean = (terms.pull / per_sample(c.std, dtype, 2) ** power)[:, None] * terms.deviation
     if terms.drift is not None and inputs.kl_weight > 0:
-        grad_mean = grad_mean + (inputs.kl_weight / per_sample(inputs.kl_std, dtype) ** 2) * terms.drift
-    scale = inputs.guidance_scale * inputs.velocity_scale.to(dtype) * terms.share / (batch * channels)
+        grad_mean = grad_mean + (inputs.kl_weight / per_sample(inputs.kl_std(), dtype) ** 2) * terms.drift
+    share = per_sample(terms.share, dtype)
+    scale = inputs.guidance_scale * per_sample(c.velocity_scale, dtype) * share / (batch * channels)
     # A product would not do: zero times a deviation that is NaN is NaN.
-    grad_velocity = torch.where(terms.counted[:, None], scale[:, None, None, None] * grad_mean, 0.0)
+    grad_velocity = torch.where(terms.counted[:, None], scale * grad_mean, 0.0)
     return terms.loss, terms.metrics, grad_velocity
 
 
 def _terms(inputs: Inputs) -> _Terms:
-    dtype = inputs.dtype()
+    dtype, c = inputs.dtype(), inputs.coefficients
     batch, channels, height, width = inputs.velocity.shape
     x, advantage = inputs.sample.to(dtype), inputs.advantage.to(dtype)
     unconditional = None if inputs.unconditional_velocity is None else inputs.unconditional_velocity.to(dtype)
     velocity = guided_velocity(inputs.velocity.to(dtype), unconditional, inputs.guidance_scale)
-    std = inputs.std.to(dtype)[:, None, None]
+    std = per_sample(c.std, dtype, 2)
     old_velocity = None if inputs.old_velocity is None else inputs.old_velocity.to(dtype)
     compared = old_velocity if inputs.objective == "guard" and old_velocity is not None else velocity
-    shift = transition_shift(compared, x, inputs.sample_drift, inputs.velocity_scale)
+    shift = transition_shift(compared, x, c.sample_drift, c.velocity_scale)
     deviation = mean_deviation(inputs.next_sample.to(dtype), x, shift)
-    move = None if old_velocity is None else per_sample(inputs.velocity_scale, dtype) * (velocity - old_velocity)
+    move = None if old_velocity is None else per_sample(c.velocity_scale, dtype) * (velocity - old_velocity)
     if move is not None and inputs.objective == "guard":
         log_ratio = channel_sum(deviation * move) / (channels * std)  # [B, H, W]
     else:
-        log_ratio = log_prob(deviation, inputs.std) - inputs.old_log_prob.to(dtype)
+        log_ratio = log_prob(deviation, c.std) - inputs.old_log_prob.to(dtype)
     divergence = torch.zeros_like(log_ratio) if move is None else channel_sum(move * move) / (2 * channels * std**2)
 
     if inputs.reference_velocity is None:
         drift, kl = None, torch.zeros_like(log_ratio)
     else:
         # Both means start from the same x, so only the velocities differ.
-        drift = per_sample(inputs.velocity_scale, dtype) * (velocity - inputs.reference_velocity.to(dtype))
-        kl = channel_sum(drift * drift) / (2 * channels * inputs.kl_std.to(dtype) ** 2)[:, None, None]
+        drift = per_sample(c.velocity_scale, dtype) * (velocity - inputs.reference_velocity.to(dtype))
+        kl = channel_sum(drift * drift) / (2 * channels * per_sample(inputs.kl_std(), dtype, 2) ** 2)
 
     if inputs.weights is None:
         weight = torch.ones_like(log_ratio)
@@ -177,7 +190,7 @@ def _terms(inputs: Inputs) -> _Terms:
 
     inside = log_ratio.abs() <= LOG_RATIO_LIMIT  # where the clamp does not act
     clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    clip_low, clip_high = inputs.clip_range()
+    clip_low, clip_high = inputs.bounds()
     low: Any = 1 - clip_low
     high: Any = 1 + clip_high
     if inputs.granularity == "image":

@@ -27,21 +27,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._gaussian import TransitionCoefficients, compute_dtype
 from .._gaussian_kernels import (
     OPTIONS,
     Latent,
     Row,
     channel_sum,
     latents,
+    load_row,
     load_tile,
     load_velocity,
     log_prob,
     position_sum,
     row,
+    rows_or_numbers,
     store_tile,
     tiling,
 )
-from .._kernel_calls import KernelCall
+from .._kernel_calls import KernelCall, launch
 from .._triton import cast
 from . import reference
 from .reference import LOG_RATIO_LIMIT, METRICS, WEIGHTED_ADVANTAGE_LIMIT
@@ -74,7 +77,7 @@ _MASK_BLOCK, _SCALE_BLOCK, _WIDE_WARPS = 2048, 4096, 4
 
 
 class _Inputs(NamedTuple):
-    """The tensors of a call. For those that are None no code is made."""
+    """The tensors of a call, latents in the order of `reference.LATENTS`. For those that are None no code is made."""
 
     velocity: Latent
     sample: Latent
@@ -102,12 +105,12 @@ class _Shape(NamedTuple):
 
 @triton.jit
 def _load_scalars(inputs, sample, shape, COMPUTE: tl.constexpr):
-    """Of a sample: A, a − 1, b, s, the s or q of the KL, and 1 / number of valid positions."""
-    advantage = tl.load(inputs.advantage.data + sample * inputs.advantage.stride).to(COMPUTE)
-    drift = tl.load(inputs.sample_drift.data + sample * inputs.sample_drift.stride).to(COMPUTE)
-    scale = tl.load(inputs.velocity_scale.data + sample * inputs.velocity_scale.stride).to(COMPUTE)
-    std = tl.load(inputs.std.data + sample * inputs.std.stride).to(COMPUTE)
-    kl_std = tl.load(inputs.kl_std.data + sample * inputs.kl_std.stride).to(COMPUTE)
+    """Of a sample: A, a − 1, b, s, what the KL is divided by twice the square of, and 1 / number of valid positions."""
+    advantage = load_row(inputs.advantage, sample, COMPUTE)
+    drift = load_row(inputs.sample_drift, sample, COMPUTE)
+    scale = load_row(inputs.velocity_scale, sample, COMPUTE)
+    std = load_row(inputs.std, sample, COMPUTE)
+    kl_std = load_row(inputs.kl_std, sample, COMPUTE)
     share = 1.0 / tl.full([], shape.size, COMPUTE)
     if inputs.share is not None:
         share = tl.load(inputs.share + sample)
@@ -524,15 +527,8 @@ def _scale_kernel(gradient, scaled, scale, size, IN_PLACE: tl.constexpr, BLOCK: 
 
 
 def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss [], its metrics [9], and its gradient [B, C, H, W] in `inputs.gradient_dtype()` or, unasked for, [0]."""
-    dtype, device = inputs.dtype(), inputs.velocity.device
-    loss = torch.empty((), dtype=dtype, device=device)
-    metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
-    gradient = inputs.empty_gradient() if with_gradient else torch.empty(0, dtype=dtype, device=device)
-    with torch.cuda.device_of(inputs.velocity):
-        for call in kernel_calls(inputs, loss, metrics, gradient if with_gradient else None):
-            call.launch()
-    return loss, metrics, gradient
+    """The loss [], its metrics [9], and its gradient as `reference.empty_gradient` has it or, unasked for, [0]."""
+    return launch(prepare, *_arguments(inputs, with_gradient))
 
 
 def scale_gradient(gradient: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:
@@ -540,91 +536,99 @@ def scale_gradient(gradient: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:
 
     They may be the same tensor; no pass is then made where the scale is 1.
     """
-    with torch.cuda.device_of(gradient):
-        scale_call(gradient, scale, scaled).launch()
-    return scaled
+    return launch(prepare_scale, (gradient, scale, None if scaled is gradient else scaled))
 
 
-def kernel_calls(inputs: reference.Inputs, loss: Tensor, metrics: Tensor, gradient: Tensor | None) -> list[KernelCall]:
-    """What computes `loss`, `metrics` and, unless it is None, `gradient`, in order."""
-    batch, _, height, width = inputs.velocity.shape
-    dtype, device = loss.dtype, loss.device
-    tiles, constants = tiling(inputs.velocity.shape, dtype)
-    partials = torch.empty((_ROWS, batch * tiles), dtype=dtype, device=device)
+def _arguments(inputs: reference.Inputs, with_gradient: bool) -> tuple[Any, Any, Any]:
+    """The tensors, choices and numbers of the kernels for these arguments."""
     weights = None if inputs.weights is None else inputs.weights.contiguous()
     mask = None if inputs.mask is None else inputs.mask.contiguous()
+    latents = inputs.latents()
+    tensors = (*latents, inputs.old_log_prob.contiguous(), weights, mask, inputs.advantage)
+    c = inputs.coefficients
+    rows, numbers = rows_or_numbers((c.sample_drift, c.velocity_scale, c.std, inputs.kl_std()), tensors)
+    values = (inputs.guidance_scale, inputs.kl_weight, *inputs.bounds(), inputs.divergence_limit, *numbers)
+    return (*tensors, *rows), (inputs.objective, inputs.granularity, with_gradient), values
+
+
+def prepare(*arguments: Any) -> tuple[tuple[Tensor, Tensor, Tensor], list[KernelCall]]:
+    """What `policy_loss` returns, not yet written, and the kernels that write it, for what `_arguments` gives."""
+    given, (old_log_prob, weights, mask, advantage), rows = arguments[:6], arguments[6:10], arguments[10:14]
+    objective, granularity, with_gradient, guidance_scale, kl_weight = arguments[14:19]
+    clip_low, clip_high, divergence_limit, *numbers = arguments[19:]
+    velocity = given[0]
+    batch, _, height, width = velocity.shape
+    device = velocity.device
+    dtype = torch.float32 if numbers else compute_dtype(*given, old_log_prob, weights, advantage, *rows)
+    loss = torch.empty((), dtype=dtype, device=device)
+    metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
+    gradient = reference.empty_gradient(velocity, dtype) if with_gradient else None
+    tiles, constants = tiling(velocity.shape, dtype)
+    partials = torch.empty((_ROWS, batch * tiles), dtype=dtype, device=device)
     share = None if mask is None else torch.empty(batch, dtype=dtype, device=device)
-    views, flat = latents(
-        velocity=inputs.velocity,
-        sample=inputs.sample,
-        next_sample=inputs.next_sample,
-        reference_velocity=inputs.reference_velocity,
-        unconditional_velocity=inputs.unconditional_velocity,
-        old_velocity=inputs.old_velocity,
-    )
-    rows: dict[str, Any] = {
-        name: row(getattr(inputs, name)) for name in ("advantage", "sample_drift", "velocity_scale", "std", "kl_std")
-    }
-    old_log_prob = inputs.old_log_prob.contiguous()
-    tensors = _Inputs(**views, **rows, old_log_prob=old_log_prob, weights=weights, mask=mask, share=share)
+    views, flat = latents(*given)
+    scalars = (row(number) for number in (advantage, *(numbers or rows)))
     grid_height, grid_width = (height, width) if weights is None else weights.shape[1:]
-    arguments: dict[str, Any] = {
-        "inputs": tensors,
+    shared: dict[str, Any] = {
+        "inputs": _Inputs._make((*views, old_log_prob, weights, mask, share, *scalars)),
         "partials": partials,
         "shape": _Shape(height * width, width, grid_width, tiles),
-        "guidance_scale": inputs.guidance_scale,
+        "guidance_scale": guidance_scale,
         "PATCH_H": height // grid_height,
         "PATCH_W": width // grid_width,
         "FLAT": flat,
-        "GUARDS": inputs.objective == "guard",
+        "GUARDS": objective == "guard",
         **constants,
     }
-    clip_low, clip_high = inputs.clip_range()
-    objective: dict[str, Any] = {
+    judged: dict[str, Any] = {
+        **shared,
         "gradient": gradient,
-        "CHANNELS_LAST": inputs.gradient_format() == torch.channels_last,
+        "CHANNELS_LAST": gradient is not None and not gradient.is_contiguous(),
         "batch": batch,
-        "kl_weight": inputs.kl_weight,
+        "kl_weight": kl_weight,
         "clip_low": clip_low,
         "clip_high": clip_high,
-        "divergence_limit": inputs.divergence_limit,
-        "DROPS": inputs.objective == "dppo",
+        "divergence_limit": divergence_limit,
+        "DROPS": objective == "dppo",
     }
     programs = (batch * tiles,)
     calls = []
     if mask is not None:
         counting = {"mask": mask, "share": share, "size": height * width, "BLOCK": _MASK_BLOCK}
         calls.append(KernelCall("mask", _share_kernel, (batch,), counting, OPTIONS | {"num_warps": _WIDE_WARPS}))
-    if inputs.granularity == "position":
-        calls.append(KernelCall("position", _position_kernel, programs, arguments | objective, OPTIONS))
+    if granularity == "position":
+        calls.append(KernelCall("position", _position_kernel, programs, judged, OPTIONS))
     else:
-        calls.append(KernelCall("image, sums", _image_sums_kernel, programs, arguments, OPTIONS))
-        calls.append(KernelCall("image", _image_kernel, programs, arguments | objective | {"SUMS": _SUMS}, OPTIONS))
+        calls.append(KernelCall("image, sums", _image_sums_kernel, programs, shared, OPTIONS))
+        calls.append(KernelCall("image", _image_kernel, programs, judged | {"SUMS": _SUMS}, OPTIONS))
     adding: dict[str, Any] = {
         "partials": partials,
         "loss": loss,
         "metrics": metrics,
         "batch": batch,
         "columns": batch * tiles,
-        "kl_weight": inputs.kl_weight,
+        "kl_weight": kl_weight,
         "COLUMNS": _COLUMNS,
     }
     options = OPTIONS | {"num_warps": _COLUMNS_WARPS}
     calls.append(KernelCall("metrics", _metrics_kernel, (len(METRICS),), adding, options))
-    return calls
+    return (loss, metrics, torch.empty(0, dtype=dtype, device=device) if gradient is None else gradient), calls
 
 
-def scale_call(gradient: Tensor, scale: Tensor, scaled: Tensor) -> KernelCall:
+def prepare_scale(gradient: Tensor, scale: Tensor, scaled: Tensor | None) -> tuple[Tensor, list[KernelCall]]:
+    """The kernel of `scale_gradient`, which writes to `gradient` itself where `scaled` is None."""
+    target = gradient if scaled is None else scaled
     arguments = {
         "gradient": gradient,
-        "scaled": scaled,
+        "scaled": target,
         "scale": scale,
         "size": gradient.numel(),
-        "IN_PLACE": scaled is gradient,
+        "IN_PLACE": scaled is None,
         "BLOCK": _SCALE_BLOCK,
     }
     programs = (triton.cdiv(gradient.numel(), _SCALE_BLOCK),)
-    return KernelCall("scale", _scale_kernel, programs, arguments, OPTIONS | {"num_warps": _WIDE_WARPS})
+    call = KernelCall("scale", _scale_kernel, programs, arguments, OPTIONS | {"num_warps": _WIDE_WARPS})
+    return target, [call]
 
 
 def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
@@ -645,14 +649,13 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
         "image, bf16, C 16": _without_memory(torch.bfloat16, 16, plain, "image"),
         "image, bf16, C 16, dppo": _without_memory(torch.bfloat16, 16, plain, "image", objective="dppo"),
     }.items():
-        loss = torch.empty((), dtype=inputs.dtype(), device="meta")
-        metrics, gradient = loss.new_empty(len(METRICS)), inputs.empty_gradient()
-        for call in kernel_calls(inputs, loss, metrics, gradient):
+        tensors, choices, numbers = _arguments(inputs, with_gradient=True)
+        (loss, _, gradient), made = prepare(*tensors, *choices, *numbers)
+        for call in made:
             on_latents = call.kernel not in (_share_kernel, _metrics_kernel)
             name = f"{call.name}, {problem.removeprefix('image, ')}" if on_latents else call.name
             calls.setdefault(name, replace(call, name=name))
-        scaling = scale_call(gradient, loss, gradient)
-        calls.setdefault(scaling.name, scaling)
+        calls |= {call.name: call for call in prepare_scale(gradient, loss, None)[1]}
     return list(calls.values())
 
 
@@ -672,25 +675,18 @@ def _without_memory(
 
     positions, scalars = torch.empty((batch, height, width), device="meta"), torch.empty(batch, device="meta")
     return reference.Inputs(
-        velocity=latent(),
-        sample=latent(),
-        next_sample=latent(),
+        *(latent(), latent(), latent()),
         old_log_prob=positions,
         advantage=scalars,
-        sample_drift=scalars,
-        velocity_scale=scalars,
-        std=scalars,
-        kl_std=scalars,
+        coefficients=TransitionCoefficients(scalars, scalars, scalars),
         weights=torch.empty((batch, height // 2, width // 2), device="meta"),
         mask=positions.bool() if everything else None,
-        reference_velocity=latent(),
-        unconditional_velocity=latent() if everything else None,
-        old_velocity=None if objective == "clip" else latent(),
-        clip_low=1e-4,
-        clip_high=1e-4,
         objective=objective,
+        old_velocity=None if objective == "clip" else latent(),
         divergence_limit=1e-5,
         granularity=granularity,
+        reference_velocity=latent(),
         kl_weight=0.01,
+        unconditional_velocity=latent() if everything else None,
         guidance_scale=4.5 if everything else 1.0,
     )

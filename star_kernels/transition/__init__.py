@@ -173,7 +173,7 @@ def _fake_step(
 ):
     next_sample = sample.new_empty(sample.shape)
     if noise is None:
-        return next_sample, sample_drift.new_empty(0)
+        return next_sample, sample.new_empty(0)
     dtype = compute_dtype(velocity, sample, noise, unconditional_velocity, sample_drift, velocity_scale, std)
     batch, _, height, width = sample.shape
     return next_sample, sample.new_empty((batch, height, width), dtype=dtype)
@@ -225,7 +225,7 @@ def _transition_step(
         std,
         guidance_scale=guidance_scale,
     )
-    return next_sample.contiguous(), sample_drift.new_empty(0) if log_prob is None else log_prob
+    return next_sample.contiguous(), sample.new_empty(0) if log_prob is None else log_prob
 
 
 def _fake_log_prob(

@@ -23,8 +23,9 @@ def transition_step(
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Like the reference."""
+    rows = (row.expand(len(velocity)) for row in (sample_drift, velocity_scale, std))
     next_sample, log_prob = torch.ops.star_kernels_cpu.transition_step(
-        velocity, sample, noise, unconditional_velocity, sample_drift, velocity_scale, std, guidance_scale
+        velocity, sample, noise, unconditional_velocity, *rows, guidance_scale
     )
     return next_sample, None if noise is None else log_prob
 
@@ -41,6 +42,7 @@ def transition_log_prob(
     guidance_scale: float,
 ) -> Tensor:
     """Like the reference."""
+    rows = (row.expand(len(velocity)) for row in (sample_drift, velocity_scale, std))
     return torch.ops.star_kernels_cpu.transition_log_prob(
-        velocity, sample, next_sample, unconditional_velocity, sample_drift, velocity_scale, std, guidance_scale
+        velocity, sample, next_sample, unconditional_velocity, *rows, guidance_scale
     )

@@ -1,7 +1,7 @@
 """The transition in plain PyTorch: the definition of the operator (docs/method.md, section 2).
 
-Latents are [B, C, H, W] in any floating dtype and the scalars a−1, b, s are [B]. Arithmetic is in float32, or in
-float64 when every floating argument is float64. These functions can be differentiated by autograd.
+Latents are [B, C, H, W] in any floating dtype and the scalars a−1, b, s are [B], or [1] for all samples. Arithmetic is
+in float32, or in float64 when every floating argument is float64. These functions can be differentiated by autograd.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def transition_log_prob_gradients(
         velocity, sample, next_sample, unconditional_velocity, sample_drift, velocity_scale, std, guidance_scale
     )
     dtype = shift.dtype
-    scaled = grad_log_prob.to(dtype) / (velocity.shape[1] * std.to(dtype) ** 2)[:, None, None]
+    scaled = grad_log_prob.to(dtype) / (velocity.shape[1] * per_sample(std, dtype, 2) ** 2)
     grad_mean = mean_deviation(next_sample.to(dtype), sample.to(dtype), shift) * scaled[:, None]
     for_velocity, for_sample, for_next_sample = wanted
     return (

@@ -21,10 +21,12 @@ from .._gaussian_kernels import (
     Latent,
     Row,
     latents,
+    load_row,
     load_tile,
     load_velocity,
     log_prob,
     row,
+    rows_or_numbers,
     store_tile,
     tiling,
 )
@@ -78,9 +80,9 @@ def _transition_kernel(
         COMPUTE,
     )
     x = load_tile(inputs.sample, sample, positions, inside, width, C, CP, FLAT, COMPUTE)
-    sample_drift = tl.load(inputs.sample_drift.data + sample * inputs.sample_drift.stride).to(COMPUTE)
-    b = tl.load(inputs.velocity_scale.data + sample * inputs.velocity_scale.stride).to(COMPUTE)
-    std = tl.load(inputs.std.data + sample * inputs.std.stride).to(COMPUTE)
+    sample_drift = load_row(inputs.sample_drift, sample, COMPUTE)
+    b = load_row(inputs.velocity_scale, sample, COMPUTE)
+    std = load_row(inputs.std, sample, COMPUTE)
     shift = sample_drift * x + b * velocity
     y = x + shift
     if inputs.other is not None:
@@ -110,8 +112,9 @@ def transition_step(
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     """x' in the sample's dtype, contiguous, and the log-prob [B, H, W] of that x'; without ε, x' = μ and None."""
-    tensors = (velocity, sample, noise, unconditional_velocity, sample_drift, velocity_scale, std)
-    return launch(prepare_step, tensors, (guidance_scale,))
+    given = (velocity, sample, noise, unconditional_velocity)
+    rows, numbers = rows_or_numbers((sample_drift, velocity_scale, std), given)
+    return launch(prepare_step, (*given, *rows), values=(guidance_scale, *numbers))
 
 
 def transition_log_prob(
@@ -126,8 +129,9 @@ def transition_log_prob(
     guidance_scale: float,
 ) -> Tensor:
     """logp_i [B, H, W] of a given next sample."""
-    tensors = (velocity, sample, next_sample, unconditional_velocity, sample_drift, velocity_scale, std)
-    return launch(prepare_log_prob, tensors, (guidance_scale,))
+    given = (velocity, sample, next_sample, unconditional_velocity)
+    rows, numbers = rows_or_numbers((sample_drift, velocity_scale, std), given)
+    return launch(prepare_log_prob, (*given, *rows), values=(guidance_scale, *numbers))
 
 
 def prepare_step(
@@ -146,10 +150,10 @@ def prepare_log_prob(*arguments: Any) -> tuple[Tensor, list[KernelCall]]:
     return log_probs, [kernel_call("log-prob", *arguments, next_sample=None, log_probs=log_probs)]
 
 
-def _empty_log_probs(velocity: Tensor, *others: Any) -> Tensor:
-    batch, _, height, width = velocity.shape
-    dtype = compute_dtype(velocity, *(other for other in others if isinstance(other, Tensor)))
-    return torch.empty((batch, height, width), dtype=dtype, device=velocity.device)
+def _empty_log_probs(*arguments: Any) -> Tensor:
+    batch, _, height, width = arguments[0].shape
+    dtype = torch.float32 if len(arguments) > 8 else compute_dtype(*arguments[:7])
+    return torch.empty((batch, height, width), dtype=dtype, device=arguments[0].device)
 
 
 def kernel_call(
@@ -158,23 +162,25 @@ def kernel_call(
     sample: Tensor,
     other: Tensor | None,
     unconditional_velocity: Tensor | None,
-    sample_drift: Tensor,
-    velocity_scale: Tensor,
-    std: Tensor,
+    sample_drift: Tensor | None,
+    velocity_scale: Tensor | None,
+    std: Tensor | None,
     guidance_scale: float,
-    *,
+    *numbers: float,
     next_sample: Tensor | None,
     log_probs: Tensor | None,
 ) -> KernelCall:
-    """What computes `next_sample` from the noise `other`, or for None the log-prob of the next sample `other`."""
+    """What computes `next_sample` from the noise `other`, or for None the log-prob of the next sample `other`.
+
+    The coefficients are tensors, or else `numbers`, with which the arithmetic is in float32.
+    """
     batch, _, height, width = velocity.shape
     scalars = (sample_drift, velocity_scale, std)
-    dtype = compute_dtype(velocity, sample, other, unconditional_velocity, *scalars)
+    dtype = torch.float32 if numbers else compute_dtype(velocity, sample, other, unconditional_velocity, *scalars)
     tiles, constants = tiling(velocity.shape, dtype)
-    views, flat = latents(velocity=velocity, sample=sample, other=other, unconditional_velocity=unconditional_velocity)
-    rows: dict[str, Any] = {"sample_drift": row(sample_drift), "velocity_scale": row(velocity_scale), "std": row(std)}
+    views, flat = latents(velocity, sample, other, unconditional_velocity)
     arguments: dict[str, Any] = {
-        "inputs": _Inputs(**views, **rows),
+        "inputs": _Inputs(*views, *(row(given) for given in numbers or scalars)),
         "next_sample": next_sample,
         "log_probs": log_probs,
         "size": height * width,

@@ -13,29 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import star_kernels as sk
-from star_kernels.policy_loss import reference
+from star_kernels.policy_loss import _flat, reference
 from tests.policy_loss.cases import make_case
-
-
-def reference_inputs(case: dict[str, Any], **options: Any) -> reference.Inputs:
-    c = case["coefficients"]
-    low, high = case["clip_range"]
-    values = {
-        **{name: value for name, value in case.items() if name in reference.Inputs._fields},
-        "sample_drift": c.sample_drift,
-        "velocity_scale": c.velocity_scale,
-        "std": c.std,
-        "kl_std": c.std,
-        "unconditional_velocity": None,
-        "old_velocity": case.get("old_velocity"),
-        "clip_low": low,
-        "clip_high": high,
-        "objective": case.get("objective", "clip"),
-        "divergence_limit": case.get("divergence_limit", 0.0),
-        "granularity": "position",
-        "guidance_scale": 1.0,
-    }
-    return reference.Inputs(**(values | options))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -47,7 +26,7 @@ def reference_inputs(case: dict[str, Any], **options: Any) -> reference.Inputs:
     move=st.sampled_from([0.0, 1e-2, 1.0]),
     masked=st.booleans(),
     weighted=st.booleans(),
-    kl=st.sampled_from(["none", "variance", "std_dev"]),
+    kl=st.sampled_from(["none", "variance", "std_dev", "velocity"]),
     guidance=st.sampled_from([None, 1.0, 4.5]),
     objective=st.sampled_from([None, *reference.OBJECTIVES]),
 )
@@ -70,11 +49,11 @@ def test_the_analytic_gradient_is_that_of_autograd(
         options["weights"] = None
     if kl == "none":
         options |= {"reference_velocity": None, "kl_weight": 0.0}
-    elif kl == "std_dev":
-        options["kl_std"] = case["coefficients"].noise_rate
+    else:
+        options["kl_scale"] = kl
     if guidance is not None:
         options |= {"unconditional_velocity": case["velocity"] + 0.01, "guidance_scale": guidance}
-    inputs = reference_inputs(case, **options)
+    inputs = reference.Inputs(**(case | options))
     velocity = inputs.velocity.clone().requires_grad_()
     defined, _ = reference.policy_loss(inputs._replace(velocity=velocity))
     (by_autograd,) = torch.autograd.grad(defined, velocity)
@@ -234,14 +213,14 @@ def test_the_loss_without_a_gradient_is_the_same() -> None:
 @pytest.mark.parametrize(("dtype", "full"), [(torch.float32, True), (torch.bfloat16, False), (torch.float64, True)])
 def test_opcheck(dtype: torch.dtype, full: bool) -> None:
     case = make_case(dtype=dtype, objective="guard" if full else None)
-    inputs = reference_inputs(case, granularity="position" if full else "image")
+    inputs = reference.Inputs(**case, granularity="position" if full else "image")
     inputs = inputs._replace(velocity=inputs.velocity.requires_grad_())
     if not full:
         inputs = inputs._replace(weights=None, mask=None, reference_velocity=None, kl_weight=0.0)
     op = torch.ops.star_kernels.policy_loss.default
-    torch.library.opcheck(op, (*inputs, True, "reference"))
+    torch.library.opcheck(op, (*_flat(inputs), True, "reference"))
     inputs = inputs._replace(velocity=inputs.velocity.detach())
-    torch.library.opcheck(op, (*inputs, False, "reference"))
+    torch.library.opcheck(op, (*_flat(inputs), False, "reference"))
 
 
 class Denoiser(torch.nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import star_kernels as sk
-from star_kernels.policy_loss import reference
+from star_kernels.policy_loss import _flat, reference
 from tests.policy_loss.cases import (
     SPOILED_COEFFICIENTS,
     assert_a_spoiled_coefficient_leaves_out_its_sample,
@@ -506,23 +506,8 @@ def test_a_step_makes_no_second_tensor_of_the_latents_size(layout: torch.memory_
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_opcheck_of_the_kernel_behind_the_operator(dtype: torch.dtype, with_gradient: bool) -> None:
     case = make_case(dtype=dtype, objective="dppo")
-    c = case["coefficients"]
-    inputs = reference.Inputs(
-        velocity=case["velocity"].requires_grad_(with_gradient),
-        **{name: case[name] for name in ("sample", "next_sample", "old_log_prob", "advantage")},
-        sample_drift=c.sample_drift,
-        velocity_scale=c.velocity_scale,
-        std=c.std,
-        kl_std=c.std,
-        **{name: case[name] for name in ("weights", "mask", "reference_velocity")},
-        unconditional_velocity=None,
-        clip_low=0.1,
-        clip_high=0.1,
-        **{name: case[name] for name in ("objective", "old_velocity", "divergence_limit")},
-        granularity="position",
-        kl_weight=0.1,
-        guidance_scale=1.0,
-    )
+    case["velocity"].requires_grad_(with_gradient)
+    inputs = _flat(reference.Inputs(**case))
     torch.library.opcheck(torch.ops.star_kernels.policy_loss.default, (*inputs, with_gradient, "cpu"))
 
 

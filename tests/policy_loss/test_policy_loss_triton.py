@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from star_kernels import PolicyLoss, policy_loss, transition_log_prob, transition_step
+from star_kernels import PolicyLoss, policy_loss, transition_coefficients, transition_log_prob, transition_step
+from star_kernels.policy_loss import _flat, reference
 from tests.policy_loss.cases import (
     SPOILED_COEFFICIENTS,
     assert_a_spoiled_coefficient_leaves_out_its_sample,
@@ -269,18 +270,25 @@ def test_backward_casts_a_float16_gradient_after_it_has_been_scaled(layout: torc
         assert torch.equal(gradient, (scale * original).half())
 
 
+def test_a_single_row_of_coefficients_goes_by_value_and_is_that_row_for_each_sample() -> None:
+    case = case_of(batch=2)
+    row = transition_coefficients("flow_sde", 0.7, 0.6)
+    each = row._map(lambda number: number.expand(2).contiguous()).to(DEVICE)
+    for scale in ("variance", "std_dev", "velocity"):
+        (one, gradient), (other, other_gradient) = (
+            run(case | {"coefficients": coefficients, "kl_scale": scale}) for coefficients in (row, each)
+        )
+        assert torch.equal(gradient, other_gradient) and torch.equal(one.loss, other.loss)
+
+
 def test_opcheck() -> None:
     case = case_of(batch=1, channels=2, grid=(1, 2), dtype=BF16)
-    c, clip = case["coefficients"], case["clip_range"]
-    tensors = (case[name] for name in ("sample", "next_sample", "old_log_prob", "advantage"))
-    rows = (c.sample_drift, c.velocity_scale, c.std, c.std)
-    chosen = (*clip, "guard", 0.0, "position", 0.1, 1.0)
-    rest = (case["weights"], case["mask"], case["reference_velocity"], None, case["velocity"] + 0.01, *chosen)
+    case["velocity"].requires_grad_()
+    case |= {"objective": "guard", "old_velocity": case["velocity"].detach() + 0.01}
     op = torch.ops.star_kernels.policy_loss.default
     # Not that of the compiler, which looks at a tensor that no caller gets: the gradient, after backward has scaled it.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (case["velocity"].requires_grad_(), *tensors, *rows, *rest, True, "triton")
-    torch.library.opcheck(op, arguments, test_utils=tests)
+    torch.library.opcheck(op, (*_flat(reference.Inputs(**case)), True, "triton"), test_utils=tests)
 
 
 def test_a_model_that_trains_through_the_kernels_compiles_without_a_graph_break() -> None:
