@@ -183,9 +183,11 @@ def train(config: Config) -> dict[str, object]:
 
 
 def term_means(state: TrainingState, reward: WeightedSum) -> dict[str, float]:
-    """What each term gave the iteration's images of all processes on average; empty where `reward` was not asked."""
+    """What each term gave the iteration's images of all processes on average, and how many passed each gate; empty
+    where `reward` was not asked.
+    """
     images, *totals = gather_array(state.accelerator, reward.take_totals()[None]).sum(axis=0).tolist()
-    return {f"reward_{name}": total / images for name, total in zip(reward.terms, totals, strict=True) if images}
+    return {name: total / images for name, total in zip(reward.logged, totals, strict=True) if images}
 
 
 @contextmanager

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from star_trainer.config import Config
+from star_trainer.rewards import sum_of
+
 EPSILON = 1e-4
 # A group whose rewards differ by less than this tells nothing apart.
 MINIMUM_SPREAD = 1e-8
@@ -53,6 +56,32 @@ def group_advantages(rewards: np.ndarray, group_size: int, *, std: str = "group"
         has_spread.reshape(-1).copy(),
         float((spread <= MINIMUM_SPREAD).mean()),
     )
+
+
+def advantages_of(config: Config, rewards: np.ndarray) -> Advantages:
+    """The advantages of an iteration's samples, as the configuration combines their rewards.
+
+    Args:
+        config: its `reward` and `train`.
+        rewards: [B], groups next to each other, or [B, K] for what each of K terms counts, without its weight.
+
+    Raises:
+        ValueError: as of `group_advantages`.
+    """
+    size, spread, clip = config.rollout.samples, config.train.advantage_std, config.train.advantage_clip
+    if rewards.ndim == 1:
+        return group_advantages(rewards, size, std=spread, clip=clip)
+    if config.reward.combine == "sum":
+        if config.reward.normalize == "batch":
+            rewards = (rewards - rewards.mean(axis=0)) / (rewards.std(axis=0) + EPSILON)
+        return group_advantages(sum_of(config.reward, rewards), size, std=spread, clip=clip)
+    # GDPO (arXiv 2601.05242): each term is compared within its groups by itself, and their sum has deviation 1 over the
+    # batch, however many they are.
+    each = [group_advantages(column, size, std=spread, clip=np.inf).values for column in rewards.T]
+    total = sum_of(config.reward, np.stack(each, axis=1))
+    kept = np.abs(total.reshape(-1, size)).max(axis=1) > MINIMUM_SPREAD
+    values = np.clip(total / (total.std() + EPSILON), -clip, clip)
+    return Advantages(values, np.repeat(kept, size), float(1 - kept.mean()))
 
 
 def control_weights(method: str, weights: Tensor | None, group_size: int, rng: np.random.Generator) -> Tensor | None:

@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import star_kernels as sk
-from star_trainer.algorithms.advantages import Advantages, control_weights, group_advantages
+from star_trainer.algorithms.advantages import Advantages, advantages_of, control_weights
 from star_trainer.algorithms.rollout import Rollout, collect
 from star_trainer.families.conditioning import Conditioning, Guidance, Prediction
 from star_trainer.families.devices import send
 from star_trainer.prompts import Prompt
-from star_trainer.rewards import RewardError, RewardFunction
+from star_trainer.rewards import RewardError, WeightedSum, sum_of
 from star_trainer.run.interruption import stop_if_asked
 from star_trainer.run.log import Iteration
 from star_trainer.run.processes import (
@@ -46,7 +46,7 @@ _SMALL_DISAGREEMENT = 0.1
 
 def policy_gradient_iteration(
     state: TrainingState,
-    reward: RewardFunction,
+    reward: WeightedSum,
     worker: Executor,
     prompts: list[Prompt],
     iteration: int,
@@ -67,16 +67,14 @@ def policy_gradient_iteration(
     config, accelerator = state.config, state.accelerator
     total = len(prompts) * config.rollout.samples
     places = own_places(accelerator, total)
-    sample = partial(collect, state.policy, config, prompts, reward, worker, iteration, places)
+    sample = partial(collect, state.policy, config, prompts, reward.each, worker, iteration, places)
     rollout = fail_together(accelerator, sample, RewardError, NonFiniteError)
-    rewards = gather_samples(accelerator, torch.from_numpy(rollout.rewards), total).numpy()
-    advantages = group_advantages(
-        rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
-    )
+    each = gather_samples(accelerator, torch.from_numpy(rollout.rewards), total).numpy()
+    advantages = advantages_of(config, each)
     start = time.perf_counter()
     metrics = update(state, rollout, advantages, iteration)
     rollout.seconds["update"] = time.perf_counter() - start
-    return Iteration(rewards, rollout.seconds, metrics, advantages.dropped)
+    return Iteration(sum_of(config.reward, each), rollout.seconds, metrics, advantages.dropped)
 
 
 def update(state: TrainingState, rollout: Rollout, advantages: Advantages, iteration: int) -> dict[str, float]:

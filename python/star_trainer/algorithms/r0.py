@@ -23,11 +23,11 @@ from torch import Tensor
 
 import star_kernels as sk
 from star_trainer.algorithms.policy_gradient import skip_update
-from star_trainer.config import Config
+from star_trainer.config import Config, Reward
 from star_trainer.families.conditioning import Conditioning
 from star_trainer.families.policy import Policy, load_small_decoder
 from star_trainer.prompts import Prompt
-from star_trainer.rewards import DifferentiableReward, RewardError
+from star_trainer.rewards import DifferentiableReward, RewardError, counted, open_gates
 from star_trainer.run.log import Iteration
 from star_trainer.run.processes import fail_together, gather, gather_array, without_synchronisation
 from star_trainer.run.randomness import numpy_stream, stream
@@ -307,7 +307,7 @@ def backward(
         torch.autograd.backward(outputs, [(-scale * gradients[step]).to(outputs[0].dtype) for step in gradients])
     else:
         _run_again(generator, trajectory, gradients, first, -scale)
-    total = sum(supervision.weights[name] * found for name, found in values.items())
+    total = sum(supervision.weights[name] * found for name, found in counted(config.reward, values).items())
     return _Pass(values, np.asarray(total), {"rollout": sampled - start, "reward": rewarded - sampled})
 
 
@@ -419,16 +419,26 @@ def _reward_gradient(
         pixels = images.detach().requires_grad_()
         texts = [prompt.text for prompt in prompts[rows]]
         total = torch.zeros_like(pixels)
-        for name, reward in supervision.rewards.items():
-            found, gradient = _by_image(name, reward, pixels, texts)
-            values[name].append(found)
+        found = {name: _by_image(name, reward, pixels, texts) for name, reward in supervision.rewards.items()}
+        counts = _where_it_counts(config.reward, {name: value for name, (value, _) in found.items()})
+        for name, (value, gradient) in found.items():
+            values[name].append(value)
             if config.r0.normalize_gradients:
                 gradient = gradient / gradient.flatten(1).norm(dim=1).clamp(min=_SMALLEST_NORM).view(-1, 1, 1, 1)
+            if name in counts:
+                gradient = gradient * torch.from_numpy(counts[name]).to(gradient).view(-1, 1, 1, 1)
             total += supervision.weights[name] * gradient
         if regions is not None:
             total *= torch.nn.functional.interpolate(regions[rows, None].to(total.dtype), total.shape[-2:])
         parts.append(torch.autograd.grad(images, leaf, total.to(images.dtype))[0].float())
     return {name: np.concatenate(found) for name, found in values.items()}, torch.cat(parts)
+
+
+def _where_it_counts(config: Reward, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """By term that has a floor or a gate, which images' values make a difference: [B] bool."""
+    above = {name: values[name] > floor for name, floor in config.floors.items()}
+    gates = open_gates(config, values)
+    return above | {name: is_open & above.get(name, True) for name, is_open in gates.items()}
 
 
 def _by_image(
@@ -498,11 +508,13 @@ def _sum_over_processes(state: TrainingState, parameters: Sequence[torch.nn.Para
 
 
 def _means(state: TrainingState, names: Sequence[str], passes: Sequence[_Pass], size: int) -> dict[str, float]:
-    """The rewards' means over the samples of all processes."""
-    values = [[sum(float(done.values[name].sum()) for done in passes) for name in names]]
-    own = torch.tensor(values, dtype=torch.float64)
+    """Over the samples of all processes, the rewards' means and how many pass each gate."""
+    gates = [open_gates(state.config.reward, done.values) for done in passes]
+    given = {f"reward_{name}": [done.values[name] for done in passes] for name in names}
+    given |= {f"gate_{name}": [found[name] for found in gates] for name in state.config.reward.gates}
+    own = torch.tensor([[sum(float(part.sum()) for part in parts) for parts in given.values()]], dtype=torch.float64)
     sums = gather(state.accelerator, own).sum(0) / size
-    return {f"reward_{name}": float(value) for name, value in zip(names, sums, strict=True)}
+    return {name: float(value) for name, value in zip(given, sums, strict=True)}
 
 
 def stop_reason(config: Config, metrics: Mapping[str, float], scores: tuple[float, float] | None) -> str | None:

@@ -29,7 +29,8 @@ class Rollout:
     """Samples of one iteration, those that this process has, in any order.
 
     `drawn` are the prompts of the whole iteration and `conditioning` has one row for each; `places` [B] tells which of
-    the iteration's samples these are, `group_size` of which belong to every prompt; `rewards` [B] are theirs.
+    the iteration's samples these are, `group_size` of which belong to every prompt; `rewards` [B], or [B, K] of K
+    terms, are theirs.
     `seconds`: `rollout` is sampling, `reward` the worker's time, `reward_hidden` what of that passed during sampling,
     and `reward_wait` what the iteration waited after it.
     """

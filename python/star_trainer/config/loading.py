@@ -123,7 +123,7 @@ def _apply_override(tree: dict[str, Any], override: str, places: dict[KeyPath, s
         raise ConfigError(f"{override}: expected an override like train.learning_rate=1e-4")
     keys = tuple(key.split("."))
     # A name such as my.package:function has dots that separate no keys.
-    if keys[:2] == ("reward", "terms") or keys[0] == "terms":
+    if keys[:2] in (("reward", "terms"), ("reward", "floors"), ("reward", "gates")) or keys[0] == "terms":
         depth = 1 if keys[0] == "terms" else 2
         keys = (*keys[:depth], ".".join(keys[depth:])) if len(keys) > depth else keys
     for parent in keys[:-1]:

@@ -232,6 +232,21 @@ class Reward(Section):
         "ocr, pickscore, clip_score, hps, image_reward, aesthetic, remote), or by module:function for one's own",
         min_length=1,
     )
+    combine: Literal["sum", "advantages"] = Field(
+        "sum",
+        description="compare the weighted sums of a group's images, or make the advantages of each term by itself and "
+        "sum these (GDPO)",
+    )
+    normalize: Literal["none", "batch"] = Field(
+        "none",
+        description="batch: every term has mean 0 and deviation 1 over an iteration's images before it is summed",
+    )
+    floors: dict[str, float] = Field(
+        {}, description="by term, the value that lower ones count as, and that a closed gate leaves; else 0"
+    )
+    gates: dict[str, Annotated[dict[str, float], Field(min_length=1)]] = Field(
+        {}, description="by term, what others must reach in an image for it to count, such as '{pickscore: {ocr: 0.8}}'"
+    )
     extra_objects: Literal["punished", "ignored"] = Field(
         "punished", description="whether more objects than asked for cost geneval_graded something"
     )
@@ -241,6 +256,21 @@ class Reward(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights of rewards' models")
     models: RewardModels = RewardModels()
     remote: RemoteReward = RemoteReward()
+
+    @model_validator(mode="after")
+    def _check_terms(self) -> Reward:
+        named = {
+            "floors": list(self.floors),
+            "gates": [*self.gates, *(n for gate in self.gates.values() for n in gate)],
+        }
+        for key, names in named.items():
+            if foreign := [name for name in names if name not in self.terms]:
+                raise ValueError(
+                    f"{key}: expected some of the terms {', '.join(self.terms)} (a weight may be 0), got {foreign[0]}"
+                )
+        if self.combine == "advantages" and self.normalize != "none":
+            raise ValueError("normalize: expected none where combine is advantages, which normalises each term")
+        return self
 
 
 class Allocation(Section):
@@ -558,6 +588,11 @@ class Config(Section):
             raise ValueError(
                 f"rollout.guidance_scale: expected 1 for the method {self.method}, whose generator runs without "
                 f"guidance, got {self.rollout.guidance_scale}"
+            )
+        if self.reward.combine != "sum" or self.reward.normalize != "none":
+            raise ValueError(
+                f"reward.combine: expected sum, and reward.normalize: none, for the method {self.method}, which "
+                "compares no images; see r0.normalize_gradients"
             )
         if self.train.kl_weight > 0.0:
             raise ValueError(f"train.kl_weight: expected 0 for the method {self.method}; see r0.regularizer_weight")

@@ -19,6 +19,7 @@ import torch
 from star_trainer.config import Config, ConfigError, Reward
 from star_trainer.families.devices import use_own_device
 from star_trainer.prompts import Prompt
+from star_trainer.rewards.combine import weighted, weighted_sum
 from star_trainer.rewards.deadline import call_within
 from star_trainer.rewards.errors import RewardError
 from star_trainer.rewards.geneval_classes import CLASSES, COLOURS
@@ -78,38 +79,10 @@ def held_out_scorer(config: Config, terms: Mapping[str, RewardFunction]) -> Held
             if list(weights) in (["scene_strict"], ["scene_graded"]):
                 return scores
         values = {name: term(images, prompts) for name, term in terms.items()}
-        scores["reward"] = _weighted(weights, values, len(prompts))
+        scores["reward"] = weighted(config.reward, values)
         return scores | values if len(terms) > 1 or GENEVAL in terms else scores
 
     return score
-
-
-def _weighted(weights: Mapping[str, float], values: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-    return sum((weight * values[name] for name, weight in weights.items()), np.zeros(count))
-
-
-class WeightedSum:
-    """The sum of terms from `load_terms` with the weights of the configuration, as one reward."""
-
-    def __init__(self, config: Reward, terms: Mapping[str, RewardFunction]) -> None:
-        self.weights = config.terms
-        self.terms = {name: terms[name] for name in config.terms}
-        self._totals = np.zeros(1 + len(self.terms))
-
-    def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
-        values = {name: term(images, prompts) for name, term in self.terms.items()}
-        self._totals += [len(prompts), *(found.sum() for found in values.values())]
-        return _weighted(self.weights, values, len(prompts))
-
-    def take_totals(self) -> np.ndarray:
-        """How many images were rewarded since this was last asked, and what each term gave them in all: [1 + terms]."""
-        taken, self._totals = self._totals, np.zeros_like(self._totals)
-        return taken
-
-
-def weighted_sum(config: Reward, terms: Mapping[str, RewardFunction]) -> WeightedSum:
-    """The sum of terms from `load_terms` with the weights of the configuration."""
-    return WeightedSum(config, terms)
 
 
 def load_terms(config: Reward, names: Collection[str] | None = None) -> dict[str, RewardFunction]:

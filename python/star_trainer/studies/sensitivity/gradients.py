@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import star_kernels as sk
-from star_trainer.algorithms.advantages import control_weights, group_advantages
+from star_trainer.algorithms.advantages import advantages_of, control_weights
 from star_trainer.algorithms.policy_gradient import attention_of_the_rollout, batch_of, log_prob, predict, take
 from star_trainer.algorithms.rollout import Rollout, collect
 from star_trainer.config import Allocation
@@ -278,9 +278,7 @@ def _measure_batch(
     config = state.config
     prompts = fill(draw(numpy_stream(config.run.seed, "prompts", iteration), config.rollout.prompts))
     rollout = collect(state.policy, config, prompts, reward, worker, iteration)
-    advantages = group_advantages(
-        rollout.rewards, config.rollout.samples, std=config.train.advantage_std, clip=config.train.advantage_clip
-    )
+    advantages = advantages_of(config, rollout.rewards)
     weights = arm_weights(state, rollout, arms, numpy_stream(config.run.seed, "shuffle", iteration))
     if others:
         weights |= other_weights(state, rollout, others)
