@@ -15,13 +15,16 @@ from torch import Tensor
 
 
 def is_traced(arguments: Iterable[object]) -> bool:
-    """Whether somebody looks at the operators that run: torch.compile, export, modes, subclasses, the profiler."""
+    """Whether somebody looks at the operators that run: torch.compile, export, modes, subclasses, the profiler.
+
+    A tensor on the meta device has no values for a kernel: the registration gives its shape.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._autograd._profiler_enabled()
-        or any(isinstance(argument, Tensor) and type(argument) is not Tensor for argument in arguments)
+        or any(isinstance(arg, Tensor) and (type(arg) is not Tensor or arg.is_meta) for arg in arguments)
     )
 
 
