@@ -12,6 +12,7 @@ from star_trainer.config.loading import with_implied as with_implied
 from star_trainer.config.settings import REWARD_GRADIENT_METHODS as REWARD_GRADIENT_METHODS
 from star_trainer.config.settings import Allocation as Allocation
 from star_trainer.config.settings import Config as Config
+from star_trainer.config.settings import Judge as Judge
 from star_trainer.config.settings import Lora as Lora
 from star_trainer.config.settings import Method as Method
 from star_trainer.config.settings import Model as Model

@@ -199,6 +199,7 @@ class RewardModels(Section):
     aesthetic: Place | None = Field(
         None, description="of aesthetic: the folder that `star-convert-reward aesthetic` has written"
     )
+    hps3: Place | None = Field(None, description="of hps3: the folder that `star-convert-reward hps3` has written")
     aesthetic_clip: Place = Field("openai/clip-vit-large-patch14", description="whose embeddings aesthetic rates")
 
 
@@ -223,13 +224,43 @@ class RemoteReward(Section):
     retries: int = Field(5, ge=0, description="further attempts, with growing pauses, before it counts as dead")
 
 
+class Judge(Section):
+    """The vision-language model that the term ``vlm_judge`` asks."""
+
+    endpoint: Address | None = Field(None, description="base address of an OpenAI-like API that takes images")
+    model: str | None = Field(None, description="its name at the endpoint")
+    template: Place = Field(
+        "alignment", description="what it is asked: alignment, text, or a file with {prompt} (and {low}, {high}) in it"
+    )
+    range: tuple[float, float] = Field(
+        (0.0, 10.0), description="lowest and highest number; the reward is 0 and 1 there"
+    )
+    key_variable: str = Field("OPENAI_API_KEY", description="environment variable with the endpoint's key, if any")
+    at_once: Positive = Field(8, description="requests at a time; each shows one image")
+    retries: int = Field(2, ge=0, description="further questions about an answer without a usable number")
+    timeout: float = Field(120.0, gt=0.0, description="seconds until a request is given up")
+    max_new_tokens: Positive = Field(512, description="length of an answer, a model's thoughts included")
+    token_limit: Literal["auto", "max_tokens", "max_completion_tokens"] = Field(
+        "auto", description="what the endpoint calls that length; auto is max_tokens until it asks for the other"
+    )
+    temperature: float | None = Field(0.0, ge=0.0, description="what is sent to the endpoint, or null for nothing")
+    cache: str | None = Field(None, description="file of what it said about which image, or null")
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Judge:
+        if self.range[0] >= self.range[1]:
+            raise ValueError(f"range: expected the lowest number first, got {list(self.range)}")
+        return self
+
+
 class Reward(Section):
     """What is rewarded: a weighted sum."""
 
     terms: dict[str, float] = Field(
         {"scene_graded": 1.0},
         description="weight by name (scene_graded, scene_strict, geneval_flow_grpo, geneval_graded, geneval_strict, "
-        "ocr, pickscore, clip_score, hps, image_reward, aesthetic, remote), or by module:function for one's own",
+        "ocr, pickscore, clip_score, hps, hps3, image_reward, aesthetic, remote, "
+        "vlm_judge), or by module:function for one's own",
         min_length=1,
     )
     combine: Literal["sum", "advantages"] = Field(
@@ -256,6 +287,7 @@ class Reward(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights of rewards' models")
     models: RewardModels = RewardModels()
     remote: RemoteReward = RemoteReward()
+    judge: Judge = Judge()
 
     @model_validator(mode="after")
     def _check_terms(self) -> Reward:

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from star_trainer.rewards.models.clip import ClipModel, ClipReward
     from star_trainer.rewards.models.heads import AestheticReward
     from star_trainer.rewards.models.image_reward import ImageReward
+    from star_trainer.rewards.models.qwen_vl import QwenVLReward
 
 RewardFunction = Callable[[np.ndarray, Sequence[Prompt]], np.ndarray]
 # What has a gradient with respect to the image.
-DIFFERENTIABLE = ("clip_score", "pickscore", "hps", "image_reward", "aesthetic")
+DIFFERENTIABLE = ("clip_score", "pickscore", "hps", "hps3", "image_reward", "aesthetic")
 # What is read from a folder that star-convert-reward has written.
-CONVERTED = ("hps", "image_reward", "aesthetic")
+CONVERTED = ("hps", "hps3", "image_reward", "aesthetic")
 
 
 class Models:
@@ -37,7 +38,7 @@ class Models:
         self.names = config.models
         self.dtype = getattr(torch, config.dtype)
         self._clips: dict[str, ClipModel] = {}
-        self.server = config.remote
+        self.server, self.judge = config.remote, config.judge
         self.punish_extras = config.extra_objects == "punished"
 
     def _clip(self, setting: str) -> ClipModel:
@@ -109,6 +110,16 @@ class Models:
 
         return AestheticReward(self._clip("aesthetic_clip"), self.converted("aesthetic"))
 
+    def hps3(self) -> QwenVLReward:
+        from star_trainer.rewards.models.qwen_vl import QwenVLReward
+
+        return QwenVLReward(self.converted("hps3"), dtype=self.dtype)
+
+    def vlm_judge(self) -> RewardFunction:
+        from star_trainer.rewards.judge import VlmJudge
+
+        return VlmJudge(self.judge)
+
     def remote(self) -> RewardFunction:
         from star_trainer.rewards.remote import RemoteRewardClient
 
@@ -130,7 +141,9 @@ BY_NAME: dict[str, Callable[[Models], RewardFunction]] = {
     "pickscore": Models.pickscore,
     "clip_score": Models.clip_score,
     "hps": Models.hps,
+    "hps3": Models.hps3,
     "image_reward": Models.image_reward,
     "aesthetic": Models.aesthetic,
     "remote": Models.remote,
+    "vlm_judge": Models.vlm_judge,
 }

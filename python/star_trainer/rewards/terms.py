@@ -135,8 +135,8 @@ def check_reward(config: Reward) -> None:
             prompts, a package that is missing, no converted checkpoint, or no address of a reward server.
     """
     for name in config.terms:
-        if name == "remote":
-            Models(config).remote()
+        if name in ("remote", "vlm_judge"):
+            BY_NAME[name](Models(config))
         elif name in CONVERTED:
             Models(config).converted(name)
         elif name == "ocr" and importlib.util.find_spec("rapidocr_onnxruntime") is None:
@@ -200,6 +200,7 @@ _WITHOUT_GRADIENT = {
     **dict.fromkeys(_OF_REQUIREMENTS, "it counts what a detector finds"),
     "ocr": "it compares texts that are read off the image",
     "remote": "a server returns numbers alone",
+    "vlm_judge": "an endpoint returns numbers alone",
 }
 
 

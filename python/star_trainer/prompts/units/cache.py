@@ -26,14 +26,17 @@ def cache_key(extractor: str, prompt: str, metadata: Mapping[str, Any]) -> str:
 
 
 class UnitCache:
-    """An SQLite file of units by key: several processes may share it, and a killed one leaves it whole.
+    """An SQLite file of units, or other lists, by key: processes may share it, and a killed one leaves it whole.
+
+    `setting` is what chooses the file.
 
     Raises:
         CacheError: the file is no such cache, or cannot be read or written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, setting: str = "units.cache") -> None:
         self.path = path
+        self.setting = setting
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._connect() as connection:
@@ -59,14 +62,15 @@ class UnitCache:
             connection.executemany("INSERT OR REPLACE INTO units VALUES (?, ?, ?)", rows)
 
     def _connect(self) -> _Connection:
-        return _Connection(self.path)
+        return _Connection(self.path, self.setting)
 
 
 class _Connection:
     """One transaction on the file, closed at its end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, setting: str) -> None:
         self.path = path
+        self.setting = setting
 
     def __enter__(self) -> sqlite3.Connection:
         try:
@@ -84,4 +88,4 @@ class _Connection:
         finally:
             self.connection.close()
         if isinstance(error, sqlite3.Error):
-            raise CacheError(f"{self.path}: {error}; another file is chosen with units.cache") from error
+            raise CacheError(f"{self.path}: {error}; another file is chosen with {self.setting}") from error

@@ -17,7 +17,7 @@ from star_trainer.families.loading import load_whole
 
 VERSION = 1
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Chat = Callable[[list[Message]], str]
 
 _COMMON = """\
@@ -181,6 +181,7 @@ class EndpointChat:
         token_limit: the parameter for that, or ``auto``: max_tokens, and max_completion_tokens once that is asked for.
         temperature: is sent unless it is None.
         attempts: how often a request is made before the endpoint counts as dead, with growing pauses between.
+        setting: the section of the configuration that is named when something is wrong.
     """
 
     def __init__(
@@ -194,7 +195,9 @@ class EndpointChat:
         token_limit: str = "auto",
         temperature: float | None = 0.0,
         attempts: int = 4,
+        setting: str = "units",
     ) -> None:
+        self.setting = setting
         self.url = f"{endpoint.rstrip('/')}/chat/completions"
         self.model, self.max_new_tokens, self.timeout, self.attempts = model, max_new_tokens, timeout, attempts
         self.token_limit = "max_tokens" if token_limit == "auto" else token_limit
@@ -217,8 +220,8 @@ class EndpointChat:
             failure = f"status {status}: {answer[:200]}" if status else answer
             if status and status != 429 and status < 500:
                 break
-        advice = "; units.temperature=null sends none" if status == 400 and "temperature" in answer else ""
-        raise ChatError(f"units.endpoint: {self.url} did not answer ({failure}){advice}")
+        advice = f"; {self.setting}.temperature=null sends none" if status == 400 and "temperature" in answer else ""
+        raise ChatError(f"{self.setting}.endpoint: {self.url} did not answer ({failure}){advice}")
 
     def _ask(self, messages: list[Message]) -> tuple[int, str]:
         body = {"model": self.model, "messages": messages, self.token_limit: self.max_new_tokens}
@@ -238,11 +241,13 @@ class EndpointChat:
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]
         except (json.JSONDecodeError, LookupError, TypeError) as error:
-            raise ChatError(f"units.endpoint: {self.url} answers no chat completion: {answer[:200]}") from error
+            raise ChatError(
+                f"{self.setting}.endpoint: {self.url} answers no chat completion: {answer[:200]}"
+            ) from error
         if isinstance(content, list):
             # In parts, of which some are thoughts.
             texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
             content = "".join(text for text in texts if isinstance(text, str))
         if not isinstance(content, str):
-            raise ChatError(f"units.endpoint: {self.url} answers no text: {answer[:200]}")
+            raise ChatError(f"{self.setting}.endpoint: {self.url} answers no text: {answer[:200]}")
         return content

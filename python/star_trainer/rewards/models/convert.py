@@ -6,6 +6,7 @@ The checkpoints are read as tensors alone: a file that would run code is refused
 from __future__ import annotations
 
 import argparse
+import inspect
 import pickle
 import re
 import sys
@@ -23,6 +24,8 @@ from star_trainer.config.command_line import place, run_command
 
 # Width of an attention head of the published encoders: ViT-L and BERT.
 _HEAD_WIDTH = 64
+# Of the image that HPSv3 sees.
+PIXELS = 256 * 28 * 28
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -163,6 +166,42 @@ def convert_aesthetic(checkpoint: Path, folder: Path) -> None:
     save_file({name: value.contiguous() for name, value in renamed.items()}, folder / AESTHETIC_HEAD)
 
 
+def convert_hps3(
+    checkpoint: Path, folder: Path, template: Path, like: str = "Qwen/Qwen2-VL-7B-Instruct", pixels: int = PIXELS
+) -> None:
+    """HPSv3, or another scorer of its layout; sizes, tokenizer and image processor are those of the Qwen2-VL `like`.
+
+    `template` is a file with what the published code asks the model, which is not repeated here, and `pixels` how many
+    the image has that the model sees.
+
+    Raises:
+        ConfigError: the checkpoint or the template cannot be used, or the checkpoint is of another model.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLConfig
+
+    from star_trainer.rewards.models.qwen_vl import REWARD_TOKEN, TEMPLATE, Qwen2VLRewardModel, read_template
+
+    try:
+        text = read_template(template)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--template: {error}") from error
+    config, tokenizer, processor = _pretrained(like, Qwen2VLConfig, AutoTokenizer, AutoImageProcessor)
+    tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
+    processor.size = {"shortest_edge": pixels, "longest_edge": pixels}
+    renamed = {_replaced(name, _QWEN): value for name, value in read_tensors(checkpoint).items()}
+    words = renamed.get("model.language_model.embed_tokens.weight")
+    if words is not None:
+        config.text_config.vocab_size = len(words)
+        renamed.setdefault("lm_head.weight", words)
+    _check(Qwen2VLRewardModel, config, renamed, checkpoint)
+    _write(folder, renamed, config, tokenizer, processor)
+    (folder / TEMPLATE).write_text(text, encoding="utf-8")
+
+
+# Where transformers has put the parts of Qwen2-VL since 4.52.
+_QWEN = ((r"^visual\.", "model.visual."), (r"^model\.(?!visual|language_model)", "model.language_model."))
+
+
 def _replaced(name: str, rules: Sequence[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
@@ -219,6 +258,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], *parts: Any) -> None:
 
 _CONVERTERS: dict[str, Callable[..., None]] = {
     "hps": convert_hps,
+    "hps3": convert_hps3,
     "image_reward": convert_image_reward,
     "aesthetic": convert_aesthetic,
 }
@@ -233,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "examples:\n"
             "  star-convert-reward hps HPS_v2.1_compressed.pt rewards/hps\n"
             "  star-convert-reward image_reward ImageReward.pt rewards/image_reward\n"
+            "  star-convert-reward hps3 HPSv3.safetensors rewards/hps3 --template template.txt\n"
             "  star-convert-reward aesthetic sac+logos+ava1-l14-linearMSE.pth rewards/aesthetic"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -241,13 +282,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=place, help="the published file")
     parser.add_argument("folder", type=place, help="where to write")
     parser.add_argument("--like", help="the model that has the tokenizer (and for hps the sizes): a folder or a name")
+    parser.add_argument(
+        "--template", type=place, help="hps3: a file with what its code asks the model, {text_prompt} for the prompt"
+    )
     options = parser.parse_args(arguments)
-    like = {} if options.like is None else {"like": options.like}
+    more = {name: getattr(options, name) for name in ("like", "template") if getattr(options, name) is not None}
 
     def convert() -> None:
-        if like and options.reward == "aesthetic":
-            raise ConfigError("--like: the aesthetic head needs none")
-        _CONVERTERS[options.reward](options.checkpoint, options.folder, **like)
+        converter = _CONVERTERS[options.reward]
+        known = inspect.signature(converter).parameters
+        if foreign := [name for name in more if name not in known]:
+            raise ConfigError(f"--{foreign[0]}: {options.reward} needs none")
+        if "template" in known and "template" not in more:
+            raise ConfigError(f"--template: expected a file with what {options.reward} is asked")
+        converter(options.checkpoint, options.folder, **more)
         print(f"reward.models.{options.reward}={options.folder}")
 
     return run_command("star-convert-reward", convert, stopped="stopped; what was written may not be whole")
