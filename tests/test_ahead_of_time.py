@@ -27,7 +27,7 @@ Kernel = dict[str, Any]
 # attention at the head dimension of Stable Diffusion 3.5, and for Hopper and AMD every other kernel once, in the
 # variant with the most code; the other NVIDIA architectures have Hopper's compiler. With that folder in PYTHONPATH,
 # ``python -m bench.static_gpu`` compiles all.
-_EVERY_KERNEL = "^(?!.*(float32| float16|head dim (32|128)|channels last|^mean$|position, bf16|dppo))"
+_EVERY_KERNEL = "^(?!.*(float32| float16|head dim (32|128|256)|channels last|^mean$|position, bf16|dppo))"
 REPRESENTATIVE = {
     "sm_80": "forward, bfloat16, head dim 64",
     "sm_90": _EVERY_KERNEL,
@@ -82,9 +82,12 @@ def test_every_row_of_the_attention_table_is_compiled_for_every_use(architecture
         tensors = f"{'float32' if itemsize == 4 else 'bfloat16'}, head dim {head_dim}"
         for use in ("no capture", "8 units"):
             assert tiles.pop(f"forward, {tensors}, {use}") == (row.block_m, row.block_n, row.num_warps)
-        for direction, units in (("text to image", 8), ("image to text", 17)):
-            tiles.pop(f"mass from log-sum-exp, {direction}, {tensors}, {units} units")
-    assert tiles.keys() == {f"forward, float16, head dim 64, {use}" for use in ("no capture", "8 units")}
+    kinds = [f"{dtype}, head dim {dim}" for dtype in ("bfloat16", "float32") for dim in (32, 64, 128, 256)]
+    assert tiles.keys() == {f"forward, float16, head dim 64, {use}" for use in ("no capture", "8 units")} | {
+        f"mass from log-sum-exp, {direction}, {kind}, {units} units"
+        for kind in (*kinds, "float16, head dim 64")
+        for direction, units in (("image to text", 8), ("image to text", 17), ("text to image", 8))
+    }
 
 
 @pytest.mark.exhaustive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from star_kernels import backends
 from star_kernels._checks import check_choice, check_number, check_reverse_mode, check_tensor
+from star_kernels._operators import operator
 from star_kernels.attention import reference
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-KERNELS: tuple[str, ...] = ()
+KERNELS: tuple[str, ...] = ("triton",)
 
 
 def attention_mass(
@@ -82,7 +84,7 @@ def attention_mass(
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
     check_reverse_mode("attention_mass", (query, key, unit_weights, log_sum_exp, mass))
-    layer_mass = _attention_mass(query, key, unit_weights, log_sum_exp, scale, text_lengths, direction, backend)
+    layer_mass = _attention_mass(query, key, unit_weights, log_sum_exp, scale, direction, text_lengths, backend)
     return add_layer(mass, layer_mass, layer_weight)
 
 
@@ -137,35 +139,8 @@ def check_values(unit_weights: Tensor | None, text_lengths: Tensor | None, num_t
             raise ValueError(f"text_lengths: expected values from {shortest} to {num_text}, got {lowest} to {highest}")
 
 
-@torch.library.custom_op("star_kernels::attention_mass", mutates_args=())
-def _attention_mass(
-    query: Tensor,
-    key: Tensor,
-    unit_weights: Tensor,
-    log_sum_exp: Tensor,
-    scale: float,
-    text_lengths: Tensor | None,
-    direction: str,
-    backend: str,
-) -> Tensor:
-    backends.resolve_backend("attention_mass", backend, query.device, KERNELS)
-    check_values(unit_weights, text_lengths, unit_weights.shape[1])
-    with torch.autocast(query.device.type, enabled=False):
-        return reference.attention_mass(
-            query, key, unit_weights, log_sum_exp, scale=scale, text_lengths=text_lengths, direction=direction
-        )
-
-
-@_attention_mass.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    unit_weights: Tensor,
-    log_sum_exp: Tensor,
-    scale: float,
-    text_lengths: Tensor | None,
-    direction: str,
-    backend: str,
+def _fake_mass(
+    query: Tensor, key: Tensor, unit_weights: Tensor, log_sum_exp: Tensor, scale: float, direction: str, *_: Any
 ) -> Tensor:
     num_image = (query if direction == "image_to_text" else key).shape[2]
     shape = (query.shape[0], num_image, unit_weights.shape[2])
@@ -176,4 +151,31 @@ def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
 
 
-_attention_mass.register_autograd(lambda ctx, _: (None,) * 8, setup_context=_no_gradient)
+@operator("attention_mass", fake=_fake_mass, save=_no_gradient, backward=lambda ctx, _: (None,) * 8)
+def _attention_mass(
+    query: Tensor,
+    key: Tensor,
+    unit_weights: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    direction: str,
+    text_lengths: Tensor | None,
+    backend: str,
+) -> Tensor:
+    chosen = backends.resolve_backend("attention_mass", backend, query.device, KERNELS)
+    check_values(unit_weights, text_lengths, unit_weights.shape[1])
+    if text_lengths is not None:
+        text_lengths = text_lengths.to(query.device)
+    # float64 is for checks of derivatives, and precise rather than fast: the reference computes it for every backend.
+    run = reference.attention_mass if query.dtype == torch.float64 else _kernel(chosen)
+    with torch.autocast(query.device.type, enabled=False):
+        return run(query, key, unit_weights, log_sum_exp, scale=scale, text_lengths=text_lengths, direction=direction)
+
+
+def _kernel(backend: str) -> Callable[..., Tensor]:
+    if backend == "reference":
+        return reference.attention_mass
+    # Not at the top: importing the library loads torch alone.
+    from star_kernels.attention import mass_kernels
+
+    return mass_kernels.attention_mass

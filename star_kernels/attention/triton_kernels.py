@@ -33,15 +33,8 @@ from torch import Tensor
 
 from star_kernels._kernel_calls import KernelCall
 from star_kernels._triton import cast, dot, dot_rows
-from star_kernels.attention import reference
-from star_kernels.attention.mass_kernels import (
-    LOG2_E,
-    head_mean_call,
-    padded_head_dim,
-    unit_mass_call,
-    unit_mass_configuration,
-    within_reach,
-)
+from star_kernels.attention import mass_kernels, reference
+from star_kernels.attention.mass_kernels import LOG2_E, head_mean_call, unit_alignment, within_reach
 from star_kernels.attention.table import CONFIGURATIONS, Configuration, architecture_of, configuration_for
 
 MAX_FUSED_UNITS = 16
@@ -459,14 +452,8 @@ def _tail(num_keys: int, block_n: int) -> int:
     return max(16, triton.next_power_of_2(left)) if left else 0
 
 
-def _unit_alignment(unit_weights: Tensor | None) -> int:
-    """How many weights of a token may be loaded at once: 16 bytes, or one."""
-    if unit_weights is None:
-        return 1
-    together = 16 // unit_weights.itemsize
-    sizes = (unit_weights.shape[2], unit_weights.stride(0), unit_weights.stride(1))
-    aligned = unit_weights.stride(2) == 1 and all(size % together == 0 for size in sizes)
-    return together if aligned else 1
+def padded_head_dim(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def forward_call(
@@ -527,7 +514,7 @@ def forward_call(
         "BLOCK_M": configuration.block_m,
         "BLOCK_N": configuration.block_n,
         "BLOCK_K": 0 if num_units == 0 else max(16, triton.next_power_of_2(num_units)),
-        "UNIT_ALIGNMENT": _unit_alignment(unit_weights),
+        "UNIT_ALIGNMENT": unit_alignment(unit_weights),
         "IMAGE_TAIL": _tail(num_image_keys, configuration.block_n),
         "TEXT_TAIL": _tail(num_text_keys, configuration.block_n),
     }
@@ -551,25 +538,26 @@ def prepare(
     text_first: bool,
     scale: float,
     rows: tuple[int, int],
-    direction: str = "image_to_text",
     configuration: Configuration,
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor], list[KernelCall]]:
-    """The outputs of `joint_attention`, not yet written, and the kernels that write them, in order."""
+    """The outputs of attention that captures M or nothing, not yet written, and the kernels that write them in order.
+
+    At most MAX_FUSED_UNITS units.
+    """
     out = torch.empty_like(query)
-    query, key, value = (within_reach(tensor, configuration) for tensor in (query, key, value))
-    unit_weights = None if unit_weights is None else within_reach(unit_weights, configuration)
+    query, key, value = (within_reach(tensor, configuration.block_n) for tensor in (query, key, value))
+    unit_weights = None if unit_weights is None else within_reach(unit_weights, configuration.block_n)
     log_sum_exp = query.new_empty(query.shape[:3], dtype=torch.float32)
     mass = head_mass = None
     if unit_weights is not None:
         num_rows, num_units = rows[1] - rows[0], unit_weights.shape[2]
         mass = query.new_empty((num_rows, num_image_tokens, num_units), dtype=torch.float32)
-        if direction == "image_to_text" and num_units <= MAX_FUSED_UNITS:
-            head_mass = mass.new_empty((num_rows, query.shape[1], num_image_tokens, num_units))
+        head_mass = mass.new_empty((num_rows, query.shape[1], num_image_tokens, num_units))
     forward = forward_call(
         query,
         key,
         value,
-        None if head_mass is None else unit_weights,
+        unit_weights,
         out,
         log_sum_exp,
         head_mass,
@@ -580,28 +568,9 @@ def prepare(
         configuration=configuration,
     )
     outputs = (out, mass, log_sum_exp)
-    if mass is None or unit_weights is None:
+    if mass is None or head_mass is None:
         return outputs, [forward]
-    if head_mass is not None:
-        return outputs, [forward, head_mean_call(head_mass, mass)]
-    captured = slice(*rows)
-    image_queries, text_queries, image_keys, text_keys = reference.token_slices(
-        query.shape[2], key.shape[2], num_image_tokens, text_first
-    )
-    to_text = direction == "image_to_text"
-    image = query[captured, :, image_queries] if to_text else key[captured, :, image_keys]
-    text = key[captured, :, text_keys] if to_text else query[captured, :, text_queries]
-    unit_mass = unit_mass_call(
-        image,
-        text,
-        unit_weights,
-        log_sum_exp[captured, :, image_queries if to_text else text_queries],
-        mass,
-        normalise_rows=to_text,
-        scale=scale,
-        configuration=unit_mass_configuration(query.dtype, configuration),
-    )
-    return outputs, [forward, unit_mass]
+    return outputs, [forward, head_mean_call(head_mass, mass, query.shape[1])]
 
 
 def joint_attention(
@@ -617,39 +586,53 @@ def joint_attention(
     direction: str = "image_to_text",
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Attention, the mass of this layer in one `direction`, and the log-sum-exp, as the reference defines them."""
-    outputs, calls = prepare(
+    fused = direction == "image_to_text" and (unit_weights is None or unit_weights.shape[2] <= MAX_FUSED_UNITS)
+    (out, mass, log_sum_exp), calls = prepare(
         query,
         key,
         value,
-        unit_weights,
+        unit_weights if fused else None,
         num_image_tokens=num_image_tokens,
         text_first=text_first,
         scale=scale,
         rows=rows,
-        direction=direction,
         configuration=configuration_for(architecture_of(query.device), query.dtype, query.shape[3]),
     )
     with torch.cuda.device_of(query):
         for call in calls:
             call.launch()
-    return outputs
+    if unit_weights is not None and not fused:
+        image_queries, text_queries, image_keys, text_keys = reference.token_slices(
+            query.shape[2], key.shape[2], num_image_tokens, text_first
+        )
+        queries, keys = (image_queries, text_keys) if direction == "image_to_text" else (text_queries, image_keys)
+        captured = slice(*rows)
+        mass = mass_kernels.attention_mass(
+            query[captured, :, queries],
+            key[captured, :, keys],
+            unit_weights,
+            log_sum_exp[captured, :, queries],
+            scale=scale,
+            text_lengths=None,
+            direction=direction,
+        )
+    return out, mass, log_sum_exp
 
 
 def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
     """The kernels of each row of the configuration table at 512 px, on tensors without memory, to be compiled.
 
-    In bfloat16 and float32, and in float16 attention at the head dimension of Stable Diffusion 3.5.
+    In bfloat16 and float32, and in float16 attention at the head dimension of Stable Diffusion 3.5; then those of the
+    mass from the log-sum-exp.
     """
     batch, heads, image, text = 8, 24, 1024, 205
-    fused = ((0, "image_to_text"), (8, "image_to_text"))
-    every_use = (*fused, (MAX_FUSED_UNITS + 1, "image_to_text"), (8, "text_to_image"))
     dtypes = {2: torch.bfloat16, 4: torch.float32}
-    rows = [(dtypes[itemsize], head_dim, every_use) for itemsize, head_dim in CONFIGURATIONS[architecture]]
+    rows = [(dtypes[itemsize], head_dim) for itemsize, head_dim in CONFIGURATIONS[architecture]]
     calls: dict[str, KernelCall] = {}
-    for dtype, head_dim, uses in (*rows, (torch.float16, 64, fused)):
+    for dtype, head_dim in (*rows, (torch.float16, 64)):
         shape = (batch, image + text, heads, head_dim)
         query, key, value = (torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2) for _ in range(3))
-        for num_units, direction in uses:
+        for num_units in (0, 8):
             _, row = prepare(
                 query,
                 key,
@@ -659,8 +642,7 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
                 text_first=False,
                 scale=head_dim**-0.5,
                 rows=(0, batch),
-                direction=direction,
                 configuration=configuration_for(architecture, dtype, head_dim),
             )
             calls |= {call.name: call for call in row}
-    return list(calls.values())
+    return [*calls.values(), *mass_kernels.ahead_of_time_calls(architecture)]

@@ -13,7 +13,7 @@ from star_kernels import attention_mass, joint_attention
 
 IMAGE, TEXT = 33, 11
 OPERATOR = torch.ops.star_kernels.attention_mass.default
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "triton"]
 DIRECTIONS = ["image_to_text", "text_to_image"]
 MASS_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 
@@ -242,7 +242,7 @@ def test_opcheck(lengths: list[int] | None, direction: str, backend: str) -> Non
     query, key, unit_weights = sequence()
     queries, keys, log_sum_exp = sides(query, key, direction)
     text_lengths = None if lengths is None else torch.tensor(lengths)
-    arguments = (queries, keys, unit_weights, log_sum_exp, 0.25, text_lengths, direction, backend)
+    arguments = (queries, keys, unit_weights, log_sum_exp, 0.25, direction, text_lengths, backend)
     torch.library.opcheck(OPERATOR, arguments)
     leaves = (queries.clone().requires_grad_(), *arguments[1:])
     torch.library.opcheck(OPERATOR, leaves)

@@ -14,7 +14,7 @@ from star_kernels import joint_attention
 from star_kernels.attention import reference
 
 pytest.importorskip("triton")
-from star_kernels.attention import triton_kernels  # noqa: E402
+from star_kernels.attention import mass_kernels, triton_kernels  # noqa: E402
 from star_kernels.attention.triton_kernels import Configuration  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +30,8 @@ OPERATOR = torch.ops.star_kernels.joint_attention.default
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of queries and keys also at the sizes that the interpreter can do."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(triton_kernels, "configuration_for", lambda *_: Configuration(32, 16, 4, 2))
+        for module in (triton_kernels, mass_kernels):
+            monkeypatch.setattr(module, "configuration_for", lambda *_: Configuration(32, 16, 4, 2))
 
 
 def inputs(
