@@ -161,8 +161,8 @@ def joint_attention(
     queries, keys = (image_queries, text_keys) if direction == "image_to_text" else (text_queries, image_keys)
     captured = slice(first, end)
     return out, attention_mass(
-        query[captured, :, queries].detach(),
-        key[captured, :, keys].detach(),
+        query.detach()[captured, :, queries],
+        key.detach()[captured, :, keys],
         unit_weights.detach(),
         log_sum_exp[captured, :, queries],
         scale=scale,

@@ -64,15 +64,16 @@ def row_tokens(total: int, num_text: int, length: int, text_first: bool) -> tupl
 
 def take(tensor: Tensor, ranges: Ranges) -> Tensor:
     """The tokens in `ranges`, one range or more, of [..., heads, N, D]."""
-    pieces = [tensor[..., start:end, :] for start, end in ranges]
+    pieces = [tensor.narrow(-2, start, end - start) for start, end in ranges]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
 
 def put(target: Tensor, ranges: Ranges, values: Tensor) -> None:
     """Write what `take` would read."""
-    pieces = values.split([end - start for start, end in ranges], -2)
-    for (start, end), piece in zip(ranges, pieces, strict=True):
-        target[..., start:end, :] = piece
+    first = 0
+    for start, end in ranges:
+        target.narrow(-2, start, end - start).copy_(values.narrow(-2, first, end - start))
+        first += end - start
 
 
 def joint_attention(

@@ -205,21 +205,20 @@ def joint_attention_backward(
         first, second, third = (gradient.transpose(1, 2).contiguous().transpose(1, 2) for gradient in whole)
         return first, second, third
     gradients = _token_major(query), _token_major(key).zero_(), _token_major(value).zero_()
-    statistics = log_sum_exp[..., None]
     for row, keys, parts in _rows(text_lengths, query, key, num_image_tokens, text_first):
-        key_row, value_row = (take(tensor[row, None], keys) for tensor in (key, value))
+        tensors = [tensor.narrow(0, row, 1) for tensor in (grad_out, query, out, log_sum_exp[..., None], *gradients)]
+        *asked, query_gradient, key_gradient, value_gradient = tensors
+        key_row, value_row = take(key.narrow(0, row, 1), keys), take(value.narrow(0, row, 1), keys)
         sums: list[Tensor] = []
         for queries in parts:
-            grad, part, part_out, lse = (
-                take(tensor[row, None], queries) for tensor in (grad_out, query, out, statistics)
+            grad, part, part_out, statistics = (take(tensor, queries) for tensor in asked)
+            part_gradient, *others = _backward_by(kernel, key_row)(
+                grad, part, key_row, value_row, part_out, statistics[..., 0], scale
             )
-            query_gradient, *others = _backward_by(kernel, key_row)(
-                grad, part, key_row, value_row, part_out, lse[..., 0], scale
-            )
-            put(gradients[0][row, None], queries, query_gradient)
+            put(query_gradient, queries, part_gradient)
             sums = [total + other for total, other in zip(sums, others, strict=True)] if sums else others
-        for gradient, total in zip(gradients[1:], sums, strict=True):
-            put(gradient[row, None], keys, total)
+        put(key_gradient, keys, sums[0])
+        put(value_gradient, keys, sums[1])
     return gradients
 
 
@@ -253,11 +252,12 @@ def attention_by_rows(
     out = torch.empty_like(query)
     log_sum_exp = query.new_empty(query.shape[:3], dtype=reference.statistics_dtype(query))
     for row, keys, parts in _rows(text_lengths, query, key, num_image_tokens, text_first):
-        query_row, key_row, value_row = query[row, None], take(key[row, None], keys), take(value[row, None], keys)
+        query_row, out_row, statistics_row = (t.narrow(0, row, 1) for t in (query, out, log_sum_exp[..., None]))
+        key_row, value_row = take(key.narrow(0, row, 1), keys), take(value.narrow(0, row, 1), keys)
         for queries in parts:
             part, statistics = attention(
                 _for_keys(kernel, key_row), take(query_row, queries), key_row, value_row, scale
             )
-            put(out[row, None], queries, part)
-            put(log_sum_exp[row, None, ..., None], queries, statistics[..., None])
+            put(out_row, queries, part)
+            put(statistics_row, queries, statistics[..., None])
     return out, log_sum_exp

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -145,7 +146,7 @@ def test_pytorch_is_asked_the_same_whatever_batch_gradient_mode_and_length(monke
     monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
     sdpa._ask.cache_clear()
     query = leaves(batch=5, heads=7)[0]
-    for tensor in (query, query[:1, :, :3], query.detach()):
+    for tensor in (query.detach(), query[:1, :, :3], query):
         with torch.set_grad_enabled(tensor.requires_grad):
             assert sdpa.kernel_for(tensor, tensor.shape[2]) == "cudnn"
     assert asked == [((1, 1, 2, 24), (1, 1, 2, 24), True, True)]
@@ -164,6 +165,38 @@ def test_what_the_user_switches_off_is_not_taken(log: pytest.LogCaptureFixture) 
     assert torch.equal(out, joint_attention(query, key, value, num_image_tokens=IMAGE, implementation="fused")[0])
     assert len(log.messages) == 1 and "runs as fused" in log.messages[0]
     assert attention_implementation(query, key, implementation="sdpa") == "sdpa:flash"
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        lambda: sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]),
+        lambda: sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]),
+        lambda: sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]),
+        lambda: sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True),
+        deterministic,
+    ],
+    ids=["no flash", "no efficient", "no cuDNN", "another order", "deterministic"],
+)
+def test_pytorch_is_asked_again_when_its_settings_change(
+    choice: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = leaves()[0]
+    sdpa._ask.cache_clear()
+    sdpa.kernel_for(query, 2)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: SDPBackend.EFFICIENT_ATTENTION.value)
+    assert sdpa.kernel_for(query, 2) == "flash"
+    with choice():
+        assert sdpa.kernel_for(query, 2) == "efficient"
+    assert sdpa.kernel_for(query, 2) == "flash"
+    sdpa._ask.cache_clear()
 
 
 def test_a_head_dimension_that_no_fused_kernel_has_runs_on_pytorchs(
@@ -208,15 +241,18 @@ def test_kernels_on_gpus_are_called_as_pytorch_calls_them(
     tensors = leaves(dim=dim, dtype=torch.bfloat16, device="meta")
     lengths = None if text_lengths is None else torch.tensor(text_lengths)
     with Calls() as seen:
-        out, mass = joint_attention(
+        out, _ = joint_attention(
             *tensors,
-            unit_weights().to("meta"),
             num_image_tokens=IMAGE,
             text_lengths=lengths,
+            text_first=lengths is not None,  # so that the rows' own tokens are put together
             implementation="sdpa",
         )
         gradients = torch.autograd.grad(out, tensors, torch.empty_like(out))
-    assert out.shape == tensors[0].shape and mass.shape == (3, IMAGE, 4)
+        _, log_sum_exp = sdpa.attention(kernel, *(tensor.detach() for tensor in tensors), dim**-0.5)
+    del seen.calls[-1]
+    assert log_sum_exp.shape == tensors[0].shape[:3]
+    assert out.shape == tensors[0].shape
     assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
     name = f"_scaled_dot_product_{kernel}_attention"
     count = 1 if lengths is None else 5
@@ -228,12 +264,20 @@ def test_kernels_on_gpus_are_called_as_pytorch_calls_them(
             assert kernel == "flash" or arguments["compute_log_sumexp"] is True
             continue
         num_queries = arguments["query"].shape[2]
-        log_sum_exp = arguments["logsumexp"]
-        assert log_sum_exp.is_contiguous()
+        assert arguments["logsumexp"].is_contiguous()
         width = {"cudnn": (num_queries, 1), "flash": (num_queries,), "efficient": (num_queries + -num_queries % 32,)}
-        assert log_sum_exp.shape[2:] == width[kernel]
+        assert arguments["logsumexp"].shape[2:] == width[kernel]
         if kernel == "efficient":
             assert arguments["out"].transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_mass_is_taken_beside_kernels_on_gpus(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "kernel_for", lambda query, num_keys: kernel)
+    tensors = [*leaves(device="meta"), unit_weights().to("meta")]
+    for direction in ("image_to_text", "text_to_image"):
+        out, mass = joint_attention(*tensors, num_image_tokens=IMAGE, direction=direction, implementation="sdpa")
+        assert out.shape == tensors[0].shape and mass.shape == (3, IMAGE, 4)
 
 
 def test_a_tensor_that_kernels_on_gpus_cannot_read_is_copied() -> None:
