@@ -23,14 +23,37 @@ class Layer(NamedTuple):
     block: nn.Module
 
 
+class OwnAttention(Protocol):
+    """The attention of a layer as the model itself computes it."""
+
+    @property
+    def name(self) -> str:
+        """What `AttentionRecorder.implementation` calls it."""
+
+    def __call__(self, wants_log_sum_exp: bool) -> tuple[Tensor, Tensor | None]:
+        """The output [B, heads, N, D], and the natural log-sum-exp [B, heads, N] float32, without gradient, of any
+        strides: None where it is not wanted, or not to be had."""
+
+
 class Attend(Protocol):
     """Softmax attention of one layer, recorded on the way."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, num_image_tokens: int, text_first: bool) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        num_image_tokens: int | None,
+        text_first: bool,
+        text_lengths: Tensor | None = None,
+        own: OwnAttention | None = None,
+    ) -> Tensor:
         """The attention's output [B, heads, N, D] for query, key and value of that shape, see `joint_attention`.
 
         `num_image_tokens` of the N tokens are the image's, in one piece; the text stands before them with `text_first`
-        and else behind.
+        and else behind. A layer that cannot tell them apart says None: then as many are text as the units have tokens.
+        With `own`, that computes the output, and the mass comes from beside it.
         """
 
 
@@ -54,3 +77,18 @@ class Family(Protocol):
         Raises:
             TypeError: the layer's own processor, which the message names, is not the one whose work this does.
         """
+
+
+def check_processor(layer: Layer, expected: type, hint: str = "") -> Any:
+    """The layer's own processor, if it is exactly of the class `expected`: a subclass may compute something else.
+
+    Raises:
+        TypeError: it is of another class.
+    """
+    own = layer.attention.processor
+    if type(own) is not expected:
+        raise TypeError(
+            f"{layer.name}: expected the attention processor {expected.__name__}, which recording replaces, got "
+            f"{type(own).__name__}{hint}"
+        )
+    return own

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from star_kernels._checks import check_choice, check_tensor
-from star_kernels.attention import DIRECTIONS, joint_attention
-from star_kernels.recorder import sd3
-from star_kernels.recorder.family import Family, Layer
+from star_kernels.attention import DIRECTIONS, IMPLEMENTATIONS, attention_implementation, joint_attention
+from star_kernels.attention.mass import attention_mass
+from star_kernels.attention.reference import token_slices
+from star_kernels.recorder import flux, sd3
+from star_kernels.recorder.family import Family, Layer, OwnAttention
 from star_kernels.text_units import TextUnits
 
 # The family of a model, by the name of the model's class or of one that it derives from.
-FAMILIES: dict[str, Family] = {sd3.MODEL: sd3}
+FAMILIES: dict[str, Family] = {sd3.MODEL: sd3, flux.MODEL: flux}
 
 _being_recorded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -33,6 +35,8 @@ class _Capture:
     def __init__(self, name: str) -> None:
         self.name = name
         self.mass: Tensor | None = None
+        # Of the last call: the name of the model's own attention, or what chooses an implementation of the library's.
+        self.ran: str | tuple[torch.device, torch.dtype, int, int] | None = None
 
 
 class AttentionRecorder:
@@ -49,6 +53,7 @@ class AttentionRecorder:
         layers: list[int],
         rows: slice | tuple[int, int] | None,
         direction: Literal["image_to_text", "text_to_image"],
+        implementation: Literal["auto", "fused", "sdpa"],
         backend: str,
         record_pass: int | None,
         captures: list[_Capture],
@@ -59,11 +64,29 @@ class AttentionRecorder:
         self._to_send = None if unit_weights is None else _compact(unit_weights)
         self._rows = rows
         self._direction = direction
+        self._implementation = implementation
         self._backend = backend
         self._captures = captures
         self._record_pass = record_pass
         self._passes = 0
         self._in_recorded_pass = False
+
+    @property
+    def implementation(self) -> str | None:
+        """What computed the attention of the recorded layers when they last ran, None before.
+
+        ``fused`` for the library's kernel, ``sdpa:`` and its name for one of PyTorch's, ``diffusers:`` and its name for
+        the backend that is set in diffusers; all that there were, where the layers differ.
+        """
+        names = dict.fromkeys(self._name_of(capture.ran) for capture in self._captures if capture.ran is not None)
+        return ", ".join(names) or None
+
+    def _name_of(self, ran: str | tuple[torch.device, torch.dtype, int, int]) -> str:
+        if isinstance(ran, str):
+            return ran
+        device, dtype, head_dim, num_keys = ran
+        tokens = torch.empty((), device=device, dtype=dtype).expand(1, 1, num_keys, head_dim)
+        return attention_implementation(tokens, tokens, implementation=self._implementation, backend=self._backend)
 
     @property
     def mass(self) -> Tensor:
@@ -115,51 +138,72 @@ class AttentionRecorder:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        num_image_tokens: int,
+        num_image_tokens: int | None,
         text_first: bool,
+        text_lengths: Tensor | None,
+        own: OwnAttention | None,
     ) -> Tensor:
         """Attention of one joint block, [B, heads, N, D] to the same; its mass becomes the layer's in this step.
 
         A pass that is not the chosen one is not captured, nor a block that gradient checkpointing runs again: it
         belongs to a step that is over or has this layer already. What autograd saves does not depend on that.
         """
-        if (
-            self._unit_weights is None
-            or attend.recomputing
-            or _runs_in_backward()
-            or (self._record_pass is not None and not self._in_recorded_pass)
-        ):
-            out, _ = joint_attention(
-                query, key, value, num_image_tokens=num_image_tokens, text_first=text_first, backend=self._backend
+        capture, unit_weights, rows = attend.capture, None, None
+        if self._records(attend):
+            unit_weights = self._unit_weights_for(query, num_image_tokens)
+            rows = self._row_range(query.shape[0], len(unit_weights))
+        options: dict[str, Any] = {"text_first": text_first, "direction": self._direction, "backend": self._backend}
+        if own is None:
+            out, mass = joint_attention(
+                query,
+                key,
+                value,
+                unit_weights,
+                num_image_tokens=num_image_tokens,  # type: ignore[arg-type]
+                text_lengths=text_lengths,
+                rows=rows,
+                implementation=self._implementation,
+                **options,
             )
-            return out
-        capture = attend.capture
-        if capture.mass is not None:
+            capture.ran = (out.device, out.dtype, out.shape[3], key.shape[2])
+        else:
+            if self._implementation != "auto":
+                raise ValueError(
+                    f"implementation: expected auto, got {self._implementation}: {capture.name} runs what is set in "
+                    f"diffusers ({own.name}); model.set_attention_backend sets another backend"
+                )
+            out, log_sum_exp = own(rows is not None)
+            if unit_weights is not None and rows is not None:
+                num_image_tokens = num_image_tokens or query.shape[2] - unit_weights.shape[1]
+                options |= {"num_image_tokens": num_image_tokens, "text_lengths": text_lengths}
+                mass = _mass_beside(query, key, value, log_sum_exp, unit_weights, slice(*rows), **options)
+            capture.ran = own.name
+        if unit_weights is not None:
+            capture.mass = mass
+        return out
+
+    def _records(self, attend: _Attend) -> bool:
+        if self._unit_weights is None or attend.recomputing or _runs_in_backward():
+            return False
+        if self._record_pass is not None and not self._in_recorded_pass:
+            return False
+        if attend.capture.mass is not None:
             raise RuntimeError(
-                f"{capture.name}: expected one forward pass per step, got a second one; call next_step() on the "
+                f"{attend.capture.name}: expected one forward pass per step, got a second one; call next_step() on the "
                 "recorder after each forward pass, or discard_step() where the last one is not wanted; where a step "
                 "has several, as in a pipeline's call with skip-layer guidance, record_attention(..., record_pass=0) "
                 "records the first of each step"
             )
-        out, capture.mass = joint_attention(
-            query,
-            key,
-            value,
-            self._unit_weights_for(self._unit_weights, query, num_image_tokens),
-            num_image_tokens=num_image_tokens,
-            text_first=text_first,
-            rows=self._row_range(query.shape[0], len(self._unit_weights)),
-            direction=self._direction,
-            backend=self._backend,
-        )
-        return out
+        return True
 
-    def _unit_weights_for(self, unit_weights: Tensor, query: Tensor, num_image_tokens: int) -> Tensor:
-        num_text_tokens = query.shape[2] - num_image_tokens
-        if unit_weights.shape[1] != num_text_tokens:
+    def _unit_weights_for(self, query: Tensor, num_image_tokens: int | None) -> Tensor:
+        unit_weights = self._unit_weights
+        assert unit_weights is not None, "recorded"
+        num_text_tokens = unit_weights.shape[1]
+        if num_image_tokens is not None and num_text_tokens != query.shape[2] - num_image_tokens:
             raise ValueError(
-                f"units: expected weights for the {num_text_tokens} text tokens of this forward pass, got "
-                f"{unit_weights.shape[1]}; make them with the tokenizers and lengths that encode the prompts"
+                f"units: expected weights for the {query.shape[2] - num_image_tokens} text tokens of this forward "
+                f"pass, got {num_text_tokens}; make them with the tokenizers and lengths that encode the prompts"
             )
         return self._move(unit_weights, query.device)
 
@@ -192,13 +236,15 @@ def record_attention(
     layers: Iterable[int] | None = None,
     rows: slice | tuple[int, int] | None = None,
     direction: Literal["image_to_text", "text_to_image"] = "image_to_text",
+    implementation: Literal["auto", "fused", "sdpa"] = "auto",
     backend: str = "auto",
     record_pass: int | None = None,
 ) -> Iterator[AttentionRecorder]:
     """Record the attention mass of every forward pass of `transformer` inside the ``with`` block.
 
-    The joint attention of its blocks runs through `joint_attention`, which gives the same output and captures the mass
-    on the way; all else, as the image-only attention of dual blocks, runs unchanged. One step is one forward pass::
+    The joint attention of its blocks runs through `joint_attention`, which captures the mass on the way, or stays with
+    the backend that is set in diffusers, and `attention_mass` runs beside it (docs/models.md says where). All else, as
+    the image-only attention of dual blocks, runs unchanged. One step is one forward pass::
 
         with record_attention(pipe.transformer, units, rows=slice(len(units), None)) as recorder:
             for t in timesteps:
@@ -229,11 +275,14 @@ def record_attention(
             many text tokens as ``encoder_hidden_states`` has. Moved to the transformer's device.
             With None nothing is recorded, any number of forward passes is allowed, and the attention of `layers` is
             computed as it is when they are recorded: so that a policy update sees the very values of its rollout.
-        layers: indices of the blocks to record, by default all.
+        layers: indices of the blocks to record, by default all; FLUX's single blocks count on after the dual ones.
         rows: the batch rows to record, a slice or (first, end), by default all. Diffusers' pipelines put the
             unconditional half first under guidance: ``rows=slice(batch // 2, None)``.
         direction: ``image_to_text`` or ``text_to_image``, see `joint_attention`.
-        backend: ``auto``, ``triton``, ``cpu`` or ``reference``.
+        implementation: ``auto``, ``fused`` or ``sdpa``, see `joint_attention`; with ``sdpa`` the model gives what it
+            gives without recording, bit for bit. ``auto`` alone where the backend that is set in diffusers computes
+            the attention. `AttentionRecorder.implementation` says what came of it.
+        backend: of the library's kernels, ``auto``, ``triton``, ``cpu`` or ``reference``.
         record_pass: which of a step's forward passes is recorded, counted from 0; the others run the same attention
             without capture, and `units` and `rows` need not fit them. By default a step has one. With guidance in one
             batch pass 0 has the conditional half and skip-layer guidance is pass 1; a pipeline that calls its model
@@ -242,8 +291,9 @@ def record_attention(
     Raises:
         TypeError: `transformer` is none of the above; `units`, `layers`, `rows` or `record_pass` of the wrong type; a
             block has another attention processor than the one whose work the recorder does in its family.
-        ValueError: layers, rows or record_pass out of range, an unknown direction. The forward pass raises it where
-            `units` do not fit its batch rows or text tokens.
+        ValueError: layers, rows or record_pass out of range, an unknown direction or implementation, a model under
+            context parallelism. The forward pass raises it where `units` do not fit its batch rows or text tokens, or
+            `implementation` not the model.
         RuntimeError: `transformer` is being recorded already; a second forward pass in one step.
     """
     model, family = _unwrap(transformer)
@@ -255,6 +305,7 @@ def record_attention(
         chosen,
         _check_rows(rows),
         check_choice("direction", direction, DIRECTIONS),  # type: ignore[arg-type]
+        check_choice("implementation", implementation, IMPLEMENTATIONS),  # type: ignore[arg-type]
         backend,
         _check_record_pass(record_pass),
         captures,
@@ -286,8 +337,49 @@ class _Attend:
         self.capture = capture
         self.recomputing = recomputing
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, num_image_tokens: int, text_first: bool) -> Tensor:
-        return self.recorder._attend(self, query, key, value, num_image_tokens, text_first)
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        num_image_tokens: int | None,
+        text_first: bool,
+        text_lengths: Tensor | None = None,
+        own: OwnAttention | None = None,
+    ) -> Tensor:
+        return self.recorder._attend(self, query, key, value, num_image_tokens, text_first, text_lengths, own)
+
+
+def _mass_beside(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_sum_exp: Tensor | None,
+    unit_weights: Tensor,
+    rows: slice,
+    *,
+    num_image_tokens: int,
+    text_first: bool,
+    text_lengths: Tensor | None,
+    direction: Literal["image_to_text", "text_to_image"],
+    backend: str,
+) -> Tensor:
+    """The mass of an attention that something else computes: from its log-sum-exp, or by a pass of our own."""
+    query, key, value = query[rows].detach(), key[rows].detach(), value[rows].detach()
+    options: dict[str, Any] = {"direction": direction, "backend": backend}
+    options["text_lengths"] = None if text_lengths is None else text_lengths[rows]
+    if log_sum_exp is None:
+        options |= {"num_image_tokens": num_image_tokens, "text_first": text_first}
+        _, mass = joint_attention(query, key, value, unit_weights, **options)
+        assert mass is not None, "there are unit weights"
+        return mass
+    image_queries, text_queries, image_keys, text_keys = token_slices(
+        query.shape[2], key.shape[2], num_image_tokens, text_first
+    )
+    to_text = direction == "image_to_text"
+    queries, keys = (image_queries, text_keys) if to_text else (text_queries, image_keys)
+    return attention_mass(query[:, :, queries], key[:, :, keys], unit_weights, log_sum_exp[rows, :, queries], **options)
 
 
 class _Recorded(NamedTuple):

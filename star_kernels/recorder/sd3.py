@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels.recorder.family import Attend, Layer
+from star_kernels.recorder.family import Attend, Layer, check_processor
 
 MODEL = "SD3Transformer2DModel"
 
@@ -29,14 +29,8 @@ def processor(layer: Layer, attend: Attend) -> _JointProcessor:
     """
     from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 
-    own = layer.attention.processor
-    # Exactly this class: a subclass may compute something else.
-    if type(own) is not JointAttnProcessor2_0:
-        hint = "; call unfuse_qkv_projections() first" if isinstance(own, FusedJointAttnProcessor2_0) else ""
-        raise TypeError(
-            f"{layer.name}: expected the attention processor JointAttnProcessor2_0, which recording replaces, got "
-            f"{type(own).__name__}{hint}"
-        )
+    fused = isinstance(layer.attention.processor, FusedJointAttnProcessor2_0)
+    check_processor(layer, JointAttnProcessor2_0, "; call unfuse_qkv_projections() first" if fused else "")
     return _JointProcessor(attend)
 
 

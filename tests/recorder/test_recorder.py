@@ -116,6 +116,54 @@ def test_output_is_unchanged_and_mass_is_that_of_a_materialised_softmax(config):
     assert recorder.mass.shape == (2, IMAGE, UNITS) and recorder.mass.dtype == torch.float32
 
 
+SD3_CONFIGS = {
+    "sd3.5": {},
+    "sd3": {"qk_norm": None},
+    "head dim 64": {"attention_head_dim": 64, "caption_projection_dim": 128},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", SD3_CONFIGS.values(), ids=SD3_CONFIGS)
+def test_with_pytorchs_attention_output_and_gradients_are_those_without_recording_bit_for_bit(config, dtype):
+    transformer = tiny_transformer(**config).to(dtype)
+    plain = transformer(**inputs(dtype=dtype)).sample
+    plain.float().square().mean().backward()
+    expected = gradients_of(transformer)
+    with record_attention(transformer, unit_weights(), implementation="sdpa") as recorder:
+        output = transformer(**inputs(dtype=dtype)).sample
+    output.float().square().mean().backward()
+    with record_attention(transformer, None, implementation="sdpa"), torch.no_grad():
+        update = transformer(**inputs(dtype=dtype)).sample
+    assert torch.equal(output, plain) and torch.equal(update, plain)
+    for gradient, reference in zip(gradients_of(transformer), expected, strict=True):
+        assert torch.equal(gradient, reference) if reference is not None else gradient is None
+    precise = transformer.double()
+    _, masses = materialised_masses(precise, unit_weights().double(), **inputs(dtype=torch.float64))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(recorder.mass.double(), torch.stack(masses).mean(0), rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "backend", "name"),
+    [
+        ("auto", "auto", "fused"),
+        ("fused", "auto", "fused"),
+        ("sdpa", "auto", "sdpa:flash"),
+        ("sdpa", "reference", "sdpa:flash"),
+    ],
+)
+@pytest.mark.parametrize("units", [None, unit_weights()], ids=["without units", "with units"])
+@torch.no_grad()
+def test_the_recorder_says_what_computed_the_attention(untrained, implementation, backend, name, units):
+    options = {"implementation": implementation, "backend": backend}
+    with record_attention(untrained, units, **options) as recorder:
+        assert recorder.implementation is None
+        untrained(**inputs())
+        assert recorder.implementation == name
+    assert recorder.implementation == name
+
+
 @pytest.mark.parametrize("layers", [[1], [0, 2], (2, 0, 2), range(3), {1, 2}], ids=str)
 def test_mass_is_the_mean_over_the_chosen_layers(untrained, layers):
     with record_attention(untrained, unit_weights(), layers=layers) as recorder:
@@ -401,6 +449,9 @@ def test_blocks_compiled_one_by_one_share_their_graphs_however_many_they_are(num
     assert compiled(record_attention(transformer, None))[0] == 2
     graphs, recorder = compiled(record_attention(transformer, unit_weights()))
     assert graphs == 2 and torch.equal(recorder.mass, expected.mass)
+    graphs, recorder = compiled(record_attention(transformer, unit_weights(), implementation="sdpa"))
+    assert graphs == 2 and recorder.implementation == "sdpa:flash"
+    torch.testing.assert_close(recorder.mass, expected.mass)
     # With the chosen pass and without capture.
     graphs, recorder = compiled(record_attention(transformer, unit_weights(), record_pass=0), passes=3)
     assert graphs == 4 and torch.equal(recorder.mass, expected.mass)
@@ -628,6 +679,7 @@ def test_fused_projections_are_an_error_that_says_how_to_undo_them(untrained):
         (ValueError, "rows", {"rows": (-2, 2)}),
         (ValueError, "rows", {"rows": slice(0, 4, 2)}),
         (ValueError, "direction", {"direction": "text"}),
+        (ValueError, "implementation", {"implementation": "flash"}),
         (TypeError, "record_pass", {"record_pass": True}),
         (TypeError, "record_pass", {"record_pass": 0.0}),
         (ValueError, "record_pass", {"record_pass": -1}),

@@ -20,12 +20,13 @@ TEXT, IMAGE, HEADS, WIDTH, UNITS = 5, 9, 2, 16, 3
 class Processor:
     """Attention over text and image together, in that order."""
 
-    def __init__(self, attend: Attend) -> None:
+    def __init__(self, attend: Attend, **options: Any) -> None:
         self.attend = attend
+        self.options = {"num_image_tokens": IMAGE, "text_first": True, **options}
 
     def __call__(self, attention: TextFirstAttention, tokens: Tensor) -> Tensor:
         query, key, value = attention.qkv(tokens).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        out = self.attend(query, key, value, num_image_tokens=tokens.shape[1] - TEXT, text_first=True)
+        out = self.attend(query, key, value, **self.options)
         return attention.out(out.transpose(1, 2).flatten(2))
 
 
@@ -99,12 +100,15 @@ def unit_weights() -> Tensor:
     return torch.rand(2, TEXT, UNITS, generator=torch.Generator().manual_seed(2))
 
 
-def exact_mass(model: TextFirstTransformer) -> Tensor:
+def exact_mass(model: TextFirstTransformer, text_lengths: Tensor | None = None) -> Tensor:
     """The mean over layers of P U, from the softmax P written out in float64."""
     masses = []
 
     def materialised(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-        probabilities = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+        logits = query @ key.mT / query.shape[-1] ** 0.5
+        if text_lengths is not None:
+            logits = logits.masked_fill(~valid(text_lengths), -torch.inf)
+        probabilities = logits.softmax(-1)
         masses.append(probabilities[:, :, TEXT:, :TEXT].mean(1) @ unit_weights().double())
         return probabilities @ value
 
@@ -114,6 +118,56 @@ def exact_mass(model: TextFirstTransformer) -> Tensor:
     with torch.no_grad():
         model(*(tensor.double() for tensor in inputs()))
     return torch.stack(masses).mean(0)
+
+
+def valid(text_lengths: Tensor) -> Tensor:
+    """Which keys take part, [B, 1, 1, N]."""
+    text = torch.arange(TEXT) < text_lengths[:, None]
+    return torch.cat([text, text.new_ones(len(text_lengths), IMAGE)], 1)[:, None, None]
+
+
+class Masked:
+    """A model's own attention with masked text, of the queries, keys and values that it is called with last."""
+
+    name = "masked"
+
+    def __init__(self, text_lengths: Tensor, gives_log_sum_exp: bool) -> None:
+        self.text_lengths, self.gives_log_sum_exp = text_lengths, gives_log_sum_exp
+
+    def __call__(self, wants_log_sum_exp: bool) -> tuple[Tensor, Tensor | None]:
+        query, key, value = self.tensors
+        mask = valid(self.text_lengths)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if not (wants_log_sum_exp and self.gives_log_sum_exp):
+            return out, None
+        return out, (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).logsumexp(-1)
+
+
+@pytest.mark.parametrize("own", [None, "with its log-sum-exp", "without"])
+@pytest.mark.parametrize("rows", [(0, 2), (1, 2)])
+@torch.no_grad()
+def test_text_that_is_masked_takes_no_part_whatever_computes_the_attention(
+    model: TextFirstTransformer, monkeypatch: pytest.MonkeyPatch, own: str | None, rows: tuple[int, int]
+) -> None:
+    lengths = torch.tensor([2, 4])
+    attention = None if own is None else Masked(lengths, own == "with its log-sum-exp")
+
+    def processor(layer: Layer, attend: Attend) -> Processor:
+        def attend_masked(*tensors: Tensor, **options: Any) -> Tensor:
+            if attention is not None:
+                attention.tensors = tensors
+            return attend(*tensors, **options)
+
+        return Processor(attend_masked, text_lengths=lengths, own=attention)
+
+    family = TextFirst("checkpoint")
+    family.processor = processor
+    monkeypatch.setitem(star_kernels.recorder.FAMILIES, "TextFirstTransformer", family)
+    with record_attention(model, unit_weights()[slice(*rows)], rows=rows, backend="reference") as recorder:
+        model(*inputs())
+    exact = exact_mass(model, lengths)[slice(*rows)]
+    torch.testing.assert_close(recorder.mass.double(), exact, rtol=1e-5, atol=1e-6)
+    assert recorder.implementation == ("fused" if own is None else "masked")
 
 
 @torch.no_grad()
@@ -165,6 +219,6 @@ def test_a_class_made_from_the_models_class_is_of_its_family_also_in_a_wrapper(m
 
 
 def test_a_model_of_no_family_is_an_error_that_lists_the_known_classes() -> None:
-    known = "SD3Transformer2DModel, TextFirstTransformer"
+    known = "SD3Transformer2DModel, FluxTransformer2DModel, TextFirstTransformer"
     with pytest.raises(TypeError, match=f"^transformer: expected a model of class {known}, .*, got Linear"):
         record_attention(nn.Linear(2, 2), unit_weights()).__enter__()
