@@ -6,6 +6,8 @@ import contextlib
 import copy
 import itertools
 import os
+import types
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import JointAttnProcessor2_0, XFormersJointAttnProcessor
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from star_kernels.recorder import record_attention
@@ -162,6 +165,60 @@ def test_the_recorder_says_what_computed_the_attention(untrained, implementation
         untrained(**inputs())
         assert recorder.implementation == name
     assert recorder.implementation == name
+
+
+class Copies(TorchDispatchMode):
+    """Counts what copies a tensor of at least `size` elements."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.counts = size, Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **kwargs or {})
+        name = operator.overloadpacket.__name__
+        if name in ("cat", "clone", "copy_", "_to_copy") and result.numel() >= self.size:
+            self.counts[name] += 1
+        return result
+
+
+@pytest.mark.parametrize("implementation", ["fused", "sdpa"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_copies_values_and_the_image_rows_of_its_output_alone(implementation, training):
+    """Queries and keys are normed into one buffer, and attention's output has its tokens outside its heads."""
+    transformer = tiny_transformer()
+    image, text = torch.randn(2, IMAGE, 16, requires_grad=training), torch.randn(2, TEXT, 16)
+    attention = transformer.transformer_blocks[0].attn
+
+    def copies():
+        with torch.set_grad_enabled(training), Copies(image.numel()) as copies:
+            image_out, text_out = attention(image, text)
+            forward = copies.counts.copy()
+            if training:
+                (image_out.sum() + text_out.sum()).backward()
+        return forward, copies.counts - forward
+
+    before, before_backward = copies()
+    with record_attention(transformer, unit_weights(), implementation=implementation):
+        forward, backward = copies()
+    assert before == {"cat": 3, "clone": 2} and forward == {"cat": 1, "clone": 1}
+    assert before_backward == backward == ({"clone": 1} if training else {})
+
+
+def test_a_norm_with_hooks_or_of_another_kind_runs_as_a_module(untrained):
+    seen = []
+    norms = [untrained.transformer_blocks[0].attn.norm_q, untrained.transformer_blocks[1].attn.norm_added_k]
+    norms[0].register_forward_hook(lambda *_: seen.append("hook"))
+    untrained.transformer_blocks[1].attn.norm_added_k = nn.Sequential(norms[1])
+    untrained.transformer_blocks[2].attn.norm_k.forward = types.MethodType(
+        lambda norm, x: seen.append("forward") or type(norm).forward(norm, x),
+        untrained.transformer_blocks[2].attn.norm_k,
+    )
+    plain = untrained(**inputs()).sample
+    assert seen == ["hook", "forward"]
+    with record_attention(untrained, unit_weights(), implementation="sdpa"):
+        output = untrained(**inputs()).sample
+    assert seen == ["hook", "forward"] * 2 and torch.equal(output, plain)
 
 
 @pytest.mark.parametrize("layers", [[1], [0, 2], (2, 0, 2), range(3), {1, 2}], ids=str)
