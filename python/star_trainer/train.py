@@ -27,6 +27,7 @@ from star_trainer.prompts.units import UnitExtractor
 from star_trainer.prompts.units.cache import CacheError
 from star_trainer.prompts.units.chat import ChatError
 from star_trainer.rewards import (
+    Models,
     RewardError,
     WeightedSum,
     check_differentiable,
@@ -78,7 +79,8 @@ def train(config: Config) -> dict[str, object]:
     if config.trains_by_reward_gradient:
         check_differentiable(config.reward)
     draw_training, draw_held_out = load_prompts(config.prompts)
-    terms = load_terms(config.reward, held_out_terms(config.reward))
+    models = Models(config.reward)
+    terms = load_terms(config.reward, held_out_terms(config.reward), models)
     reward = weighted_sum(config.reward, terms)
     prompts = draw_held_out(numpy_stream(config.run.seed, "held-out"), config.evaluation.prompts)
     extractor = UnitExtractor(config.units) if config.uses_maps else None
@@ -90,7 +92,8 @@ def train(config: Config) -> dict[str, object]:
     if extractor is not None:
         shown = config.evaluation.pictures
         prompts[:shown] = fail_together(accelerator, lambda: extractor.fill(prompts[:shown]), *OUTSIDE)
-    held_out = HeldOut(state, prompts, held_out_scorer(config, terms))
+    diversity = models.diversity() if config.evaluation.group > 1 else None
+    held_out = HeldOut(state, prompts, held_out_scorer(config, terms), diversity)
     folder = Path(config.run.folder)
 
     def draw(iteration: int) -> list[Prompt]:

@@ -434,6 +434,10 @@ class Evaluation(Section):
     interim_prompts: int = Field(128, ge=2, description="prompts of the evaluations between the first and the last")
     steps: Positive = 20
     guidance_scale: float = Field(1.0, ge=1.0)
+    group: Positive = Field(
+        1,
+        description="images per held-out prompt; above 1 their diversity is measured, by reward.models.clip",
+    )
     pictures: Positive = Field(8, description="prompts shown in the pictures")
 
 

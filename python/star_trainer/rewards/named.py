@@ -15,6 +15,7 @@ from star_trainer.rewards.scenes import scene_graded, scene_strict
 from star_trainer.worlds.requirements import flow_grpo_score, judge
 
 if TYPE_CHECKING:
+    from star_trainer.rewards.diversity import Diversity
     from star_trainer.rewards.geneval import Detector
     from star_trainer.rewards.models.clip import ClipModel, ClipReward
     from star_trainer.rewards.models.heads import AestheticReward
@@ -119,6 +120,11 @@ class Models:
         from star_trainer.rewards.judge import VlmJudge
 
         return VlmJudge(self.judge)
+
+    def diversity(self) -> Diversity:
+        from star_trainer.rewards.diversity import ClipDiversity
+
+        return ClipDiversity(self.clip)
 
     def remote(self) -> RewardFunction:
         from star_trainer.rewards.remote import RemoteRewardClient

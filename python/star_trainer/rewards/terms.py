@@ -85,17 +85,19 @@ def held_out_scorer(config: Config, terms: Mapping[str, RewardFunction]) -> Held
     return score
 
 
-def load_terms(config: Reward, names: Collection[str] | None = None) -> dict[str, RewardFunction]:
+def load_terms(
+    config: Reward, names: Collection[str] | None = None, models: Models | None = None
+) -> dict[str, RewardFunction]:
     """The rewards given by name or as ``module:function``, without their weights; models are shared among them.
 
-    `names` takes the place of the terms of the configuration.
+    `names` takes the place of the terms of the configuration; `models` are those of it that others share, too.
     From here on ``cuda`` is this process's GPU in the calling thread.
 
     Raises:
         ConfigError, RewardError: as of `load_reward`.
     """
     use_own_device()
-    models = Models(config)
+    models = models or Models(config)
     chosen = config.terms if names is None else names
     return {name: _checked(name, _find(name, models), config.timeout) for name in chosen}
 

@@ -20,6 +20,7 @@ from star_trainer.config import Config
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import GENEVAL, HeldOutScorer, RewardError
+from star_trainer.rewards.diversity import Diversity
 from star_trainer.run.files import write_atomically
 from star_trainer.run.pictures import before_after_sheet
 from star_trainer.run.processes import fail_together, gather, gather_array
@@ -73,11 +74,13 @@ def evaluate(
     prompts: Sequence[Prompt],
     scorer: HeldOutScorer,
     accelerator: Accelerator,
+    diversity: Diversity | None = None,
 ) -> Evaluation:
     """Sample one image per prompt with the pipeline's own (noise-free) sampler and score it.
 
     The noise of a prompt depends on its place in the list alone: evaluations of fewer prompts, or by more processes,
     see the same noise, and the same images up to rounding. The first ``evaluation.pictures`` images are kept.
+    With `diversity` there are ``evaluation.group`` images of a prompt, which it compares.
 
     Raises:
         RewardError: a score that cannot be had, in this or another process.
@@ -91,7 +94,7 @@ def evaluate(
     for first in range(0, share, config.rollout.batch_size):
         places = own[first : first + config.rollout.batch_size]
         batch = [prompts[place] for place in places]
-        judge = partial(_draw_and_score, policy, config, places, batch, scorer)
+        judge = partial(_draw_and_score, policy, config, places, batch, scorer, diversity)
         decoded, found = fail_together(accelerator, judge, RewardError, NonFiniteError)
         images.append(decoded[: max(0, config.evaluation.pictures - first)])
         for name, values in found.items():
@@ -107,18 +110,28 @@ def _draw_and_score(
     places: Sequence[int],
     prompts: Sequence[Prompt],
     scorer: HeldOutScorer,
+    diversity: Diversity | None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    trajectory = denoise(
-        policy,
-        policy.encode([prompt.text for prompt in prompts]),
-        steps=config.evaluation.steps,
-        kind="ode",
-        generator=[stream(config.run.seed, "evaluation", place) for place in places],
-        guidance_scale=config.evaluation.guidance_scale,
-        backend=config.backend,
-    )
-    images = policy.decode(trajectory.latents[-1])
-    return images, scorer(images, prompts)
+    conditioning = policy.encode([prompt.text for prompt in prompts])
+
+    def draw(name: str, *other: int) -> np.ndarray:
+        trajectory = denoise(
+            policy,
+            conditioning,
+            steps=config.evaluation.steps,
+            kind="ode",
+            generator=[stream(config.run.seed, name, place, *other) for place in places],
+            guidance_scale=config.evaluation.guidance_scale,
+            backend=config.backend,
+        )
+        return policy.decode(trajectory.latents[-1])
+
+    images = draw("evaluation")
+    scores = scorer(images, prompts)
+    if diversity is not None:
+        others = [draw("diversity", other) for other in range(1, config.evaluation.group)]
+        scores = {**scores, "diversity": diversity(np.stack([images, *others], axis=1))}
+    return images, scores
 
 
 def draw_comparison(prompts: Sequence[str], before: Evaluation, after: Evaluation, score: str, path: Path) -> None:
@@ -138,20 +151,29 @@ class HeldOut:
     Attributes:
         prompts: N prompts, whose order decides their noise.
         scorer: what scores images.
+        diversity: what compares the images of a prompt, or None.
         base: of the pipeline's own weights, on all prompts.
         latest: of the newest weights that were evaluated, on as many of the first prompts, or None.
         latest_iteration: the iteration of `latest`, or -1.
     """
 
-    def __init__(self, state: TrainingState, prompts: Sequence[Prompt], scorer: HeldOutScorer) -> None:
+    def __init__(
+        self,
+        state: TrainingState,
+        prompts: Sequence[Prompt],
+        scorer: HeldOutScorer,
+        diversity: Diversity | None = None,
+    ) -> None:
         self.prompts = list(prompts)
-        self.scorer = scorer
+        self.scorer, self.diversity = scorer, diversity
         self.base: Evaluation | None = None
         self.latest: Evaluation | None = None
         self.latest_iteration = -1
         self._state = state
         config = state.config
         settings = [config.evaluation.steps, config.evaluation.guidance_scale, config.run.seed]
+        if diversity is not None:
+            settings.append(config.evaluation.group)
         described = [settings, [[prompt.text, prompt.metadata] for prompt in self.prompts]]
         self._measured = hashlib.sha256(json.dumps(described, default=str).encode()).hexdigest()
         self._path = Path(state.config.run.folder) / "base_evaluation.safetensors"
@@ -195,7 +217,7 @@ class HeldOut:
 
     def _evaluate(self, prompts: Sequence[Prompt]) -> Evaluation:
         state = self._state
-        found = evaluate(state.policy, state.config, prompts, self.scorer, state.accelerator)
+        found = evaluate(state.policy, state.config, prompts, self.scorer, state.accelerator, self.diversity)
         return replace(found, measured=self._measured)
 
     @property
@@ -207,7 +229,7 @@ class HeldOut:
     @property
     def shown(self) -> str:
         """The score that pictures are shown with: that of training, or how far images meet their prompts."""
-        return "reward" if "reward" in self.names else self.names[-1]
+        return next(name for name in ("reward", "graded", self.names[-1]) if name in self.names)
 
     def by_tag(self, evaluation: Evaluation) -> dict[str, float]:
         """GenEval's own measure by the tags of its prompts; empty where it is not among the scores."""
@@ -247,7 +269,7 @@ class HeldOut:
         """
         if self.base is None or self.latest is None:
             return None
-        unseen = ("graded", "geneval_strict", self.names[0])
+        unseen = ("graded", "geneval_strict", "reward", self.names[0])
         name = next(name for name in unseen if name in self.names)
         latest = self.latest.scores[name]
         return float(self.base.scores[name][: len(latest)].mean()), float(latest.mean())

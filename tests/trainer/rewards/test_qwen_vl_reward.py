@@ -161,7 +161,7 @@ def test_the_gradient_is_that_of_finite_differences(folder: Path) -> None:
     start = (0.1 + 0.8 * as_tensor(pictures()).double()).requires_grad_()
     (gradient,) = torch.autograd.grad(score(start).sum(), start)
     direction = torch.randn(start.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    # Qwen2-VL normalises in float32 whatever its weights are: a smaller step would measure rounding, a larger one kinks.
+    # Qwen2-VL normalises in float32 whatever its weights are: a smaller step would measure rounding.
     measured = central_differences(score, start.detach(), direction, 3e-4)
     torch.testing.assert_close((gradient * direction).sum((1, 2, 3)), measured, rtol=1e-2, atol=1e-3)
     (whole,) = torch.autograd.grad(reward.differentiable(start.float(), TEXTS).sum(), start)

@@ -6,8 +6,9 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,17 @@ if TYPE_CHECKING:
     from star_trainer.families.policy import Policy
     from star_trainer.prompts import Prompt
     from star_trainer.rewards import RewardFunction
+    from star_trainer.rewards.diversity import Diversity
     from star_trainer.studies.evaluate.gallery import Gallery
+    from star_trainer.studies.evaluate.sets import Distance, Reference
     from star_trainer.studies.evaluate.tables import Row
 
 # What Flow-GRPO evaluates Stable Diffusion 3.5 with, where neither a preset nor a run says otherwise.
 _PUBLISHED = ("evaluation.steps=40", "evaluation.guidance_scale=4.5", "rollout.batch_size=8")
 _SHORT = {"geneval": "geneval_strict"}
 _AT_ONCE = 64
+# What R0 is measured by, beside FID.
+_OF_R0 = ("hps", "aesthetic", "clip_score", "image_reward")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,6 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--samples", type=int, default=4, help="pictures per prompt (4)")
     parser.add_argument("--rewards", help="names with commas between; geneval is short for geneval_strict")
+    parser.add_argument("--reference", type=place, help="folder of pictures that FID and KID compare with")
+    parser.add_argument(
+        "--features", type=place, help="TorchScript file of the network whose features FID and KID are made of"
+    )
+    parser.add_argument(
+        "--diversity", action="store_true", help="how much the pictures of a prompt differ, by reward.models.clip"
+    )
+    parser.add_argument(
+        "--r0-table",
+        action="store_true",
+        help=f"print R0's table too, and score {', '.join(_OF_R0)} where --rewards says nothing else",
+    )
     parser.add_argument("--steps", type=int, help="evaluation.steps: denoising steps")
     parser.add_argument("--guidance-scale", type=float, help="evaluation.guidance_scale")
     parser.add_argument("--resolution", type=int, help="model.resolution: pixels of a side")
@@ -108,10 +125,16 @@ def _settings(options: argparse.Namespace) -> tuple[Config, Path | None, Path]:
         config = load_config(source or "tiny", overrides)
     else:
         config = check_section(Config, {}, [*_PUBLISHED, *overrides], "the command line")
-    if options.rewards is not None:
-        names = [_SHORT.get(name.strip(), name.strip()) for name in options.rewards.split(",") if name.strip()]
+    rewards = options.rewards or (",".join(_OF_R0) if options.r0_table else None)
+    if (options.reference is None) != (options.features is None):
+        raise ConfigError("--reference, --features: expected both or none")
+    if options.diversity and options.samples < 2:
+        raise ConfigError(f"--samples: expected at least 2 for --diversity, got {options.samples}")
+    if rewards is not None:
+        names = [_SHORT.get(name.strip(), name.strip()) for name in rewards.split(",") if name.strip()]
         terms = dict.fromkeys(names, 1.0)
-        config = config.model_copy(update={"reward": config.reward.model_copy(update={"terms": terms})})
+        alone = {"terms": terms, "floors": {}, "gates": {}}
+        config = config.model_copy(update={"reward": config.reward.model_copy(update=alone)})
     if not config.reward.terms:
         raise ConfigError("--rewards: expected at least one name")
     if options.out is not None:
@@ -131,13 +154,14 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
     """
     from tqdm import tqdm
 
-    from star_trainer.rewards import RewardError, check_prompts, check_reward, load_terms
+    from star_trainer.rewards import Models, RewardError, check_prompts, check_reward, load_terms
     from star_trainer.run.inputs import check_backend
     from star_trainer.run.processes import fail_together
     from star_trainer.sampling import NonFiniteError
     from star_trainer.studies.evaluate.gallery import Gallery, batches_of, draw
     from star_trainer.studies.evaluate.models import connect
-    from star_trainer.studies.evaluate.tables import markdown, tabulate
+    from star_trainer.studies.evaluate.sets import Features, Reference
+    from star_trainer.studies.evaluate.tables import markdown, r0_table, sets_table, tabulate
 
     check_backend(config.backend)
     check_reward(config.reward)
@@ -145,7 +169,15 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
     check_prompts(config.reward.terms, prompts, "--rewards")
     accelerator = connect(config)
     main = accelerator.is_main_process
-    scorers = fail_together(accelerator, lambda: load_terms(config.reward) if main else {}, ConfigError, RewardError)
+    models = Models(config.reward)
+
+    def load() -> tuple[dict[str, RewardFunction], Diversity | None, Reference | None]:
+        if not main:
+            return {}, None, None
+        reference = Reference(options.reference, Features(options.features)) if options.reference else None
+        return load_terms(config.reward, models=models), models.diversity() if options.diversity else None, reference
+
+    scorers, diversity, reference = fail_together(accelerator, load, ConfigError, RewardError)
     policy, digest = _models(config, options.adapter, run)
     galleries = {
         model: Gallery(out / model, prompts, options.samples)
@@ -173,9 +205,18 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
     if not main:
         return
     scores = {model: _score(gallery, scorers) for model, gallery in galleries.items()}
+    if diversity is not None:
+        for model, gallery in galleries.items():
+            scores[model]["diversity"] = _diversity(gallery, diversity)
+    distances = {}
+    if reference is not None:
+        distances = {model: reference.distance(_pictures(gallery)) for model, gallery in galleries.items()}
     rows = tabulate(scores, [prompt.metadata.get("tag") for prompt in prompts])
-    table = markdown(rows)
-    _write(out, config, galleries, scores, rows, table)
+    table = "\n".join([markdown(rows), *([sets_table(distances)] if distances else [])])
+    if options.r0_table:
+        fids = {model: distance.fid for model, distance in distances.items()}
+        table = "\n".join([table, r0_table(config.evaluation.steps, scores, fids)])
+    _write(out, config, galleries, scores, rows, distances, table)
     print(table)
     print(f"pictures, scores and tables are in {out}")
 
@@ -243,12 +284,24 @@ def _score(gallery: Gallery, scorers: Mapping[str, RewardFunction]) -> dict[str,
     return {name: np.concatenate(parts).reshape(-1, gallery.samples) for name, parts in found.items()}
 
 
+def _pictures(gallery: Gallery) -> Iterator[np.ndarray]:
+    places = list(gallery.places())
+    return (gallery.read(places[first : first + _AT_ONCE]) for first in range(0, len(places), _AT_ONCE))
+
+
+def _diversity(gallery: Gallery, diversity: Diversity) -> np.ndarray:
+    """[P, 1]: one number for the pictures of a prompt."""
+    groups = ([(prompt, sample) for sample in range(gallery.samples)] for prompt in range(len(gallery.prompts)))
+    return np.stack([diversity(gallery.read(places)[None]) for places in groups])
+
+
 def _write(
     out: Path,
     config: Config,
     galleries: Mapping[str, Gallery],
     scores: Mapping[str, Mapping[str, np.ndarray]],
     rows: Sequence[Row],
+    distances: Mapping[str, Distance],
     table: str,
 ) -> None:
     """scores.jsonl (a line per picture), table.json, table.md, and sheet.png where there are two models."""
@@ -263,7 +316,9 @@ def _write(
                 "file": str(gallery.path(prompt, sample).relative_to(out)),
                 "prompt": gallery.prompts[prompt].text,
                 "tag": gallery.prompts[prompt].metadata.get("tag"),
-                **{name: float(values[prompt, sample]) for name, values in scores[model].items()},
+                **{
+                    name: float(values[prompt, sample]) for name, values in scores[model].items() if name != "diversity"
+                },
             }
             lines.append(json.dumps(entry) + "\n")
     write_atomically(out / "scores.jsonl", "".join(lines).encode())
@@ -285,7 +340,8 @@ def _write(
     samples = next(iter(galleries.values())).samples
     settings = {**_decisive(config, None), "samples": samples}
     del settings["adapter"]
-    write_atomically(out / "table.json", json.dumps({"settings": settings, "rows": shown}, indent=2).encode())
+    content = {"settings": settings, "rows": shown, "sets": {model: asdict(d) for model, d in distances.items()}}
+    write_atomically(out / "table.json", json.dumps(content, indent=2).encode())
     write_atomically(out / "table.md", table.encode())
     if len(galleries) == 2:
         base = galleries["base"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from star_trainer.run.statistics import Mean, bootstrap_mean
+from star_trainer.studies.evaluate.sets import Distance
 
 OVERALL, DIFFERENCE = "overall", "difference"
 
@@ -50,6 +51,34 @@ def tabulate(scores: Mapping[str, Mapping[str, np.ndarray]], tags: Sequence[str 
     return rows
 
 
+def r0_table(steps: int, scores: Mapping[str, Mapping[str, np.ndarray]], fids: Mapping[str, float]) -> str:
+    """R0's table (arXiv 2503.13070), a line per model: what it is measured by, HPS times 100 as there.
+
+    Args:
+        steps: of the sampler.
+        scores: by model and reward [P, S]; what is not among them is left blank.
+        fids: by model, where FID was measured.
+    """
+    lines = [["model", "steps", "HPS", "aesthetic", "CLIP score", "FID", "ImageReward"]]
+    for model, found in scores.items():
+        cells = [
+            f"{scale * found[name].mean():.2f}" if name in found else ""
+            for name, scale in (("hps", 100.0), ("aesthetic", 1.0), ("clip_score", 1.0), ("image_reward", 1.0))
+        ]
+        fid = f"{fids[model]:.2f}" if model in fids else ""
+        lines.append([model, str(steps), *cells[:3], fid, cells[3]])
+    return _aligned(lines)
+
+
+def sets_table(distances: Mapping[str, Distance]) -> str:
+    """FID and KID of each model's pictures."""
+    lines = [["model", "pictures", "reference", "FID", "KID"]]
+    for model, found in distances.items():
+        kid = f"{found.kid:.5f} ± {found.kid_std:.5f}"
+        lines.append([model, str(found.pictures), str(found.reference), f"{found.fid:.3f}", kid])
+    return _aligned(lines)
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a table for people and for Markdown."""
     columns = list(rows[0].estimates)
@@ -58,7 +87,12 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [_cell(row.estimates[column], signed=column == DIFFERENCE) for column in columns]
         lines.append([row.reward, row.tag, str(row.prompts), *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Cells as a table for people and for Markdown; the first line is its header."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     shown = ("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(f"{line} |" for line in shown) + "\n"
