@@ -79,7 +79,7 @@ def latent_cases() -> Cases:
     guided: dict[str, Any] = {"unconditional_velocity": latent["unconditional"], "guidance_scale": 4.5}
     allocation: dict[str, Any] = {"grid": (size // 2, size // 2), "backend": "triton"}
     objective: dict[str, Any] = {"weights": weights, "backend": "triton"}
-    grad = meta(batch, size, size)
+    grad, one = meta(batch, size, size), meta()
 
     def loss(velocity: Tensor, **options: Any) -> Tensor:
         return sk.policy_loss(velocity, sample, noise, old_log_prob, advantage, coefficients, **objective, **options)[0]
@@ -101,11 +101,13 @@ def latent_cases() -> Cases:
         "transition log-prob": lambda: log_prob(latent["velocity"]),
         "transition log-prob and backward": lambda: torch.autograd.grad(log_prob(trained), trained, grad),
         "policy loss": lambda: loss(latent["velocity"]),
-        "policy loss and backward": lambda: torch.autograd.grad(loss(trained), trained),
+        "policy loss and backward": lambda: torch.autograd.grad(loss(trained), trained, one),
         "policy loss with KL and guidance, and backward": lambda: torch.autograd.grad(
-            loss(trained, **everything), trained
+            loss(trained, **everything), trained, one
         ),
-        "policy loss of images, and backward": lambda: torch.autograd.grad(loss(trained, granularity="image"), trained),
+        "policy loss of images, and backward": lambda: torch.autograd.grad(
+            loss(trained, granularity="image"), trained, one
+        ),
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class TransitionCoefficients:
     noise_rate: Tensor | None = None
     kind: str = "custom"
     stochastic: bool = True
+    # Batches and devices that the rows have been found to fit, without a copy.
+    _fit: set[tuple[int, torch.device]] = field(default_factory=set, init=False, repr=False)
 
     @property
     def sample_scale(self) -> Tensor:
@@ -77,6 +79,9 @@ def check_coefficients(coefficients: object, batch: int, device: torch.device) -
             f"coefficients: expected TransitionCoefficients (see transition_coefficients), "
             f"got {type(coefficients).__name__}"
         )
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager and (batch, device) in coefficients._fit:
+        return coefficients
     rows = (coefficients.sample_drift, coefficients.velocity_scale, coefficients.std, coefficients.noise_rate)
     on_cpu = several = 0
     for name, row in zip(_ROWS, rows, strict=True):
@@ -88,8 +93,10 @@ def check_coefficients(coefficients: object, batch: int, device: torch.device) -
         on_cpu += here
         several += not (here and single)
     if device.type == "cpu" or not (on_cpu and several):
+        if is_eager:
+            coefficients._fit.add((batch, device))
         return coefficients
-    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+    if is_eager and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"coefficients: expected tensors on {device}, or one row for all samples, while a graph is captured, got "
             f"{batch} rows on the CPU; coefficients.to(device) copies them"
@@ -110,9 +117,16 @@ def check_guidance(velocity: Tensor, unconditional_velocity: object, guidance_sc
     return scale
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 when every floating tensor is float64, so that gradients can be checked; float32 otherwise."""
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None and tensor.is_floating_point()}
+def compute_dtype(*values: Tensor | float | None) -> torch.dtype:
+    """float64 when every floating tensor is float64, so that gradients can be checked; float32 otherwise.
+
+    A number is one that came from float32.
+    """
+    dtypes = {
+        value.dtype if isinstance(value, Tensor) else torch.float32
+        for value in values
+        if not (value is None or (isinstance(value, Tensor) and not value.is_floating_point()))
+    }
     return torch.float64 if dtypes == {torch.float64} else torch.float32
 
 

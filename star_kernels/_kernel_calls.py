@@ -1,20 +1,19 @@
 """How an operator launches its Triton kernels, and how they are compiled where there is no GPU.
 
-An operator describes its kernels in one function, `prepare(*tensors, *scalars, *values) -> (outputs, calls)`. It
-allocates the outputs and what lies between two kernels, and lists a `KernelCall` for each kernel in order. Two things
-are made of it:
+An operator describes its kernels in one function, `prepare(*arguments, *values) -> (outputs, calls)`. It allocates the
+outputs and what lies between two kernels, and lists a `KernelCall` for each kernel in order. Two things are made of it:
 
-- `launch(prepare, tensors, scalars, values)` runs it and returns the outputs. The first time for some shapes, strides,
-  dtypes, alignments and scalars it launches through Triton and keeps a plan: what is allocated, the compiled kernels,
+- `launch(prepare, arguments, values)` runs it and returns the outputs. The first time for some shapes, strides, dtypes,
+  devices, alignments and scalars it launches through Triton and keeps a plan: what is allocated, the compiled kernels,
   and which pointer goes where. From then on a call fills in pointers and hands them to Triton's compiled launcher, in
   about a tenth of the time. Therefore:
+  - `arguments` are tensors and what is hashable, each of one type in all calls: 1, 1.0 and True are one key. A new
+    scalar makes a new plan. The first argument is a tensor, and its device that of the kernels.
   - `prepare` sees sizes, strides and dtypes, and no values. It allocates with ``torch.empty`` and the like and takes
     views of its tensors. It must not copy (``contiguous``) or compute: that comes before `launch`, and is refused.
+    It may raise: what has been launched once is not prepared again.
   - `outputs` is a tensor that it was given or allocated, or None, or a tuple of these.
-  - `scalars` are hashable, and each is of one type in all calls: 1, 1.0 and True are one key. A new one makes a new
-    plan.
   - `values` are floats that a kernel takes as they are, each as an argument: they may be others in every call.
-  - the first of `tensors` is not None, and its device is everyone's.
 - the static checks call `prepare` with tensors on the ``meta`` device and compile its calls for any architecture:
   pointer alignment, strides of 1 and sizes that 16 divides are specialised exactly as in a launch, because it is
   Triton's own launch path that does it.
@@ -99,9 +98,9 @@ class _Launch(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What `launch` does for tensors like those that it was made for.
+    """What `launch` does for arguments like those that it was made for.
 
-    The tensors, and their pointers, are those that are given, then those that are allocated.
+    Its tensors are the arguments, then what is allocated; pointers are in the same order.
     """
 
     allocations: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
@@ -127,61 +126,51 @@ class _Plan(NamedTuple):
 
 Prepare = Callable[..., tuple[Any, Sequence[KernelCall]]]
 _MOST_PLANS = 1024
+_ON_AMD = torch.version.hip is not None
 # None where Triton compiles nothing, as in its interpreter.
 _plans: dict[tuple[Hashable, ...], _Plan | None] = {}
 
 
-def launch(
-    prepare: Prepare,
-    tensors: Sequence[Tensor | None],
-    scalars: tuple[Hashable, ...] = (),
-    values: tuple[float, ...] = (),
-) -> Any:
-    """The outputs of ``prepare(*tensors, *scalars, *values)``, written by its kernels on the current stream.
+def launch(prepare: Prepare, arguments: Sequence[Any], values: tuple[float, ...] = ()) -> Any:
+    """The outputs of ``prepare(*arguments, *values)``, written by its kernels on the current stream.
 
     Raises:
         RuntimeError: `prepare` does more than allocate and take views, or depends on more than the metadata.
     """
-    key: list[Hashable] = [prepare, scalars, len(values)]
+    key: list[Hashable] = [prepare, len(values)]
     pointers = []
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-            pointers.append(0)
-        else:
-            pointer = tensor.data_ptr()
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            pointer = argument.data_ptr()
+            pointers.append(pointer)
             # Triton compiles another kernel where 16 does not divide the pointer, and on AMD where 31 bits do not span
             # its memory.
-            key += (tensor.shape, tensor.stride(), tensor.dtype, pointer % 16)
-            if torch.version.hip is not None:
-                key.append(tensor.untyped_storage().nbytes() < 2**31)
-            pointers.append(pointer)
-    device = tensors[0].device  # type: ignore[union-attr]
-    key.append(device.index)
+            key += (argument.shape, argument.stride(), argument.dtype, argument.device, pointer % 16)
+            if _ON_AMD:
+                key.append(argument.untyped_storage().nbytes() < 2**31)
+        else:
+            pointers.append(0)
+            key.append(argument)
     whole = tuple(key)
     plan = _plans.get(whole)
+    device = arguments[0].device
     if plan is None or plan.is_hooked():
-        with torch.cuda.device_of(tensors[0]):
-            outputs, calls = prepare(*tensors, *scalars, *values)
+        with torch.cuda.device_of(arguments[0]):
+            outputs, calls = prepare(*arguments, *values)
             compiled = [call.launch() for call in calls]
             if whole not in _plans:
                 if len(_plans) == _MOST_PLANS:
                     _plans.clear()
-                _plans[whole] = _plan(prepare, tensors, scalars, len(values), calls, compiled)
+                _plans[whole] = _plan(prepare, arguments, len(values), calls, compiled)
         return outputs
     if device.index is not None and device.index != plan.driver.get_current_device():
         with torch.cuda.device(device):
-            return plan.run(list(tensors), pointers, values, device)
-    return plan.run(list(tensors), pointers, values, device)
+            return plan.run([*arguments], pointers, values, device)
+    return plan.run([*arguments], pointers, values, device)
 
 
 def _plan(
-    prepare: Prepare,
-    tensors: Sequence[Tensor | None],
-    scalars: tuple[Hashable, ...],
-    num_values: int,
-    calls: Sequence[KernelCall],
-    compiled: list[Any],
+    prepare: Prepare, arguments: Sequence[Any], num_values: int, calls: Sequence[KernelCall], compiled: list[Any]
 ) -> _Plan | None:
     """The plan by which `calls` were launched, or None where Triton compiled nothing.
 
@@ -189,13 +178,13 @@ def _plan(
     are given may lie in one another.
     """
     stand_ins = [
-        None
-        if tensor is None
-        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        for tensor in tensors
+        torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device="meta")
+        if isinstance(argument, Tensor)
+        else argument
+        for argument in arguments
     ]
     with _Allocations(prepare) as made:
-        outputs, like = prepare(*stand_ins, *scalars, *(_Value(i) for i in range(num_values)))
+        outputs, like = prepare(*stand_ins, *(_Value(i) for i in range(num_values)))
     import triton
 
     if not all(isinstance(kernel, triton.compiler.CompiledKernel) for kernel in compiled):
@@ -237,12 +226,12 @@ class _Value(float):
 class _Source:
     """Finds the tensors of a plan in what `prepare` made of their stand-ins."""
 
-    def __init__(self, stand_ins: list[Tensor | None]) -> None:
+    def __init__(self, stand_ins: list[Any]) -> None:
         self.stand_ins = stand_ins
-        self.of_storage = {t.untyped_storage()._cdata: i for i, t in enumerate(stand_ins) if t is not None}
+        self.of_storage = {t.untyped_storage()._cdata: i for i, t in enumerate(stand_ins) if isinstance(t, Tensor)}
 
     def arguments(self, call: KernelCall, like: KernelCall) -> Callable[..., tuple[Any, ...]]:
-        """The arguments of `call` in the order of its parameters, from the pointers of the plan's tensors and values.
+        """The arguments of `call` in the order of its parameters, from the the pointers and values.
 
         `like` is the same call with stand-ins.
         """

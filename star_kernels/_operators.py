@@ -84,4 +84,9 @@ def _in_eager_mode(
         def backward(ctx: Any, *gradients: Any) -> Any:
             return backward(ctx, *gradients)
 
-    return Eager.apply
+    return apply_of(Eager)
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without what it does in Python, which is for torch.func."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]

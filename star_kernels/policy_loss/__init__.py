@@ -10,15 +10,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import backends
-from .._checks import FLOATS, check_choice, check_number, check_reverse_mode, check_tensor
-from .._gaussian import TransitionCoefficients, check_coefficients, check_guidance
-from .._operators import is_traced
+from .._checks import check_reverse_mode
+from .._gaussian import TransitionCoefficients
+from .._operators import apply_of, is_traced
 from . import cpu, reference
+from .checks import checked, with_rows
 
 __all__ = ["PolicyLoss", "policy_loss"]
 
-GRANULARITIES = ("position", "image")
-KL_SCALES = ("variance", "std_dev", "velocity")
 KERNELS = ("triton", "cpu")
 _PIECE = 2**16  # entries of a gradient that are scaled at a time
 
@@ -131,82 +130,28 @@ def policy_loss(
             an unconditional velocity, guard or dppo without `old_velocity`, or dppo without a limit.
         RuntimeError: a backend that cannot run here, with the reason.
     """
-    given = dict(locals())  # the arguments, while nothing else has a name
-    del given["backend"]
-    if _is_plain(velocity, coefficients) and _resolve(velocity.device, backend) == "cpu":
-        plain = cpu.plain_policy_loss(*given.values())
+    # The arguments in their order, while nothing else has a name; the last one is the backend.
+    inputs = reference.Inputs._make([*locals().values()][:-1])
+    is_plain = _is_plain(velocity, coefficients)
+    chosen = _resolve(velocity.device, backend) if is_plain else None
+    if chosen == "cpu":
+        plain = cpu.plain_policy_loss(*inputs)
         if plain is not None:
             return PolicyLoss(plain[0], _by_name(plain[1:], old_velocity))
-    inputs = _checked(reference.Inputs(**given))
+    inputs = with_rows(inputs)
+    if not (chosen == "triton" and _is_described_by_metadata(inputs)):
+        inputs = checked(inputs)
+        check_reverse_mode("policy_loss", inputs.flat())
     with_gradient = torch.is_grad_enabled() and velocity.requires_grad
-    if is_traced((velocity,)):
-        loss, metrics, _ = _policy_loss(*_flat(inputs), with_gradient, backend)
-    elif (chosen := _chosen_backend(inputs, backend)) == "cpu":
+    if not is_plain and is_traced((velocity,)):
+        loss, metrics, _ = _policy_loss(*inputs.flat(), with_gradient, backend)
+    elif (chosen := chosen if chosen == "triton" else _chosen_backend(inputs, backend)) == "cpu":
         loss, metrics, _ = cpu.policy_loss(inputs, with_gradient)
     elif with_gradient:
-        loss, metrics, _ = _LossAndGradient.apply(velocity, inputs, chosen)
+        loss, metrics, _ = _differentiable(velocity, inputs, chosen)
     else:
         loss, metrics, _ = _compute(inputs, False, chosen)
     return PolicyLoss(loss, _by_name(metrics.unbind(), old_velocity))
-
-
-def _checked(inputs: reference.Inputs) -> reference.Inputs:
-    """The arguments of `policy_loss` with a bool mask, two bounds of the clip range, and floats."""
-    velocity, objective, weights, mask = inputs.velocity, inputs.objective, inputs.weights, inputs.mask
-    check_tensor("velocity", velocity, ("B", "C", "H", "W"))
-    batch, _, height, width = velocity.shape
-    device = velocity.device
-    check_tensor("sample", inputs.sample, velocity.shape, device=device)
-    check_tensor("next_sample", inputs.next_sample, velocity.shape, device=device)
-    check_tensor("old_log_prob", inputs.old_log_prob, (batch, height, width), device=device)
-    check_tensor("advantage", inputs.advantage, (batch,), device=device)
-    rows = check_coefficients(inputs.coefficients, batch, device)
-    if not rows.stochastic:
-        raise ValueError(f"coefficients: expected steps with noise, got {rows.kind} with s = 0, which has no log-prob")
-    if weights is not None:
-        check_tensor("weights", weights, (batch, "h", "w"), device=device)
-        if height % weights.shape[1] or width % weights.shape[2]:
-            raise ValueError(
-                f"weights: expected a grid [{batch}, h, w] that divides the latent's [{height}, {width}], "
-                f"got {list(weights.shape)}"
-            )
-    if mask is not None:
-        check_tensor("mask", mask, (batch, height, width), dtypes=(torch.bool, *FLOATS), device=device)
-        mask = mask.bool()
-    check_choice("objective", objective, reference.OBJECTIVES)
-    if inputs.old_velocity is not None:
-        check_tensor("old_velocity", inputs.old_velocity, velocity.shape, device=device)
-    elif objective in ("guard", "dppo"):
-        raise ValueError(
-            f"old_velocity: expected a tensor {list(velocity.shape)} because objective is {objective!r}, got None"
-        )
-    limit: float | None = inputs.divergence_limit
-    if limit is not None:
-        limit = check_number("divergence_limit", limit, low=0.0)
-    elif objective == "dppo":
-        raise ValueError("divergence_limit: expected a number of at least 0 because objective is 'dppo', got None")
-    clip_range = _check_clip_range(inputs.clip_range)
-    check_choice("granularity", inputs.granularity, GRANULARITIES)
-    check_choice("kl_scale", inputs.kl_scale, KL_SCALES)
-    kl_weight = check_number("kl_weight", inputs.kl_weight, low=0.0)
-    if inputs.reference_velocity is not None:
-        check_tensor("reference_velocity", inputs.reference_velocity, velocity.shape, device=device)
-    elif kl_weight > 0:
-        raise ValueError(
-            f"reference_velocity: expected a tensor {list(velocity.shape)} because kl_weight is {kl_weight}, got None"
-        )
-    if inputs.kl_scale == "std_dev" and rows.noise_rate is None:
-        raise ValueError(f"kl_scale: expected 'variance' because {rows.kind} steps have no noise rate, got 'std_dev'")
-    guidance = check_guidance(velocity, inputs.unconditional_velocity, inputs.guidance_scale)
-    check_reverse_mode("policy_loss", _flat(inputs))
-    return inputs._replace(
-        coefficients=rows,
-        mask=mask,
-        clip_range=clip_range,
-        divergence_limit=limit or 0.0,
-        kl_weight=kl_weight,
-        guidance_scale=guidance,
-    )
 
 
 def _by_name(metrics: Iterable[Tensor], old_velocity: Tensor | None) -> dict[str, Tensor]:
@@ -214,16 +159,6 @@ def _by_name(metrics: Iterable[Tensor], old_velocity: Tensor | None) -> dict[str
     if old_velocity is None:
         del named["divergence"]
     return named
-
-
-def _check_clip_range(clip_range: object) -> tuple[float, float]:
-    if not isinstance(clip_range, (tuple, list)):
-        bound = check_number("clip_range", clip_range, low=0.0, high=1.0, high_open=True)
-        return bound, bound
-    if len(clip_range) != 2:
-        raise ValueError(f"clip_range: expected a number or (low, high), got {len(clip_range)} numbers")
-    low, high = (check_number("clip_range", bound, low=0.0, high=1.0, high_open=True) for bound in clip_range)
-    return low, high
 
 
 def _resolve(device: torch.device, backend: str) -> str:
@@ -257,11 +192,21 @@ def _is_plain(velocity: object, coefficients: object) -> bool:
     return (
         isinstance(coefficients, TransitionCoefficients)
         and isinstance(velocity, Tensor)
-        and velocity.is_cpu
         and not is_traced((velocity,))
         and torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
+    )
+
+
+def _is_described_by_metadata(inputs: reference.Inputs) -> bool:
+    """Whether the Triton kernels may check the arguments, which they do where they have not met their like before."""
+    mask, clip_range = inputs.mask, inputs.clip_range
+    is_bool = mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool)
+    return (
+        is_bool
+        and isinstance(clip_range, (float, tuple))
+        and {Tensor, type(None)}.issuperset(map(type, inputs.tensors()))
     )
 
 
@@ -279,19 +224,10 @@ class _LossAndGradient(torch.autograd.Function):
         return _gradient(ctx, grad_loss), None, None
 
 
-_PLACE = reference.Inputs._fields.index("coefficients")
+_differentiable = apply_of(_LossAndGradient)
+
+
 _ROWS = "Tensor sample_drift, Tensor velocity_scale, Tensor std, Tensor? noise_rate"
-
-
-def _flat(inputs: reference.Inputs) -> tuple[Any, ...]:
-    """The arguments as the operator takes them: the rows of the coefficients in their place."""
-    c = inputs.coefficients
-    return (*inputs[:_PLACE], c.sample_drift, c.velocity_scale, c.std, c.noise_rate, *inputs[_PLACE + 1 :])
-
-
-def _from_flat(arguments: Sequence[Any]) -> reference.Inputs:
-    rows = TransitionCoefficients(*arguments[_PLACE : _PLACE + 4])
-    return reference.Inputs._make((*arguments[:_PLACE], rows, *arguments[_PLACE + 4 :]))
 
 
 def _schema() -> str:
@@ -308,14 +244,15 @@ def _schema() -> str:
 def _policy_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, metrics and, if asked for, the gradient with respect to the velocity (else an empty tensor)."""
     *given, with_gradient, backend = arguments
-    inputs = _from_flat(given)
+    inputs = reference.Inputs.from_flat(given)
+    inputs = inputs._replace(clip_range=tuple(inputs.clip_range))
     return _compute(inputs, with_gradient, _chosen_backend(inputs, backend))
 
 
 @_policy_loss.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, with_gradient, _backend = arguments
-    inputs = _from_flat(given)
+    inputs = reference.Inputs.from_flat(given)
     loss = inputs.velocity.new_empty((), dtype=inputs.dtype())
     gradient = reference.empty_gradient(inputs.velocity, loss.dtype) if with_gradient else loss.new_empty(0)
     return loss, loss.new_empty(len(reference.METRICS)), gradient

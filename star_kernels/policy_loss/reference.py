@@ -79,6 +79,19 @@ class Inputs(NamedTuple):
             return c.velocity_scale.abs() * math.sqrt(0.5)
         return c.std if self.kl_scale == "variance" or c.noise_rate is None else c.noise_rate
 
+    def flat(self) -> tuple[Any, ...]:
+        """The arguments as operators take them: the rows of the coefficients in their place."""
+        c = self.coefficients
+        return (*self[:5], c.sample_drift, c.velocity_scale, c.std, c.noise_rate, *self[6:])
+
+    @classmethod
+    def from_flat(cls, arguments: Sequence[Any]) -> Inputs:
+        return cls._make((*arguments[:5], TransitionCoefficients(*arguments[5:9]), *arguments[9:]))
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the coefficients."""
+        return (*self[:5], *self[6:8], self.old_velocity, self.reference_velocity, self.unconditional_velocity)
+
     def latents(self) -> tuple[Tensor | None, ...]:
         """All that are like the velocity, which is the first."""
         return tuple(getattr(self, name) for name in LATENTS)

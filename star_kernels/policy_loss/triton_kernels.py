@@ -19,6 +19,7 @@ without a second pass where it is 1, unless it writes another tensor: the float1
 its range, or that of a graph that is kept.
 """
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ from .._gaussian_kernels import (
 from .._kernel_calls import KernelCall, launch
 from .._triton import cast
 from . import reference
+from .checks import checked
 from .reference import LOG_RATIO_LIMIT, METRICS, WEIGHTED_ADVANTAGE_LIMIT
 
 # Rows of the partial sums: the metrics in their order, then what only the kernels need.
@@ -68,6 +70,7 @@ _ROWS = 13
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 _WEIGHTED_LIMIT = tl.constexpr(WEIGHTED_ADVANTAGE_LIMIT)
 _INFINITY = tl.constexpr(float("inf"))
+_ROOT_HALF = tl.constexpr(math.sqrt(0.5))
 
 # Tiles of a sample whose sums a program of an image adds at a time, and columns that a program of the metrics does:
 # these are few programs with nothing to hide a read behind. Positions of a mask and entries of a gradient at a time.
@@ -93,7 +96,7 @@ class _Inputs(NamedTuple):
     sample_drift: Row
     velocity_scale: Row
     std: Row
-    kl_std: Row
+    kl_std: Row | None  # that of the velocity, |b|·√½, where it is None
 
 
 class _Shape(NamedTuple):
@@ -110,7 +113,7 @@ def _load_scalars(inputs, sample, shape, COMPUTE: tl.constexpr):
     drift = load_row(inputs.sample_drift, sample, COMPUTE)
     scale = load_row(inputs.velocity_scale, sample, COMPUTE)
     std = load_row(inputs.std, sample, COMPUTE)
-    kl_std = load_row(inputs.kl_std, sample, COMPUTE)
+    kl_std = tl.abs(scale) * _ROOT_HALF if inputs.kl_std is None else load_row(inputs.kl_std, sample, COMPUTE)
     share = 1.0 / tl.full([], shape.size, COMPUTE)
     if inputs.share is not None:
         share = tl.load(inputs.share + sample)
@@ -527,7 +530,10 @@ def _scale_kernel(gradient, scaled, scale, size, IN_PLACE: tl.constexpr, BLOCK: 
 
 
 def policy_loss(inputs: reference.Inputs, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss [], its metrics [9], and its gradient as `reference.empty_gradient` has it or, unasked for, [0]."""
+    """The loss [], its metrics [9], and its gradient as `reference.empty_gradient` has it or, unasked for, [0].
+
+    What can be told of the arguments without their values need not have been checked, but for the coefficients.
+    """
     return launch(prepare, *_arguments(inputs, with_gradient))
 
 
@@ -539,64 +545,64 @@ def scale_gradient(gradient: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:
     return launch(prepare_scale, (gradient, scale, None if scaled is gradient else scaled))
 
 
-def _arguments(inputs: reference.Inputs, with_gradient: bool) -> tuple[Any, Any, Any]:
-    """The tensors, choices and numbers of the kernels for these arguments."""
-    weights = None if inputs.weights is None else inputs.weights.contiguous()
-    mask = None if inputs.mask is None else inputs.mask.contiguous()
-    latents = inputs.latents()
-    tensors = (*latents, inputs.old_log_prob.contiguous(), weights, mask, inputs.advantage)
+def _arguments(inputs: reference.Inputs, with_gradient: bool) -> tuple[tuple[Any, ...], tuple[float, ...]]:
+    """What `prepare` takes: the fields of `inputs`, with rows in the place of the coefficients, and their numbers."""
+    dense = [None if tensor is None else tensor.contiguous() for tensor in (*inputs[3:4], *inputs[6:8])]
     c = inputs.coefficients
-    rows, numbers = rows_or_numbers((c.sample_drift, c.velocity_scale, c.std, inputs.kl_std()), tensors)
-    values = (inputs.guidance_scale, inputs.kl_weight, *inputs.bounds(), inputs.divergence_limit, *numbers)
-    return (*tensors, *rows), (inputs.objective, inputs.granularity, with_gradient), values
+    kl: Any = c.noise_rate if inputs.kl_scale == "std_dev" else c.std
+    rows, numbers = rows_or_numbers((c.sample_drift, c.velocity_scale, c.std, kl), inputs.tensors())
+    return (*inputs[:3], dense[0], inputs.advantage, *rows, *dense[1:], *inputs[8:], with_gradient), numbers
 
 
 def prepare(*arguments: Any) -> tuple[tuple[Tensor, Tensor, Tensor], list[KernelCall]]:
-    """What `policy_loss` returns, not yet written, and the kernels that write it, for what `_arguments` gives."""
-    given, (old_log_prob, weights, mask, advantage), rows = arguments[:6], arguments[6:10], arguments[10:14]
-    objective, granularity, with_gradient, guidance_scale, kl_weight = arguments[14:19]
-    clip_low, clip_high, divergence_limit, *numbers = arguments[19:]
-    velocity = given[0]
+    """What `policy_loss` returns, not yet written, and the kernels that write it, after checking the arguments."""
+    *given, with_gradient = arguments[:22]
+    rows = arguments[22:] or given[5:9]
+    inputs = checked(reference.Inputs.from_flat(given))
+    velocity, weights, mask = inputs.velocity, inputs.weights, inputs.mask
     batch, _, height, width = velocity.shape
     device = velocity.device
-    dtype = torch.float32 if numbers else compute_dtype(*given, old_log_prob, weights, advantage, *rows)
+    dtype = compute_dtype(*inputs.tensors(), *rows)
     loss = torch.empty((), dtype=dtype, device=device)
     metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
     gradient = reference.empty_gradient(velocity, dtype) if with_gradient else None
     tiles, constants = tiling(velocity.shape, dtype)
     partials = torch.empty((_ROWS, batch * tiles), dtype=dtype, device=device)
     share = None if mask is None else torch.empty(batch, dtype=dtype, device=device)
-    views, flat = latents(*given)
-    scalars = (row(number) for number in (advantage, *(numbers or rows)))
+    views, flat = latents(*inputs.latents())
+    scalars: list[Any] = [row(number) for number in (inputs.advantage, *rows)]
+    if inputs.kl_scale == "velocity":
+        scalars[-1] = None
     grid_height, grid_width = (height, width) if weights is None else weights.shape[1:]
     shared: dict[str, Any] = {
-        "inputs": _Inputs._make((*views, old_log_prob, weights, mask, share, *scalars)),
+        "inputs": _Inputs._make((*views, inputs.old_log_prob, weights, mask, share, *scalars)),
         "partials": partials,
         "shape": _Shape(height * width, width, grid_width, tiles),
-        "guidance_scale": guidance_scale,
+        "guidance_scale": inputs.guidance_scale,
         "PATCH_H": height // grid_height,
         "PATCH_W": width // grid_width,
         "FLAT": flat,
-        "GUARDS": objective == "guard",
+        "GUARDS": inputs.objective == "guard",
         **constants,
     }
+    clip_low, clip_high = inputs.bounds()
     judged: dict[str, Any] = {
         **shared,
         "gradient": gradient,
         "CHANNELS_LAST": gradient is not None and not gradient.is_contiguous(),
         "batch": batch,
-        "kl_weight": kl_weight,
+        "kl_weight": inputs.kl_weight,
         "clip_low": clip_low,
         "clip_high": clip_high,
-        "divergence_limit": divergence_limit,
-        "DROPS": objective == "dppo",
+        "divergence_limit": inputs.divergence_limit,
+        "DROPS": inputs.objective == "dppo",
     }
     programs = (batch * tiles,)
     calls = []
     if mask is not None:
         counting = {"mask": mask, "share": share, "size": height * width, "BLOCK": _MASK_BLOCK}
         calls.append(KernelCall("mask", _share_kernel, (batch,), counting, OPTIONS | {"num_warps": _WIDE_WARPS}))
-    if granularity == "position":
+    if inputs.granularity == "position":
         calls.append(KernelCall("position", _position_kernel, programs, judged, OPTIONS))
     else:
         calls.append(KernelCall("image, sums", _image_sums_kernel, programs, shared, OPTIONS))
@@ -607,7 +613,7 @@ def prepare(*arguments: Any) -> tuple[tuple[Tensor, Tensor, Tensor], list[Kernel
         "metrics": metrics,
         "batch": batch,
         "columns": batch * tiles,
-        "kl_weight": kl_weight,
+        "kl_weight": inputs.kl_weight,
         "COLUMNS": _COLUMNS,
     }
     options = OPTIONS | {"num_warps": _COLUMNS_WARPS}
@@ -649,8 +655,7 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
         "image, bf16, C 16": _without_memory(torch.bfloat16, 16, plain, "image"),
         "image, bf16, C 16, dppo": _without_memory(torch.bfloat16, 16, plain, "image", objective="dppo"),
     }.items():
-        tensors, choices, numbers = _arguments(inputs, with_gradient=True)
-        (loss, _, gradient), made = prepare(*tensors, *choices, *numbers)
+        (loss, _, gradient), made = prepare(*_arguments(inputs, with_gradient=True)[0])
         for call in made:
             on_latents = call.kernel not in (_share_kernel, _metrics_kernel)
             name = f"{call.name}, {problem.removeprefix('image, ')}" if on_latents else call.name

@@ -152,7 +152,7 @@ def prepare_log_prob(*arguments: Any) -> tuple[Tensor, list[KernelCall]]:
 
 def _empty_log_probs(*arguments: Any) -> Tensor:
     batch, _, height, width = arguments[0].shape
-    dtype = torch.float32 if len(arguments) > 8 else compute_dtype(*arguments[:7])
+    dtype = compute_dtype(*arguments[:7], *arguments[8:])
     return torch.empty((batch, height, width), dtype=dtype, device=arguments[0].device)
 
 
@@ -172,11 +172,11 @@ def kernel_call(
 ) -> KernelCall:
     """What computes `next_sample` from the noise `other`, or for None the log-prob of the next sample `other`.
 
-    The coefficients are tensors, or else `numbers`, with which the arithmetic is in float32.
+    The coefficients are tensors, or else `numbers`.
     """
     batch, _, height, width = velocity.shape
     scalars = (sample_drift, velocity_scale, std)
-    dtype = torch.float32 if numbers else compute_dtype(velocity, sample, other, unconditional_velocity, *scalars)
+    dtype = compute_dtype(velocity, sample, other, unconditional_velocity, *scalars, *numbers)
     tiles, constants = tiling(velocity.shape, dtype)
     views, flat = latents(velocity, sample, other, unconditional_velocity)
     arguments: dict[str, Any] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import star_kernels as sk
-from star_kernels.policy_loss import _flat, reference
+from star_kernels.policy_loss import reference
 from tests.policy_loss.cases import make_case
 
 
@@ -218,9 +218,9 @@ def test_opcheck(dtype: torch.dtype, full: bool) -> None:
     if not full:
         inputs = inputs._replace(weights=None, mask=None, reference_velocity=None, kl_weight=0.0)
     op = torch.ops.star_kernels.policy_loss.default
-    torch.library.opcheck(op, (*_flat(inputs), True, "reference"))
+    torch.library.opcheck(op, (*inputs.flat(), True, "reference"))
     inputs = inputs._replace(velocity=inputs.velocity.detach())
-    torch.library.opcheck(op, (*_flat(inputs), False, "reference"))
+    torch.library.opcheck(op, (*inputs.flat(), False, "reference"))
 
 
 class Denoiser(torch.nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import star_kernels as sk
-from star_kernels.policy_loss import _flat, reference
+from star_kernels.policy_loss import reference
 from tests.policy_loss.cases import (
     SPOILED_COEFFICIENTS,
     assert_a_spoiled_coefficient_leaves_out_its_sample,
@@ -507,7 +507,7 @@ def test_a_step_makes_no_second_tensor_of_the_latents_size(layout: torch.memory_
 def test_opcheck_of_the_kernel_behind_the_operator(dtype: torch.dtype, with_gradient: bool) -> None:
     case = make_case(dtype=dtype, objective="dppo")
     case["velocity"].requires_grad_(with_gradient)
-    inputs = _flat(reference.Inputs(**case))
+    inputs = reference.Inputs(**case).flat()
     torch.library.opcheck(torch.ops.star_kernels.policy_loss.default, (*inputs, with_gradient, "cpu"))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import PolicyLoss, policy_loss, transition_coefficients, transition_log_prob, transition_step
-from star_kernels.policy_loss import _flat, reference
+from star_kernels.policy_loss import reference
 from tests.policy_loss.cases import (
     SPOILED_COEFFICIENTS,
     assert_a_spoiled_coefficient_leaves_out_its_sample,
@@ -288,7 +288,7 @@ def test_opcheck() -> None:
     op = torch.ops.star_kernels.policy_loss.default
     # Not that of the compiler, which looks at a tensor that no caller gets: the gradient, after backward has scaled it.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op, (*_flat(reference.Inputs(**case)), True, "triton"), test_utils=tests)
+    torch.library.opcheck(op, (*reference.Inputs(**case).flat(), True, "triton"), test_utils=tests)
 
 
 def test_a_model_that_trains_through_the_kernels_compiles_without_a_graph_break() -> None:
