@@ -9,6 +9,7 @@ import torch
 
 from star_kernels import backends
 from star_kernels._checks import FLOATS, check_choice, check_number, check_tensor
+from star_kernels._operators import operator
 from star_kernels.allocation import cpu, reference
 from star_kernels.allocation.temporal import temporal_weights as temporal_weights
 
@@ -105,7 +106,23 @@ def _check_clamp(clamp: Sequence[float]) -> list[float]:
     return [low, high]
 
 
-@torch.library.custom_op("star_kernels::allocation_map", mutates_args=())
+def _fake(
+    mass: torch.Tensor,
+    height: int,
+    width: int,
+    combine: str,
+    sharpness: float,
+    smooth: bool,
+    strength: float,
+    clamp: Sequence[float] | None,
+    mask: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    dtype = torch.float64 if mass.dtype == torch.float64 else torch.float32
+    return mass.new_empty((mass.shape[0], height, width), dtype=dtype)
+
+
+@operator("allocation_map", fake=_fake)
 def _allocation_map(
     mass: torch.Tensor,
     height: int,
@@ -142,23 +159,6 @@ def _implementation(chosen: str) -> Callable[..., torch.Tensor]:
 
         return triton_kernels.allocation_map
     return cpu.allocation_map if chosen == "cpu" else reference.allocation_map
-
-
-@_allocation_map.register_fake
-def _(
-    mass: torch.Tensor,
-    height: int,
-    width: int,
-    combine: str,
-    sharpness: float,
-    smooth: bool,
-    strength: float,
-    clamp: Sequence[float] | None,
-    mask: torch.Tensor | None,
-    backend: str,
-) -> torch.Tensor:
-    dtype = torch.float64 if mass.dtype == torch.float64 else torch.float32
-    return mass.new_empty((mass.shape[0], height, width), dtype=dtype)
 
 
 def _check_mask_values(mask: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._kernel_calls import KernelCall
+from .._kernel_calls import KernelCall, launch
 
 # Entries of the mass and positions of the map at a time: at most 32 and 8 for each of the 256 threads of a program.
 # Compiled so, nothing spills; with 512 threads for as many or for twice as many, or with half as many, something does.
@@ -172,38 +172,26 @@ def allocation_map(
     mask: Tensor | None,
 ) -> Tensor:
     """Like the reference. Values are not looked at: a mass that is not finite makes NaN of its sample's weights."""
-    dtype = torch.float64 if mass.dtype == torch.float64 else torch.float32
-    weights = torch.empty((mass.shape[0], *grid), dtype=dtype, device=mass.device)
-    call = kernel_call(
-        mass.contiguous(),
-        None if mask is None else mask.contiguous(),
-        weights,
-        combine=combine,
-        sharpness=sharpness,
-        smooth=smooth,
-        strength=strength,
-        clamp=clamp,
-    )
-    with torch.cuda.device_of(mass):
-        call.launch()
-    return weights
+    tensors = (mass.contiguous(), None if mask is None else mask.contiguous())
+    return launch(prepare, (*tensors, *grid, combine, sharpness, smooth, strength, clamp))
 
 
-def kernel_call(
+def prepare(
     mass: Tensor,
     mask: Tensor | None,
-    weights: Tensor,
-    *,
+    height: int,
+    width: int,
     combine: str,
     sharpness: float,
     smooth: bool,
     strength: float,
     clamp: tuple[float, float] | None,
-) -> KernelCall:
-    """What computes `weights` [B, h, w] from contiguous tensors."""
-    batch, height, width = weights.shape
-    units = mass.shape[2]
+) -> tuple[Tensor, list[KernelCall]]:
+    """The weights [B, h, w], not yet written, and the kernel that writes them, for contiguous tensors."""
+    batch, _, units = mass.shape
     padded = triton.next_power_of_2(units)
+    dtype = torch.float64 if mass.dtype == torch.float64 else torch.float32
+    weights = torch.empty((batch, height, width), dtype=dtype, device=mass.device)
     scratch = torch.empty((batch, 2 if smooth else 1, height * width), dtype=torch.float64, device=mass.device)
     low, high = clamp or (0.0, 0.0)
     arguments: dict[str, Any] = {
@@ -227,14 +215,14 @@ def kernel_call(
     }
     steps = ["sharpened"] * (sharpness != 1.0) + ["smoothed"] * smooth + ["clamped"] * (clamp is not None)
     name = ", ".join([combine, *steps])
-    return KernelCall(name, _allocation_kernel, (batch,), arguments, _OPTIONS)
+    return weights, [KernelCall(name, _allocation_kernel, (batch,), arguments, _OPTIONS)]
 
 
 def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
     """The kernel's uses on tensors without memory, to be compiled; one configuration serves all architectures."""
     batch, height, width, units = 8, 32, 32, 8
-    weights = torch.empty((batch, height, width), device="meta")
-    mass, mask = torch.empty((batch, height * width, units), device="meta"), weights.bool()
-    every: dict[str, Any] = {"combine": "max", "sharpness": 2.0, "smooth": True, "strength": 0.5, "clamp": (0.2, 5.0)}
-    plain: dict[str, Any] = {"combine": "mean", "sharpness": 1.0, "smooth": False, "strength": 1.0, "clamp": None}
-    return [kernel_call(mass, None, weights, **plain), kernel_call(mass, mask, weights, **every)]
+    mass = torch.empty((batch, height * width, units), device="meta")
+    mask = torch.empty((batch, height, width), dtype=torch.bool, device="meta")
+    _, plain = prepare(mass, None, height, width, "mean", 1.0, False, 1.0, None)
+    _, every = prepare(mass, mask, height, width, "max", 2.0, True, 0.5, (0.2, 5.0))
+    return plain + every
