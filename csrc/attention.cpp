@@ -16,86 +16,21 @@
 // What a row gets does not depend on which thread computes it, or what else is in the batch: results are the same bit for bit
 // for any batch and any number of threads.
 
-#include "attention_kernel.h"
+#include "attention_host.h"
 #include "star_kernels.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
-
-#include <algorithm>
 
 namespace star_kernels {
 namespace {
 
-// Multiply-adds that make a second thread worth waking.
-constexpr int64_t kWorkPerThread = 1 << 20;
-
-AttentionKernel choose_kernel(at::ScalarType type) {
-  const CpuLevel level = cpu_level();
-  if (type == at::kBFloat16 && level >= CpuLevel::avx512_bf16) {
-    if (const AttentionKernel kernel = attention_avx512_bf16(); kernel.attend != nullptr) return kernel;
-  }
-  const AttentionInput input = type == at::kFloat      ? AttentionInput::float32
-                               : type == at::kBFloat16 ? AttentionInput::bfloat16
-                                                       : AttentionInput::float16;
-  if (level >= CpuLevel::avx512) {
-    if (const AttentionKernel kernel = attention_avx512(input); kernel.attend != nullptr) return kernel;
-  }
-  if (level >= CpuLevel::avx2) {
-    if (const AttentionKernel kernel = attention_avx2(input); kernel.attend != nullptr) return kernel;
-  }
-  return attention_default(input);
-}
-
-// The kernels read along D; a tensor with another innermost dimension is copied.
-at::Tensor rows_of_heads(const at::Tensor& tensor) { return tensor.stride(3) == 1 ? tensor : tensor.contiguous(); }
-
-HeadsView view(const at::Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-void run(const AttentionProblem& problem, const AttentionKernel& kernel,
-         void (*pass)(const AttentionProblem&, int64_t, int64_t, void*), int64_t tasks, int64_t keys) {
-  const int64_t work = kTaskRows * std::max<int64_t>(keys, 1) * problem.head_dim;
-  const int64_t bytes = kernel.scratch_bytes(problem);
-  at::parallel_for(0, tasks, std::max<int64_t>(1, kWorkPerThread / work), [&](int64_t begin, int64_t end) {
-    const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(bytes);
-    pass(problem, begin, end, scratch.get());
-  });
-}
-
-int64_t blocks(int64_t rows) { return (rows + kTaskRows - 1) / kTaskRows; }
-
-// mass [rows, image, K] from head_mass [rows, heads, image, K], head by head in order.
-void average_heads(const at::Tensor& head_mass, const at::Tensor& mass) {
-  constexpr int64_t block = 1024;
-  const int64_t heads = head_mass.size(1), size = head_mass.size(2) * head_mass.size(3);
-  const int64_t chunks = (size + block - 1) / block;
-  const float* from = head_mass.const_data_ptr<float>();
-  float* to = mass.mutable_data_ptr<float>();
-  at::parallel_for(0, head_mass.size(0) * chunks, std::max<int64_t>(1, 65536 / (block * heads)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / chunks, first = i % chunks * block, count = std::min(block, size - first);
-      float total[block] = {};
-      for (int64_t head = 0; head < heads; ++head) {
-        const float* values = from + (row * heads + head) * size + first;
-        for (int64_t k = 0; k < count; ++k) total[k] += values[k];
-      }
-      for (int64_t k = 0; k < count; ++k) to[row * size + first + k] = total[k] / static_cast<float>(heads);
-    }
-  });
-}
-
 // U in float32, its units padded with zeros to whole vectors.
 at::Tensor pad_units(const at::Tensor& unit_weights) {
-  const int64_t units = unit_weights.size(2), padded = (units + kUnitsMultiple - 1) / kUnitsMultiple * kUnitsMultiple;
+  const int64_t units = unit_weights.size(2);
   const at::Tensor result =
-      at::zeros({unit_weights.size(0), unit_weights.size(1), padded}, unit_weights.options().dtype(at::kFloat));
+      at::zeros({unit_weights.size(0), unit_weights.size(1), padded_units(units)}, unit_weights.options().dtype(at::kFloat));
   result.narrow(2, 0, units).copy_(unit_weights);
   return result;
 }
@@ -106,7 +41,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> joint_attention(const at::Tensor&
                                                                const at::Tensor& value_in,
                                                                const std::optional<at::Tensor>& unit_weights,
                                                                int64_t num_image_tokens, bool text_first, double scale,
-                                                               int64_t first_row, int64_t end_row, bool text_to_image) {
+                                                               int64_t first_row, int64_t end_row, bool text_to_image,
+                                                               const std::optional<at::Tensor>& text_lengths) {
   const auto type = query_in.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
                    "query: expected dtype float32, bfloat16 or float16, got ", type);
@@ -131,15 +67,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> joint_attention(const at::Tensor&
   TORCH_CHECK_VALUE(!text_to_image || text_queries > 0, "direction: expected image_to_text without text queries");
 
   const at::Tensor query = rows_of_heads(query_in), key = rows_of_heads(key_in), value = rows_of_heads(value_in);
-  const at::Tensor out = at::empty_like(query_in);
-  const at::Tensor result = out.stride(3) == 1 ? out : at::empty(out.sizes(), out.options());
+  const at::Tensor out = at::empty({batch, num_queries, heads, dim}, query.options()).transpose(1, 2);
   const at::Tensor log_sum_exp = at::empty({batch, heads, num_queries}, query.options().dtype(at::kFloat));
 
   AttentionProblem problem{};
   problem.query = view(query);
   problem.key = view(key);
   problem.value = view(value);
-  problem.out = view(result);
+  problem.out = view(out);
   problem.batch = batch;
   problem.heads = heads;
   problem.num_queries = num_queries;
@@ -150,8 +85,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> joint_attention(const at::Tensor&
     return text_first ? std::pair(TokenRange{text, text + image}, TokenRange{0, text})
                       : std::pair(TokenRange{0, image}, TokenRange{image, image + text});
   };
-  std::tie(problem.image_queries, problem.text_queries) = place(num_image_tokens, text_queries);
+  problem.image_queries = place(num_image_tokens, text_queries).first;
   std::tie(problem.image_keys, problem.text_keys) = place(image_keys, text_keys);
+  const std::optional<at::Tensor> lengths = checked_text_lengths(text_lengths, batch, text_keys);
+  if (lengths.has_value()) problem.text_lengths = lengths->const_data_ptr<int64_t>();
   problem.rows = {first_row, end_row};
   problem.log_sum_exp = log_sum_exp.mutable_data_ptr<float>();
 
@@ -160,25 +97,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> joint_attention(const at::Tensor&
     TORCH_CHECK_VALUE(unit_weights->dim() == 3 && unit_weights->size(2) > 0 && unit_weights->size(0) == rows &&
                           unit_weights->size(1) == text_keys,
                       "unit_weights: expected [", rows, ", ", text_keys, ", K], got ", unit_weights->sizes());
+  }
+  if (unit_weights.has_value() && !text_to_image) {
     units = pad_units(*unit_weights);
     problem.units = unit_weights->size(2);
     problem.units_stride = units.size(2);
+    problem.unit_weights = units.const_data_ptr<float>();
     head_mass = at::empty({rows, heads, num_image_tokens, problem.units}, log_sum_exp.options());
-    mass = at::empty({rows, num_image_tokens, problem.units}, log_sum_exp.options());
     problem.head_mass = head_mass.mutable_data_ptr<float>();
-    if (!text_to_image) problem.unit_weights = units.const_data_ptr<float>();
   }
-
-  const AttentionKernel kernel = choose_kernel(type);
-  run(problem, kernel, kernel.attend, batch * heads * blocks(num_queries), num_keys);
-  if (unit_weights.has_value()) {
-    if (text_to_image) {
-      problem.unit_weights = units.const_data_ptr<float>();
-      run(problem, kernel, kernel.text_to_image, rows * heads * blocks(image_keys), text_queries);
-    }
+  run_tasks(problem, choose_attention_kernel(type).attend, batch * heads, num_queries, num_keys);
+  if (head_mass.defined()) {
+    mass = at::empty({rows, num_image_tokens, problem.units}, log_sum_exp.options());
     average_heads(head_mass, mass);
+  } else if (unit_weights.has_value()) {
+    const auto captured = [&](const at::Tensor& tensor, int64_t first, int64_t count) {
+      return tensor.narrow(0, first_row, rows).narrow(2, first, count);
+    };
+    const int64_t first_text = text_first ? 0 : num_image_tokens;
+    mass = attention_mass(captured(query, first_text, text_queries), captured(key, problem.image_keys.begin, image_keys),
+                          *unit_weights, captured(log_sum_exp, first_text, text_queries), scale,
+                          lengths.has_value() ? std::optional(lengths->narrow(0, first_row, rows)) : std::nullopt, true);
   }
-  if (!result.is_same(out)) out.copy_(result);
   return {out, mass, log_sum_exp};
 }
 

@@ -131,7 +131,10 @@ struct Attention {
 
   // Where the maximum of a row of the task stands in `largest`: each sub-block starts on a whole vector.
   static int64_t maximum_of(int64_t row) { return row / kSubRows * kMaxima + row % kSubRows; }
-  static int64_t depth(const AttentionProblem& p) { return ceil_div(p.head_dim, kPer); }
+  template <typename Problem>
+  static int64_t depth(const Problem& p) {
+    return ceil_div(p.head_dim, kPer);
+  }
   static int64_t value_width(const AttentionProblem& p) { return ceil_div(p.head_dim, kPanel) * kPanel; }
 
   static PackedKeys take_keys(const AttentionProblem& p, int64_t count, Arena& arena) {
@@ -145,7 +148,7 @@ struct Attention {
   static Scratch take_scratch(const AttentionProblem& p, Arena& arena) {
     Scratch s{};
     s.image = take_keys(p, p.image_keys.size(), arena);
-    s.text = take_keys(p, larger(p.text_keys.size(), p.text_queries.size()), arena);
+    s.text = take_keys(p, p.text_keys.size(), arena);
     s.query = arena.template take<Element>(kTaskRows * depth(p));
     s.logits = arena.template take<float>(kSubRows * kLogitsStride);
     s.probability = kPairs ? arena.template take<Element>(kSubRows * kLogitsStride / kPer) : nullptr;
@@ -176,11 +179,11 @@ struct Attention {
     return Lanes::load(elements);
   }
 
-  // `count` rows to groups [depth][kGroup] whose columns they are. The last row fills what is left of the last group, so that
-  // no logit of a column beyond the end is larger than all others. Rows lie far from each other in memory, so the next ones
-  // are asked for while these are turned.
-  template <int64_t kGroup>
-  static void pack_turned(const AttentionProblem& p, const Scalar* from, int64_t stride, int64_t count, Element* to) {
+  // `count` rows, which `row_at` finds, to groups [depth][kGroup] whose columns they are. The last row fills what is left of
+  // the last group, so that no logit of a column beyond the end is larger than all others. Rows lie far from each other in
+  // memory, so the next ones are asked for while these are turned.
+  template <int64_t kGroup, typename Problem, typename RowAt>
+  static void pack_turned(const Problem& p, const RowAt& row_at, int64_t count, Element* to) {
     const int64_t n = depth(p);
     for (int64_t group = 0; group < count; group += kGroup) {
       for (int64_t c = 0; c < kGroup; c += kWidth) {
@@ -189,8 +192,8 @@ struct Attention {
           Vec rows[kWidth];
 #pragma GCC unroll 16
           for (int64_t i = 0; i < kWidth; ++i) {
-            rows[i] = read_vector(from + smaller(group + c + i, count - 1) * stride, d, p.head_dim);
-            __builtin_prefetch(from + smaller(group + c + lanes + i, count - 1) * stride + d * kPer);
+            rows[i] = read_vector(row_at(smaller(group + c + i, count - 1)), d, p.head_dim);
+            __builtin_prefetch(row_at(smaller(group + c + lanes + i, count - 1)) + d * kPer);
           }
           Lanes::turn(rows);
           Element* target = to + group * n + d * kGroup + c;
@@ -278,7 +281,7 @@ struct Attention {
       for (int64_t g = 0; g < groups; ++g) {
         float* tile = logits + g * kRows * kLogitsStride + c;
         const Element* rows = query + g * kRows * n;
-        float* largest = row_largest + g * kRows * kWidth;
+        float* largest = kLargest ? row_largest + g * kRows * kWidth : nullptr;
         if (count - c > kPanel - kWidth) {
           logits_tile<kColumns, kLargest>(rows, panel, n, tile, largest);
         } else {
@@ -414,21 +417,26 @@ struct Attention {
     return p.unit_weights != nullptr && p.rows.begin <= b && b < p.rows.end;
   }
 
+  static int64_t text_count(const AttentionProblem& p, int64_t b) {
+    return p.text_lengths == nullptr ? p.text_keys.size() : p.text_lengths[b];
+  }
+
   static void attend(const AttentionProblem& p, int64_t begin, int64_t end, void* memory) {
     Arena arena{static_cast<char*>(memory), 0};
-    const Scratch s = take_scratch(p, arena);
+    Scratch s = take_scratch(p, arena);
     const int64_t blocks = ceil_div(p.num_queries, kTaskRows);
     int64_t packed_head = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / blocks / p.heads, head = task / blocks % p.heads;
       if (task / blocks != packed_head) {
         packed_head = task / blocks;
+        s.text.count = text_count(p, b);
         for (const bool text : {false, true}) {
           const PackedKeys& packed = text ? s.text : s.image;
-          const TokenRange range = text ? p.text_keys : p.image_keys;
-          if (range.size() == 0) continue;
-          pack_turned<kPanel>(p, row(p.key, b, head, range.begin), p.key.token, range.size(), packed.keys);
-          pack_values(p, row(p.value, b, head, range.begin), p.value.token, range.size(), packed.values);
+          const int64_t first = text ? p.text_keys.begin : p.image_keys.begin;
+          if (packed.count == 0) continue;
+          pack_turned<kPanel>(p, [&](int64_t i) { return row(p.key, b, head, first + i); }, packed.count, packed.keys);
+          pack_values(p, row(p.value, b, head, first), p.value.token, packed.count, packed.values);
         }
       }
       attend_rows(p, s, b, head, task % blocks * kTaskRows);
@@ -437,10 +445,10 @@ struct Attention {
 
   static void attend_rows(const AttentionProblem& p, const Scratch& s, int64_t b, int64_t head, int64_t first_query) {
     const int64_t rows = smaller(kTaskRows, p.num_queries - first_query), width = value_width(p);
-    const int64_t text = p.text_keys.size();
     const Scales scales(p.scale);
-    const float* unit_weights = captures(p, b) ? p.unit_weights + (b - p.rows.begin) * text * p.units_stride : nullptr;
-    pack_turned<kRows>(p, row(p.query, b, head, first_query), p.query.token, rows, s.query);
+    const float* unit_weights =
+        captures(p, b) ? p.unit_weights + (b - p.rows.begin) * p.text_keys.size() * p.units_stride : nullptr;
+    pack_turned<kRows>(p, [&](int64_t i) { return row(p.query, b, head, first_query + i); }, rows, s.query);
     for (int64_t i = 0; i < kTaskRows / kSubRows * kMaxima; ++i) s.largest[i] = kLowest;
     for (int64_t i = 0; i < kTaskRows * kWidth; ++i) s.normaliser[i] = 0.0f;
     for (int64_t i = 0; i < kTaskRows * width; ++i) s.out[i] = 0.0f;
@@ -451,7 +459,7 @@ struct Attention {
         attend_keys<false>(p, s, s.image, key, r, smaller(kSubRows, rows - r), nullptr);
       }
     }
-    for (int64_t key = 0; key < text; key += kKeyBlock) {
+    for (int64_t key = 0; key < s.text.count; key += kKeyBlock) {
       for (int64_t r = 0; r < rows; r += kSubRows) {
         const int64_t count = smaller(kSubRows, rows - r), first = first_query + r;
         if (unit_weights != nullptr && first < p.image_queries.end && first + count > p.image_queries.begin) {
@@ -477,57 +485,95 @@ struct Attention {
     }
   }
 
-  // Tasks (captured row, head, block of image keys): the transposed probabilities of the text queries, times U.
-  static void text_to_image(const AttentionProblem& p, int64_t begin, int64_t end, void* memory) {
+  struct MassScratch {
+    Element* text;    // panels [depth][kPanel]
+    Element* image;   // [group][depth][kRows]
+    float* logits;    // [kSubRows][kLogitsStride]; in the end probabilities
+    float* ones;      // [kSubRows]
+    float* mass;      // [kTaskRows][units_stride]
+  };
+
+  static MassScratch take_mass_scratch(const MassProblem& p, Arena& arena) {
+    MassScratch s{};
+    s.text = arena.template take<Element>(ceil_div(p.num_text, kPanel) * kPanel * depth(p));
+    s.image = arena.template take<Element>(kTaskRows * depth(p));
+    s.logits = arena.template take<float>(kSubRows * kLogitsStride);
+    s.ones = arena.template take<float>(kSubRows);
+    s.mass = arena.template take<float>(kTaskRows * p.units_stride);
+    return s;
+  }
+
+  static int64_t mass_scratch_bytes(const MassProblem& p) {
+    Arena arena{nullptr, 0};
+    take_mass_scratch(p, arena);
+    return arena.used;
+  }
+
+  // Tasks (row, head, block of image tokens): probabilities from log-sum-exps, times U.
+  static void mass(const MassProblem& p, int64_t begin, int64_t end, void* memory) {
     Arena arena{static_cast<char*>(memory), 0};
-    const Scratch s = take_scratch(p, arena);
-    const int64_t blocks = ceil_div(p.image_keys.size(), kTaskRows);
+    const MassScratch s = take_mass_scratch(p, arena);
+    for (int64_t r = 0; r < kSubRows; ++r) s.ones[r] = 1.0f;
+    const int64_t blocks = ceil_div(p.num_image, kTaskRows);
     int64_t packed_head = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = p.rows.begin + task / blocks / p.heads, head = task / blocks % p.heads;
-      if (task / blocks != packed_head) {
+      const int64_t b = task / blocks / p.heads, head = task / blocks % p.heads;
+      if (task / blocks != packed_head && p.counts[b] > 0) {
         packed_head = task / blocks;
-        pack_turned<kPanel>(p, row(p.query, b, head, p.text_queries.begin), p.query.token, p.text_queries.size(), s.text.keys);
+        const int64_t* tokens = p.tokens + b * p.num_text;
+        pack_turned<kPanel>(p, [&](int64_t i) { return row(p.text, b, head, tokens[i]); }, p.counts[b], s.text);
       }
-      const int64_t first = task % blocks * kTaskRows;
-      receive_rows(p, s, b, head, first, smaller(kTaskRows, p.image_keys.size() - first));
+      const int64_t first = task % blocks * kTaskRows, rows = smaller(kTaskRows, p.num_image - first);
+      if (p.of_text) {
+        mass_rows<true>(p, s, b, head, first, rows);
+      } else {
+        mass_rows<false>(p, s, b, head, first, rows);
+      }
     }
   }
 
-  static void receive_rows(const AttentionProblem& p, const Scratch& s, int64_t b, int64_t head, int64_t first, int64_t rows) {
-    const int64_t n = depth(p), text = p.text_queries.size();
-    const float* unit_weights = p.unit_weights + (b - p.rows.begin) * text * p.units_stride;
-    const float* log_sum_exp = p.log_sum_exp + (b * p.heads + head) * p.num_queries + p.text_queries.begin;
+  template <bool kOfText>
+  static void mass_rows(const MassProblem& p, const MassScratch& s, int64_t b, int64_t head, int64_t first, int64_t rows) {
+    const int64_t n = depth(p), text = p.counts[b];
+    const int64_t* tokens = p.tokens + b * p.num_text;
+    const float* unit_weights = p.unit_weights + b * p.num_text * p.units_stride;
+    const float* log_sum_exp = p.log_sum_exp + b * p.log_sum_exp_row + head * p.log_sum_exp_head;
+    const auto shift_of = [&](int64_t token) { return -log_sum_exp[token * p.log_sum_exp_token] * kLog2E; };
     const Vec scale = Lanes::set1(Scales(p.scale).plain);
-    pack_turned<kRows>(p, row(p.key, b, head, p.image_keys.begin + first), p.key.token, rows, s.query);
+    pack_turned<kRows>(p, [&](int64_t i) { return row(p.image, b, head, first + i); }, rows, s.image);
     for (int64_t i = 0; i < kTaskRows * p.units_stride; ++i) s.mass[i] = 0.0f;
-    for (int64_t r = 0; r < kSubRows; ++r) s.rescale[r] = 1.0f;
-    for (int64_t query = 0; query < text; query += kKeyBlock) {
-      const int64_t count = smaller(kKeyBlock, text - query);
-      alignas(64) float shift[kKeyBlock] = {};
-      for (int64_t c = 0; c < count; ++c) shift[c] = -log_sum_exp[query + c] * kLog2E;
+    alignas(64) float shift[larger(kKeyBlock, kTaskRows)] = {};
+    if (!kOfText) {
+      for (int64_t r = 0; r < rows; ++r) shift[r] = shift_of(first + r);
+    }
+    for (int64_t key = 0; key < text; key += kKeyBlock) {
+      const int64_t count = smaller(kKeyBlock, text - key);
+      if (kOfText) {
+        for (int64_t c = 0; c < count; ++c) shift[c] = shift_of(tokens[key + c]);
+      }
       for (int64_t r = 0; r < rows; r += kSubRows) {
         const int64_t groups = ceil_div(smaller(kSubRows, rows - r), kRows);
-        logits_block<false>(s.query + r * n, s.text.keys + query * n, n, groups, count, s.logits, s.row_largest);
+        logits_block<false>(s.image + r * n, s.text + key * n, n, groups, count, s.logits, nullptr);
         for (int64_t i = 0; i < groups * kRows; ++i) {
           float* line = s.logits + i * kLogitsStride;
+          const Vec row_shift = Lanes::set1(shift[r + i]);
           for (int64_t c = 0; c < count; c += kWidth) {
-            // Never above 0 but by the rounding of the log-sum-exp.
-            const Vec exponent = Lanes::min(Lanes::zero(), Lanes::fma(Lanes::load(line + c), scale, Lanes::load(shift + c)));
-            Lanes::store(line + c, Lanes::exp2(exponent));
+            // Above 0 by the rounding of the log-sum-exp alone.
+            const Vec exponent = Lanes::fma(Lanes::load(line + c), scale, kOfText ? Lanes::load(shift + c) : row_shift);
+            Lanes::store(line + c, Lanes::exp2(Lanes::min(Lanes::zero(), exponent)));
           }
         }
-        accumulate(s.logits, kLogitsStride, unit_weights + query * p.units_stride, p.units_stride, kPanel, count, groups, p.units,
-                   s.rescale, s.mass + r * p.units_stride, p.units_stride);
+        accumulate(s.logits, kLogitsStride, unit_weights + key * p.units_stride, p.units_stride, kPanel, count, groups, p.units,
+                   s.ones, s.mass + r * p.units_stride, p.units_stride);
       }
     }
-    float* mass = p.head_mass + (((b - p.rows.begin) * p.heads + head) * p.image_keys.size() + first) * p.units;
+    float* mass = p.head_mass + ((b * p.heads + head) * p.num_image + first) * p.units;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t k = 0; k < p.units; ++k) mass[r * p.units + k] = s.mass[r * p.units_stride + k];
     }
   }
 
-  static AttentionKernel kernel() { return {scratch_bytes, attend, text_to_image}; }
+  static AttentionKernel kernel() { return {{scratch_bytes, attend}, {mass_scratch_bytes, mass}}; }
 };
 
 template <typename Lanes>

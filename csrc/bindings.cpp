@@ -56,7 +56,7 @@ std::string cpu_level() {
 }
 
 // What star_kernels/backends.py expects of an extension; both are raised where one cannot do with the other's old one.
-constexpr int64_t kInterface = 5;
+constexpr int64_t kInterface = 6;
 
 py::dict build_info() {
   py::dict result;
@@ -85,7 +85,10 @@ TORCH_LIBRARY(star_kernels_cpu, m) {
       "float strength, float[]? clamp) -> Tensor");
   m.def(
       "joint_attention(Tensor query, Tensor key, Tensor value, Tensor? unit_weights, int num_image_tokens, bool text_first, "
-      "float scale, int first_row, int end_row, bool text_to_image) -> (Tensor, Tensor, Tensor)");
+      "float scale, int first_row, int end_row, bool text_to_image, Tensor? text_lengths) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_mass(Tensor query, Tensor key, Tensor unit_weights, Tensor log_sum_exp, float scale, Tensor? text_lengths, "
+      "bool text_to_image) -> Tensor");
   m.def(
       "transition_step(Tensor velocity, Tensor sample, Tensor? noise, Tensor? unconditional_velocity, Tensor sample_drift, "
       "Tensor velocity_scale, Tensor std, float guidance_scale) -> (Tensor, Tensor)");
@@ -103,6 +106,7 @@ TORCH_LIBRARY(star_kernels_cpu, m) {
 TORCH_LIBRARY_IMPL(star_kernels_cpu, CPU, m) {
   m.impl("allocation_map", allocation_map);
   m.impl("joint_attention", star_kernels::joint_attention);
+  m.impl("attention_mass", star_kernels::attention_mass);
   m.impl("transition_step", star_kernels::transition_step);
   m.impl("transition_log_prob", star_kernels::transition_log_prob);
   m.impl("policy_loss", star_kernels::policy_loss);

@@ -17,12 +17,19 @@ at::Tensor allocation_map(const at::Tensor& mass, const std::optional<at::Tensor
                           Combine combine, double sharpness, bool smooth, double strength,
                           std::optional<std::array<double, 2>> clamp);
 
-// Attention, the mass of this layer (empty without unit weights) and log-sum-exp, docs/method.md, section 3. See attention.cpp.
+// Attention (tokens outside heads in memory), the mass of this layer (empty without unit weights) and log-sum-exp,
+// docs/method.md, section 3. See attention.cpp.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> joint_attention(const at::Tensor& query, const at::Tensor& key,
                                                                const at::Tensor& value,
                                                                const std::optional<at::Tensor>& unit_weights,
                                                                int64_t num_image_tokens, bool text_first, double scale,
-                                                               int64_t first_row, int64_t end_row, bool text_to_image);
+                                                               int64_t first_row, int64_t end_row, bool text_to_image,
+                                                               const std::optional<at::Tensor>& text_lengths);
+
+// The mass from log-sum-exps: of image queries and text keys, or of text queries and image keys. See attention_mass.cpp.
+at::Tensor attention_mass(const at::Tensor& query, const at::Tensor& key, const at::Tensor& unit_weights,
+                          const at::Tensor& log_sum_exp, double scale, const std::optional<at::Tensor>& text_lengths,
+                          bool text_to_image);
 
 // One step of a sampler, docs/method.md, section 2: the next sample in the sample's dtype, and its log-prob [B, H, W] or,
 // without noise, an empty tensor. See transition.cpp.

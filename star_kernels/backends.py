@@ -21,7 +21,7 @@ _logger = logging.getLogger("star_kernels")
 
 
 # Must equal kInterface in csrc/bindings.cpp.
-_EXTENSION_INTERFACE = 5
+_EXTENSION_INTERFACE = 6
 
 
 @functools.cache

@@ -89,11 +89,34 @@ def attend(
     assert_finite(out, mass, query.grad, key.grad, value.grad)
 
 
+def take_mass(
+    dtype: torch.dtype, image: int, text: int, units: int, *, dim: int = 64, layout: str = "heads", **options: Any
+) -> None:
+    import star_kernels as sk
+
+    rows, heads = 2, 2
+    num_queries, num_keys = (image, text) if options["direction"] == "image_to_text" else (text, image)
+
+    def spread_out(*shape: int) -> Tensor:
+        plain, tail = torch.randn(rows, heads, *shape), range(3, 2 + len(shape))
+        return spread(plain, (0, 2, 1, *tail), 2 if layout == "gaps" else 1) if layout != "heads" else plain
+
+    query, key = spread_out(num_queries, dim).to(dtype), spread_out(num_keys, dim).to(dtype)
+    unit_weights = torch.rand(rows, text, units) * (torch.rand(rows, text, 1) < 0.7)
+    log_sum_exp = 4 + spread_out(num_queries)
+    assert_finite(sk.attention_mass(query, key, unit_weights, log_sum_exp, backend="cpu", **options))
+
+
 def run_attention() -> None:
     for dtype, direction in itertools.product(FLOATS, ("image_to_text", "text_to_image")):
         for units in (1, 16, 17):
             attend(dtype, 1, 1, units, direction=direction)
             attend(dtype, 97, 17, units, direction=direction, text_first=units == 17, layout="tokens")
+        attend(dtype, 97, 300, 3, direction=direction, text_lengths=torch.tensor([257, 0]))
+        for units, layout in itertools.product((1, 17), ("heads", "tokens", "gaps")):
+            take_mass(dtype, 1, 1, units, direction=direction, layout=layout)
+            take_mass(dtype, 97, 259, units, direction=direction, layout=layout, dim=33)
+            take_mass(dtype, 193, 31, units, direction=direction, text_lengths=torch.tensor([0, 23]))
         attend(dtype, 23, 31, 3, dim=33, direction=direction, layout="gaps", rows=(1, 2))
         attend(dtype, 5, 259, 2, dim=96, direction=direction, heads=1)
     for dtype in FLOATS:

@@ -64,7 +64,8 @@ def test_the_library_works_where_the_extension_is_missing():
 
 
 @pytest.mark.parametrize(
-    "name", ["allocation_map", "joint_attention", "policy_loss", "transition_log_prob", "transition_step"]
+    "name",
+    ["allocation_map", "attention_mass", "joint_attention", "policy_loss", "transition_log_prob", "transition_step"],
 )
 def test_the_extension_registers_its_operators_for_tensors_on_the_cpu(extension, name):
     assert name in dir(torch.ops.star_kernels_cpu) or hasattr(torch.ops.star_kernels_cpu, name)

@@ -255,7 +255,7 @@ def _fake(
     else:
         shape = (end_row - first_row, num_image_tokens, unit_weights.shape[2])
         mass = query.new_empty(shape, dtype=reference.statistics_dtype(query, unit_weights))
-    return torch.empty_like(query), mass, log_sum_exp
+    return reference.token_major(query), mass, log_sum_exp
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from star_kernels import backends
 from star_kernels._checks import check_choice, check_number, check_reverse_mode, check_tensor
 from star_kernels._operators import operator
-from star_kernels.attention import reference
+from star_kernels.attention import cpu, reference
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-KERNELS: tuple[str, ...] = ("triton",)
+KERNELS: tuple[str, ...] = ("cpu", "triton")
 
 
 def attention_mass(
@@ -175,6 +175,8 @@ def _attention_mass(
 def _kernel(backend: str) -> Callable[..., Tensor]:
     if backend == "reference":
         return reference.attention_mass
+    if backend == "cpu":
+        return cpu.attention_mass
     # Not at the top: importing the library loads torch alone.
     from star_kernels.attention import mass_kernels
 

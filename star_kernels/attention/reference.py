@@ -43,6 +43,12 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def token_major(tensor: Tensor) -> Tensor:
+    """Like `tensor` [B, heads, N, D], empty, tokens outside heads in memory, as a projection reads them."""
+    batch, heads, tokens, head_dim = tensor.shape
+    return tensor.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
 def _probabilities(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax over all keys [heads, N_query, N_key] and its log-sum-exp [heads, N_query], of one sample."""
     dtype = statistics_dtype(query)
@@ -104,7 +110,7 @@ def joint_attention(
         direction: "image_to_text" for M, "text_to_image" for T.
 
     Returns:
-        out [B, heads, N_query, D] in the dtype of `query`;
+        out [B, heads, N_query, D] in the dtype of `query`, see `token_major`;
         mass [rows, num_image_tokens, K] or None, float32 (float64 if `query` and `unit_weights` both are);
         log_sum_exp [B, heads, N_query], float32 (float64 for float64 `query`).
     """
@@ -112,7 +118,7 @@ def joint_attention(
     num_text = num_text_keys(num_queries, num_keys, num_image_tokens)
     dtype = statistics_dtype(query)
     first, end = rows
-    out = torch.empty_like(query)
+    out = token_major(query)
     log_sum_exp = query.new_empty(query.shape[:3], dtype=dtype)
     mass = None
     if unit_weights is not None:

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from star_kernels._operators import operator
 from star_kernels.attention import reference
 from star_kernels.attention.mass import check_values
-from star_kernels.attention.reference import Ranges, put, take
+from star_kernels.attention.reference import Ranges, put, take, token_major
 
 _NAMES = {1: "flash", 2: "efficient", 3: "cudnn"}
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -171,13 +171,8 @@ def _backward_by(kernel: str | None, keys: Tensor) -> Callable[..., Gradients]:
     return functools.partial(backward, _for_keys(kernel, keys))
 
 
-def _token_major(tensor: Tensor) -> Tensor:
-    batch, heads, tokens, head_dim = tensor.shape
-    return tensor.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-
-
 def _fake_gradients(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: object) -> Gradients:
-    return _token_major(query), _token_major(key), _token_major(value)
+    return token_major(query), token_major(key), token_major(value)
 
 
 @operator("joint_attention_backward", fake=_fake_gradients)
@@ -204,7 +199,7 @@ def joint_attention_backward(
         whole = _backward_by(kernel, key)(grad_out, query, key, value, out, log_sum_exp, scale)
         first, second, third = (gradient.transpose(1, 2).contiguous().transpose(1, 2) for gradient in whole)
         return first, second, third
-    gradients = _token_major(query), _token_major(key).zero_(), _token_major(value).zero_()
+    gradients = token_major(query), token_major(key).zero_(), token_major(value).zero_()
     for row, keys, parts in _rows(text_lengths, query, key, num_image_tokens, text_first):
         tensors = [tensor.narrow(0, row, 1) for tensor in (grad_out, query, out, log_sum_exp[..., None], *gradients)]
         *asked, query_gradient, key_gradient, value_gradient = tensors

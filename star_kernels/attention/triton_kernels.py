@@ -544,7 +544,7 @@ def prepare(
 
     At most MAX_FUSED_UNITS units.
     """
-    out = torch.empty_like(query)
+    out = reference.token_major(query)
     query, key, value = (within_reach(tensor, configuration.block_n) for tensor in (query, key, value))
     unit_weights = None if unit_weights is None else within_reach(unit_weights, configuration.block_n)
     log_sum_exp = query.new_empty(query.shape[:3], dtype=torch.float32)

@@ -13,7 +13,7 @@ from star_kernels import attention_mass, joint_attention
 
 IMAGE, TEXT = 33, 11
 OPERATOR = torch.ops.star_kernels.attention_mass.default
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "cpu", "triton"]
 DIRECTIONS = ["image_to_text", "text_to_image"]
 MASS_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 

@@ -160,7 +160,7 @@ def test_strides_do_not_matter(level: str, dtype: torch.dtype, direction: str) -
     transposed = tuple(t.mT.contiguous().mT for t in tensors)
     for variant in (dense, slices, alternating, transposed):
         other_out, other_mass, other_log_sum_exp = run(variant, direction, num_image_tokens=45)
-        assert other_out.stride() == torch.empty_like(variant[0]).stride()
+        assert other_out.transpose(1, 2).is_contiguous()
         assert torch.equal(other_out, out)
         assert torch.equal(other_mass, mass)
         assert torch.equal(other_log_sum_exp, log_sum_exp)
@@ -325,9 +325,46 @@ def test_opcheck(dtype: torch.dtype, direction: str) -> None:
     leaves = [t.clone().requires_grad_() for t in tensors]
     operator = torch.ops.star_kernels.joint_attention.default
     torch.library.opcheck(operator, (*leaves, unit_weights[1:], 20, True, 0.4, 1, 2, direction, "cpu"))
-    # Where D is not innermost, out has the strides that the fake implementation promises.
+    # Whatever the strides of the inputs, out has those that the fake implementation promises.
     turned = [t.mT.contiguous().mT for t in tensors]
     torch.library.opcheck(operator, (*turned, unit_weights, 20, False, 0.4, 0, 2, direction, "cpu"))
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_padded_row_is_its_trimmed_self_bit_for_bit(
+    level: str, dtype: torch.dtype, direction: str, text_first: bool
+) -> None:
+    image, text, lengths = 130, 290, [290, 0, 1, 261]
+    query, key, value, unit_weights = inputs(image, text, batch=4, dtype=dtype, units=5)
+    options: dict[str, Any] = {"num_image_tokens": image, "text_first": text_first}
+    text_lengths = torch.tensor(lengths, dtype=torch.int32)
+    for row, length in enumerate(lengths):
+        first = (0 if text_first else image) + length
+        key[row, :, first : first + text - length] = value[row, :, first : first + text - length] = float("nan")
+    tensors = query, key, value, unit_weights
+    out, mass, log_sum_exp = run(tensors, direction, text_lengths=text_lengths, **options)
+    _, part_mass, _ = run(
+        (query, key, value, unit_weights[2:]), direction, text_lengths=text_lengths, rows=(2, 4), **options
+    )
+    assert torch.equal(part_mass, mass[2:])
+    assert mass[1].count_nonzero() == 0
+    for row, length in enumerate(lengths):
+        (keys, padding), one = reference.row_tokens(image + text, text, length, text_first), slice(row, row + 1)
+        trimmed = [reference.take(t[one], keys) for t in (query, key, value)]
+        if length:
+            alone = run((*trimmed, unit_weights[one, :length]), direction, **options)
+            assert torch.equal(alone[1][0], mass[row])
+        else:
+            alone = run((*trimmed, None), **options)
+        assert torch.equal(alone[0], reference.take(out[one], keys))
+        assert torch.equal(alone[2][..., None], reference.take(log_sum_exp[one, ..., None], keys))
+        if padding:  # text queries that stand for nothing attend to the keys that count
+            wanted = F.scaled_dot_product_attention(
+                reference.take(query[one], padding).double(), *(t.double() for t in trimmed[1:])
+            )
+            assert error(reference.take(out[one], padding), wanted) < BOUNDS[dtype][0]
 
 
 def test_a_compiled_function_has_no_graph_break_and_the_same_bits() -> None:
@@ -367,6 +404,9 @@ def test_the_compiled_operator_checks_what_it_is_given() -> None:
         ("unit_weights", (query, key, value, unit_weights[:, 1:]), {}),
         ("unit_weights", (query, key, value, unit_weights[:1]), {}),
         ("direction", (query, key, value, unit_weights), {"num_image_tokens": 27, "direction": "text_to_image"}),
+        ("text_lengths", (query, key, value, None), {"text_lengths": torch.tensor([7])}),
+        ("text_lengths", (query, key, value, None), {"text_lengths": torch.tensor([7, 8])}),
+        ("text_lengths", (query, key, value, None), {"text_lengths": torch.tensor([7.0, 3.0])}),
     ]:
         options = {"scale": 0.1, "rows": (0, 2), "num_image_tokens": 20, **options}
         with pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
