@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from star_trainer.config import ConfigError, Reward
+from star_trainer.config.paths import folder_or_name
 from star_trainer.prompts import Prompt
 from star_trainer.rewards.scenes import scene_graded, scene_strict
 from star_trainer.worlds.requirements import flow_grpo_score, judge
@@ -55,18 +56,23 @@ class Models:
         return self._clip("clip")
 
     def converted(self, name: str) -> str:
-        """The folder that `star-convert-reward` has written for a reward.
+        """The setting for what `star-convert-reward` has written for a reward.
 
         Raises:
-            ConfigError: none is named.
+            ConfigError: there is none.
         """
         folder = getattr(self.names, name)
         if folder is None:
-            raise ConfigError(
-                f"reward.models.{name}: expected the folder that `star-convert-reward {name}` has written from the "
-                f"published file, where reward.terms has {name}"
-            )
+            raise ConfigError(f"reward.models.{name}: expected {_converted_by(name)}, where reward.terms has {name}")
         return folder
+
+    def _written(self, name: str) -> str:
+        """The same, where it is there or may be on a model hub."""
+        folder = self.converted(name)
+        try:
+            return folder_or_name(folder, f"reward.models.{name}")
+        except ConfigError as error:
+            raise ConfigError(f"{error}; expected {_converted_by(name)}") from error
 
     @cached_property
     def detector(self) -> Detector:
@@ -98,23 +104,23 @@ class Models:
         from star_trainer.rewards.models.clip import ClipModel, ClipReward
 
         # The published code resizes numbers, not bytes.
-        model = ClipModel(self.converted("hps"), key="reward.models.hps", dtype=self.dtype, rounding=False)
+        model = ClipModel(self._written("hps"), key="reward.models.hps", dtype=self.dtype, rounding=False)
         return ClipReward(model, scale="cosine")
 
     def image_reward(self) -> ImageReward:
         from star_trainer.rewards.models.image_reward import ImageReward
 
-        return ImageReward(self.converted("image_reward"), dtype=self.dtype)
+        return ImageReward(self._written("image_reward"), dtype=self.dtype)
 
     def aesthetic(self) -> AestheticReward:
         from star_trainer.rewards.models.heads import AestheticReward
 
-        return AestheticReward(self._clip("aesthetic_clip"), self.converted("aesthetic"))
+        return AestheticReward(self._clip("aesthetic_clip"), self._written("aesthetic"))
 
     def hps3(self) -> QwenVLReward:
         from star_trainer.rewards.models.qwen_vl import QwenVLReward
 
-        return QwenVLReward(self.converted("hps3"), dtype=self.dtype)
+        return QwenVLReward(self._written("hps3"), dtype=self.dtype)
 
     def vlm_judge(self) -> RewardFunction:
         from star_trainer.rewards.judge import VlmJudge
@@ -135,6 +141,10 @@ class Models:
         from star_trainer.rewards.ocr import OcrReward
 
         return OcrReward()
+
+
+def _converted_by(name: str) -> str:
+    return f"the folder that `star-convert-reward {name}` has written from the published file"
 
 
 BY_NAME: dict[str, Callable[[Models], RewardFunction]] = {
