@@ -23,6 +23,7 @@ def test_the_package_has_what_loads_the_small_models_and_not_what_built_them(tmp
         f"{scenes}/captions.py",
         f"{scenes}/tiny_sd3/pipeline/transformer/diffusion_pytorch_model.safetensors",
         f"{scenes}/tiny_clip/model/tokenizer.json",
+        f"{scenes}/tiny_pickscore/model/model.safetensors",
     ):
         assert needed in found, needed
     sources = {

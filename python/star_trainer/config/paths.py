@@ -7,9 +7,10 @@ from pathlib import Path
 from star_trainer.config.errors import ConfigError
 
 _SCENES = Path(__file__).parents[1] / "worlds" / "scenes"
-# What the name 'tiny' stands for: of a pipeline, and of a CLIP model.
+# What the name 'tiny' stands for: of a pipeline, of a CLIP model, and of PickScore.
 TINY_PIPELINE = _SCENES / "tiny_sd3" / "pipeline"
 TINY_CLIP = _SCENES / "tiny_clip" / "model"
+TINY_PICKSCORE = _SCENES / "tiny_pickscore" / "model"
 
 
 def folder_or_name(source: str, key: str) -> str:

@@ -235,7 +235,7 @@ def test_sizes_are_in_the_unit_that_suits_them(capsys: pytest.CaptureFixture[str
 
 
 def test_all_presets_are_tested_here() -> None:
-    assert set(preset_names()) == {"tiny", "tiny_r0", "sd3m_r0", *OWN}
+    assert set(preset_names()) == {"tiny", "tiny_pickscore", "tiny_r0", "sd3m_r0", *OWN}
 
 
 def test_r0_starts_from_stable_diffusion_3_medium(nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,5 +249,6 @@ def test_r0_starts_from_stable_diffusion_3_medium(nowhere: Path, capsys: pytest.
     # Eight images in two batches, four steps, each run once to sample and once for its gradient; an image at a time.
     assert printed["model calls, rollout"].startswith("8 of up to 4 samples on each of 8")
     assert printed["model calls, update"].startswith("8 on each of 8 processes, 8")
-    assert printed["reward calls"] == "16 on each of 8 processes"
+    assert list(config.reward.terms) == ["hps", "image_reward", "clip_score"]
+    assert printed["reward calls"] == "24 on each of 8 processes"
     assert not list(nowhere.iterdir())

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from star_trainer.config import ConfigError
-from star_trainer.config.paths import TINY_CLIP, folder_or_name
+from star_trainer.config.paths import TINY_CLIP, TINY_PICKSCORE, folder_or_name
 from star_trainer.families.devices import own_device
 from star_trainer.families.loading import load_whole
 from star_trainer.prompts import Prompt
@@ -98,7 +98,9 @@ class ClipModel:
 
 
 def _place(name: str, key: str) -> str:
-    return str(TINY_CLIP) if name == "tiny" else folder_or_name(name, key)
+    if name != "tiny":
+        return folder_or_name(name, key)
+    return str(TINY_PICKSCORE if key.startswith("reward.models.pickscore") else TINY_CLIP)
 
 
 class ClipReward:
