@@ -51,14 +51,14 @@ def doubled(source: torch.Tensor, how: str) -> tuple[torch.Tensor, list[KernelCa
 @interpreted
 def test_launch_returns_what_the_kernels_wrote() -> None:
     source = torch.arange(37.0)
-    assert torch.equal(launch(doubled, (source,), ("as it should",)), 2 * source)
+    assert torch.equal(launch(doubled, (source, "as it should")), 2 * source)
 
 
 @interpreted
 @pytest.mark.parametrize("how", ["fills", "copies"])
 def test_launch_refuses_a_description_that_computes(how: str) -> None:
     with pytest.raises(RuntimeError, match="doubled: expected to allocate and to take views only, it calls aten::"):
-        launch(doubled, (torch.arange(74.0)[::2],), (how,))
+        launch(doubled, (torch.arange(74.0)[::2], how))
 
 
 @pytest.mark.parametrize("triton_folder", [None, pytest.param(OLDEST_TRITON, marks=pytest.mark.exhaustive)])

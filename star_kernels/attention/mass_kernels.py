@@ -281,7 +281,7 @@ def attention_mass(
     """Like the reference, for float32, bfloat16 and float16."""
     configuration = configuration_for(architecture_of(query.device), query.dtype)
     near = (within_reach(tensor, configuration.block_m) for tensor in (query, key, unit_weights))
-    return launch(prepare, (*near, log_sum_exp, text_lengths), (scale, direction, configuration))
+    return launch(prepare, (*near, log_sum_exp, text_lengths, scale, direction, configuration))
 
 
 def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
