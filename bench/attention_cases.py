@@ -49,6 +49,11 @@ def sd35_medium(name: str, batch: int, units: int = 8) -> Shape:
     return Shape(name, batch, heads=24, head_dim=64, image=image, text=text, units=units)
 
 
+def flux(batch: int, units: int = 8) -> Shape:
+    """F: FLUX at 1024 px, whose text stands before the image."""
+    return Shape("F", batch, heads=24, head_dim=128, image=4096, text=512, units=units)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """query, key, value [B, heads, N, D], image tokens first; unit_weights [B, N_text, K]."""

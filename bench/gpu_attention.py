@@ -1,10 +1,11 @@
-"""The attention sections of `bench/gpu.py`: correctness against float64, and times against PyTorch's SDPA backends."""
+"""Attention in `bench/gpu.py`: correctness against float64, and times against all attention that the machine offers."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,35 +15,60 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import star_kernels as sk
 from bench import attention_cases as cases
-from bench.attention_cases import Inputs, Shape, make_inputs, make_unit_weights
+from bench.attention_cases import Shape, make_inputs, make_unit_weights
 from bench.gpu_report import Report, relative_error
 from bench.harness import Member
-from star_kernels.attention import reference
+from star_kernels.attention import attention_implementation, reference
 
 # Limits of the relative error against float64: of the output, and of the mass.
 LIMITS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 5e-3), torch.float16: (1e-2, 5e-3)}
-SDPA_BACKENDS = {
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-AWKWARD = (
-    Shape("one image and one text token", 1, 1, 64, 1, 1, 1),
-    Shape("odd lengths, K 17", 2, 3, 64, 131, 17, 17),
-    Shape("head dim 32, K 16", 1, 2, 32, 100, 29, 16),
-    Shape("head dim 96", 1, 2, 96, 65, 31, 3),
-    Shape("head dim 128", 2, 2, 128, 257, 77, 8),
-)
+IMPLEMENTATIONS = ("fused", "sdpa")
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-sdpa: Callable[..., Tensor] = scaled_dot_product_attention
+@dataclass(frozen=True)
+class Call:
+    """Arguments of `joint_attention`: query, key and value, unit weights, and by name the others."""
+
+    qkv: tuple[Tensor, Tensor, Tensor]
+    unit_weights: Tensor | None
+    options: dict[str, Any]
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.options.get("rows", (0, len(self.qkv[0])))
+
+    def __call__(self, **options: Any) -> tuple[Tensor, Tensor | None]:
+        return sk.joint_attention(*self.qkv, self.unit_weights, **self.options | options)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = map(change, self.qkv)
+        return query, key, value
+
+    def sample(self, b: int) -> Call:
+        """One sample by itself."""
+        row = b - self.rows[0]
+        units = None if self.unit_weights is None else self.unit_weights[row : row + 1]
+        options = {name: option for name, option in self.options.items() if name != "rows"}
+        if "text_lengths" in options:
+            options["text_lengths"] = options["text_lengths"][b : b + 1]
+        return Call(self.each(lambda tensor: tensor[b : b + 1]), units, options)
+
+    def exact(self) -> Call:
+        """In float64, by the definition."""
+        units = None if self.unit_weights is None else self.unit_weights.double()
+        return Call(self.each(Tensor.double), units, self.options | {"backend": "reference"})
 
 
 def shapes(report: Report) -> list[Shape]:
     if report.toy:
-        return [Shape("S", 2, 1, 32, 10, 5, 3), Shape("L", 2, 2, 32, 20, 9, 3)]
-    return [cases.sd35_medium("S", batch=8), cases.sd35_medium("L", batch=8)]
+        return [Shape("S", 2, 1, 32, 10, 5, 3), Shape("F", 2, 2, 32, 20, 9, 3)]
+    return [cases.sd35_medium("S", batch=8), cases.sd35_medium("L", batch=8), cases.flux(batch=8)]
+
+
+def make_call(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
+    inputs = make_inputs(shape, dtype, device)
+    return Call(inputs.qkv, inputs.unit_weights, {"num_image_tokens": shape.image, "text_first": shape.name == "F"})
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -50,231 +76,208 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def correctness(report: Report) -> None:
-    """S and L in all dtypes against float64 on the first and the last sample, then small awkward shapes."""
+    """Every use at S, what models do at the other shapes, in all dtypes, on the first and the last captured sample."""
     for shape in shapes(report):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            what = f"{shape.name}, {name_of(dtype)}"
-            if not report.out_of_time(what):
-                report.guard(what, functools.partial(_check_shape, report, shape, dtype, what))
-    for shape in AWKWARD[:1] if report.toy else AWKWARD:
-        for dtype in (torch.bfloat16, torch.float32):
-            what = f"{shape.name}, {name_of(dtype)}"
-            if not report.out_of_time(what):
-                report.guard(what, functools.partial(_check_variants, report, shape, dtype, what))
+        for dtype in LIMITS:
+            for implementation in IMPLEMENTATIONS:
+                what = f"{shape.name}, {name_of(dtype)}, {implementation}"
+                report.guard(what, functools.partial(_check, report, shape, dtype, implementation, what))
+            what = f"{shape.name}, {name_of(dtype)}, attention_mass"
+            report.guard(what, functools.partial(_check_mass, report, shape, dtype, what))
 
 
-def _check_shape(report: Report, shape: Shape, dtype: torch.dtype, what: str) -> None:
-    inputs = make_inputs(shape, dtype, report.device)
+def uses(call: Call, shape: Shape) -> dict[str, Call]:
+    """What else can be asked of attention, by name."""
+    units, options, last = call.unit_weights, call.options, shape.batch - 1
+    assert units is not None
+    token_major = call.each(lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2))
+    image = call.each(lambda tensor: tensor[:, :, : shape.image])
+    text = call.each(lambda tensor: tensor[:, :, shape.image :])
+    return {
+        "no capture": replace(call, unit_weights=None),
+        "text to image": replace(call, options=options | {"direction": "text_to_image"}),
+        "text first": replace(call, options=options | {"text_first": True}),
+        "token-major": replace(call, qkv=token_major),
+        "last row": replace(call, unit_weights=units[last:], options=options | {"rows": (last, last + 1)}),
+        "cross-attention": replace(call, qkv=(image[0], *text[1:])),
+        "no text": Call(image, None, options),
+        "17 units": replace(call, unit_weights=make_unit_weights(replace(shape, units=17), units.device)),
+    }
+
+
+def _check(report: Report, shape: Shape, dtype: torch.dtype, implementation: str, what: str) -> None:
+    ours = {"implementation": implementation, "backend": report.backend}
     out_limit, mass_limit = LIMITS[dtype]
-    out, mass = cases.fused(inputs, capture=True, backend=report.backend)
-    plain, _ = cases.fused(inputs, capture=False, backend=report.backend)
-    again, mass_again = cases.fused(inputs, capture=True, backend=report.backend)
-    assert mass is not None and mass_again is not None
-    report.check_equal(f"{what}, output of a second run", out, again)
-    report.check_equal(f"{what}, mass of a second run", mass, mass_again)
-    to_image = _attend(inputs, report.backend, direction="text_to_image")[1]
-    assert to_image is not None
-    for b in (0, shape.batch - 1):
-        one = _sample(inputs, b)
-        exact_out, exact_mass, _ = _exact(one)
-        report.check(f"{what}, output with capture, sample {b}", relative_error(out[b : b + 1], exact_out), out_limit)
-        report.check(f"{what}, output without, sample {b}", relative_error(plain[b : b + 1], exact_out), out_limit)
-        report.check(f"{what}, mass, sample {b}", relative_error(mass[b : b + 1], exact_mass), mass_limit)
-        exact_to_image = _exact_to_image(one)
-        error = relative_error(to_image[b : b + 1], exact_to_image)
-        report.check(f"{what}, text to image, sample {b}", error, mass_limit)
-        alone, mass_alone = cases.fused(one, capture=True, backend=report.backend)
-        assert mass_alone is not None
-        report.check_equal(f"{what}, output of sample {b} alone", out[b : b + 1], alone)
-        report.check_equal(f"{what}, mass of sample {b} alone", mass[b : b + 1], mass_alone)
-    _check_backward(report, inputs, what, out_limit)
+    call = make_call(shape, dtype, report.device)
+    lengths = torch.arange(1, shape.batch + 1) * shape.text // shape.batch - 1  # from few to all but one
+    calls = {"capture": call, "text lengths": replace(call, options=call.options | {"text_lengths": lengths})}
+    for use, one in (calls | uses(call, shape) if shape.name == "S" else calls).items():
+        out, mass = one(**ours)
+        again, mass_again = one(**ours)
+        report.check_equal(f"{what}, {use}, output of a second run", out, again)
+        first, end = one.rows
+        for b in sorted({first, end - 1}):
+            where = f"{what}, {use}, sample {b}"
+            exact, exact_mass = one.sample(b).exact()()
+            alone, mass_alone = one.sample(b)(**ours)
+            report.check(f"{where}, output", relative_error(out[b : b + 1], exact), out_limit)
+            if implementation == "fused" or use == "text lengths":
+                report.check_equal(f"{where} alone, output", out[b : b + 1], alone)
+            else:  # PyTorch's kernels promise nothing.
+                report.figure(f"{where} alone, output is the same", torch.equal(out[b : b + 1], alone))
+            if mass is not None and mass_again is not None and exact_mass is not None and mass_alone is not None:
+                row = slice(b - first, b - first + 1)
+                report.check(f"{where}, mass", relative_error(mass[row], exact_mass), mass_limit)
+                report.check_equal(f"{where}, mass of a second run", mass[row], mass_again[row])
+                if implementation == "fused":
+                    report.check_equal(f"{where} alone, mass", mass[row], mass_alone)
+    last = call.sample(shape.batch - 1)
+    exactly, theirs = _gradients(last.exact()), _gradients(last, lambda one: scaled_dot_product_attention(*one.qkv))
+    first_run, second_run = (_gradients(last, lambda one: one(**ours)[0]) for _ in range(2))
+    for name, expected, their, our, once_more in zip("qkv", exactly, theirs, first_run, second_run, strict=True):
+        # No further from float64 than PyTorch's, give or take.
+        limit = max(out_limit, 1.5 * relative_error(their, expected))
+        report.check(f"{what}, gradient of {name}", relative_error(our, expected), limit)
+        report.figure(f"{what}, gradient of {name} of a second run is the same", torch.equal(our, once_more))
 
 
-def _check_backward(report: Report, inputs: Inputs, what: str, limit: float) -> None:
-    """Gradients of the last sample: no further from float64 than SDPA's, give or take."""
-    one = _sample(inputs, inputs.query.shape[0] - 1)
-    grad_out = torch.randn(one.query.shape, generator=torch.Generator().manual_seed(1)).to(one.query)
-    exact_out, _, log_sum_exp = _exact(one)
-    grad, query, key, value = (tensor.double() for tensor in (grad_out, *one.qkv))
-    scale = one.query.shape[-1] ** -0.5
-    exact = reference.attention_backward(grad, query, key, value, exact_out, log_sum_exp, scale)
-    leaves = [tensor.detach().requires_grad_() for tensor in one.qkv]
-    ours = torch.autograd.grad(_attend(replace_qkv(one, leaves), report.backend)[0], leaves, grad_out)
-    theirs = torch.autograd.grad(sdpa(*leaves), leaves, grad_out)
-    for name, our, their, expected in zip(("query", "key", "value"), ours, theirs, exact, strict=True):
-        sdpa_error = relative_error(their, expected)
-        report.check(
-            f"{what}, gradient of {name} (SDPA: {sdpa_error:.2e})",
-            relative_error(our, expected),
-            max(limit, 1.5 * sdpa_error),
-        )
+def _gradients(call: Call, attend: Callable[[Call], Tensor] = lambda call: call()[0]) -> tuple[Tensor, ...]:
+    leaves = call.each(lambda tensor: tensor.detach().requires_grad_())
+    grad = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1)).to(leaves[0])
+    return torch.autograd.grad(attend(replace(call, qkv=leaves)), leaves, grad)
 
 
-def _check_variants(report: Report, shape: Shape, dtype: torch.dtype, what: str) -> None:
-    """Text first, strided views as diffusers makes them, some rows only, no text at all, cross-attention."""
-    inputs = make_inputs(shape, dtype, report.device)
-    out_limit, mass_limit = LIMITS[dtype]
-    exact_out, exact_mass, _ = _exact(inputs)
-
-    def compare(variant: str, out: Tensor, mass: Tensor | None, expected: Tensor, expected_mass: Tensor) -> None:
-        assert mass is not None
-        report.check(f"{what}, {variant}, output", relative_error(out, expected), out_limit)
-        report.check(f"{what}, {variant}, mass", relative_error(mass, expected_mass), mass_limit)
-
-    compare("image first", *_attend(inputs, report.backend), exact_out, exact_mass)
-    strided = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs.qkv]
-    compare("strided", *_attend(replace_qkv(inputs, strided), report.backend), exact_out, exact_mass)
-    rolled = [tensor.roll(shape.text, dims=2) for tensor in inputs.qkv]
-    out, mass = _attend(replace_qkv(inputs, rolled), report.backend, text_first=True)
-    compare("text first", out.roll(-shape.text, dims=2), mass, exact_out, exact_mass)
-    last = shape.batch - 1
-    some = replace(inputs, unit_weights=inputs.unit_weights[last:])
-    compare("last row", *_attend(some, report.backend, rows=(last, last + 1)), exact_out, exact_mass[last:])
-
-    image = slice(0, shape.image)
-    query, text_key, text_value = inputs.query[:, :, image], inputs.key[:, :, shape.image :], inputs.value
-    cross = replace(inputs, query=query, key=text_key, value=text_value[:, :, shape.image :])
-    compare("cross-attention", *_attend(cross, report.backend), *_exact(cross)[:2])
-    only = [tensor[:, :, image] for tensor in inputs.qkv]
-    out, _ = cases.fused(replace_qkv(inputs, only), capture=False, backend=report.backend)
-    expected = sdpa(*(tensor.double() for tensor in only))
-    report.check(f"{what}, without text, output", relative_error(out, expected), out_limit)
-
-
-def replace_qkv(inputs: Inputs, tensors: list[Tensor]) -> Inputs:
-    query, key, value = tensors
-    return replace(inputs, query=query, key=key, value=value)
-
-
-def _attend(inputs: Inputs, backend: str, **options: Any) -> tuple[Tensor, Tensor | None]:
-    options = {"num_image_tokens": inputs.num_image_tokens, "backend": backend, **options}
-    return sk.joint_attention(inputs.query, inputs.key, inputs.value, inputs.unit_weights, **options)
-
-
-def _sample(inputs: Inputs, b: int) -> Inputs:
-    query, key, value, unit_weights = (tensor[b : b + 1] for tensor in (*inputs.qkv, inputs.unit_weights))
-    return Inputs(query, key, value, unit_weights, inputs.num_image_tokens)
-
-
-def _exact(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, mass and log-sum-exp in float64, of the inputs as they were rounded."""
-    query, key, value, unit_weights = (tensor.double() for tensor in (*inputs.qkv, inputs.unit_weights))
-    out, mass, log_sum_exp = reference.joint_attention(
-        query,
-        key,
-        value,
-        unit_weights,
-        num_image_tokens=inputs.num_image_tokens,
-        text_first=False,
-        scale=inputs.query.shape[-1] ** -0.5,
-        rows=(0, inputs.query.shape[0]),
-    )
-    assert mass is not None
-    return out, mass, log_sum_exp
-
-
-def _exact_to_image(inputs: Inputs) -> Tensor:
-    return reference.text_to_image_mass(
-        inputs.query.double(),
-        inputs.key.double(),
-        inputs.unit_weights.double(),
-        num_image_tokens=inputs.num_image_tokens,
-        text_first=False,
-        scale=inputs.query.shape[-1] ** -0.5,
-    )
+def _check_mass(report: Report, shape: Shape, dtype: torch.dtype, what: str) -> None:
+    """From a log-sum-exp as it comes from elsewhere, with heads innermost."""
+    call = replace(make_call(shape, dtype, report.device).sample(shape.batch - 1), options={})
+    options = {"num_image_tokens": shape.image, "text_first": False, "scale": shape.head_dim**-0.5, "rows": (0, 1)}
+    exact = call.exact()
+    _, expected, log_sum_exp = reference.joint_attention(*exact.qkv, exact.unit_weights, **options)
+    assert expected is not None and call.unit_weights is not None
+    log_sum_exp = log_sum_exp[:, :, : shape.image].float().transpose(1, 2).contiguous().transpose(1, 2)
+    image, text = call.qkv[0][:, :, : shape.image], call.qkv[1][:, :, shape.image :]
+    mass = sk.attention_mass(image, text, call.unit_weights, log_sum_exp, backend=report.backend)
+    report.check(what, relative_error(mass, expected), LIMITS[dtype][1])
 
 
 def speed(report: Report) -> None:
-    """Forward and backward at S and L against every SDPA backend of the machine; the baseline is the fastest."""
+    """Forward, backward and the mass alone; the baseline is the fastest attention of the machine."""
     for shape in shapes(report)[: 1 if report.toy else None]:
-        for dtype in (torch.bfloat16, torch.float32):
-            if dtype == torch.float32 and (shape.name == "L" or report.toy):
-                continue
-            what = f"attention forward, {shape}, {name_of(dtype)}"
-            report.guard(what, functools.partial(_forward, report, shape, dtype, what))
-        what = f"attention backward, {shape}, bfloat16"
-        report.guard(what, functools.partial(_backward, report, shape, what))
+        parts = [(part, torch.bfloat16) for part in (_forward, _backward, _mass)]
+        if shape.name == "S" and not report.toy:
+            parts.append((_forward, torch.float32))
+        for part, dtype in parts:
+            what = f"attention {part.__name__[1:]}, {shape}, {name_of(dtype)}"
+            report.guard(what, functools.partial(part, report, shape, dtype, what))
         if report.device.type == "cuda":
-            report.guard(f"kernels of a capture, {shape.name}", functools.partial(_kernels, report, shape))
+            report.guard(f"kernels at {shape.name}", functools.partial(_kernels, report, shape))
 
 
-def _sdpa_backends(report: Report, inputs: Inputs, what: str) -> dict[str, Callable[[Inputs], Tensor]]:
-    """PyTorch's SDPA by backend, those that take these inputs."""
-    available: dict[str, Callable[[Inputs], Tensor]] = {}
-    for name, backend in SDPA_BACKENDS.items():
-        call = functools.partial(_sdpa, backend)
-        try:
-            call(inputs)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            report.leave_out(f"{what}: SDPA {name}", error)
-        else:
-            available[f"SDPA {name}"] = call
-    return available
-
-
-def _sdpa(backend: SDPBackend, inputs: Inputs) -> Tensor:
+def _sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with sdpa_kernel(backend):
-        return sdpa(*inputs.qkv)
+        return scaled_dot_product_attention(query, key, value)
+
+
+def _flash(module: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """FlashAttention of a package of its own: tokens before heads, and in some versions a log-sum-exp beside it."""
+    function = importlib.import_module(module).flash_attn_func
+    out = function(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+BASELINES: dict[str, Attention] = {
+    "SDPA cuDNN": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+    "SDPA flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+    "SDPA efficient": functools.partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    "FlashAttention 3": functools.partial(_flash, "flash_attn_interface"),
+    "FlashAttention 4": functools.partial(_flash, "flash_attn.cute"),
+}
 
 
 def _forward(report: Report, shape: Shape, dtype: torch.dtype, what: str) -> None:
-    inputs = make_inputs(shape, dtype, report.device)
-    attend = functools.partial(_attend, backend=report.backend)
-    total = torch.zeros(shape.batch, shape.image, shape.units, device=report.device)
-    half = replace(inputs, unit_weights=inputs.unit_weights[shape.batch // 2 :])
-    calls: dict[str, Callable[[], object]] = {
-        name: functools.partial(call, inputs) for name, call in _sdpa_backends(report, inputs, what).items()
-    }
-    calls["fused, no capture"] = functools.partial(cases.fused, inputs, capture=False, backend=report.backend)
-    for units in (4, 8, 16):
-        other = replace(inputs, unit_weights=make_unit_weights(replace(shape, units=units), report.device))
-        calls[f"fused, K {units}"] = functools.partial(attend, other)
-    calls |= {
-        f"fused, K {shape.units}, added to the step's mass": functools.partial(attend, inputs, mass=total),
-        f"fused, K {shape.units}, half of the rows": functools.partial(
-            attend, half, rows=(shape.batch // 2, shape.batch)
+    call = make_call(shape, dtype, report.device)
+    qkv, units, half = call.qkv, call.unit_weights, shape.batch // 2
+    assert units is not None
+    lengths, half_text = torch.full((shape.batch,), shape.text // 2), f"K {shape.units}, half of the text"
+    asked = {
+        "no capture": replace(call, unit_weights=None),
+        f"K {shape.units}": call,
+        "K 16": replace(call, unit_weights=make_unit_weights(replace(shape, units=16), report.device)),
+        f"K {shape.units}, half of the rows": replace(
+            call, unit_weights=units[half:], options=call.options | {"rows": (half, shape.batch)}
         ),
-        f"fused, K {shape.units}, text to image": functools.partial(attend, inputs, direction="text_to_image"),
-        "SDPA, then text columns": functools.partial(cases.text_column_pass, inputs),
-        "materialised": functools.partial(cases.materialised, inputs),
-        "materialised, reference": functools.partial(cases.fused, inputs, capture=True, backend="reference"),
+        half_text: replace(call, options=call.options | {"text_lengths": lengths}),
+        f"K {shape.units}, text to image": replace(call, options=call.options | {"direction": "text_to_image"}),
     }
+    what += f", sdpa is {attention_implementation(*qkv[:2], implementation='sdpa').removeprefix('sdpa:')}"
+    inputs = cases.Inputs(*qkv, units, shape.image)
+    calls: dict[str, Callable[[], object]] = {
+        name: functools.partial(baseline, *qkv) for name, baseline in report.available(what, BASELINES, *qkv).items()
+    }
+    calls |= {
+        f"{name}, {use}": functools.partial(one, implementation=name, backend=report.backend)
+        for name in IMPLEMENTATIONS
+        for use, one in asked.items()
+    }
+    # Where the kernel reads them; the others are called a row at a time, by lengths that the host has to know.
+    calls[f"fused, {half_text}"] = functools.partial(
+        call, text_lengths=lengths.to(report.device), implementation="fused", backend=report.backend
+    )
+    extractors = {"SDPA, then text columns": cases.text_column_pass, "materialised": cases.materialised}
+    found = report.available(what, extractors, inputs)
+    calls |= {name: functools.partial(extract, inputs) for name, extract in found.items()}
     work = {"TFLOP": shape.operations / 1e12}
-    members = [Member(name, call, work=work) for name, call in calls.items()]
-    report.measure(what, members, budget=4.0, fastest="SDPA ")
+    report.measure(what, [Member(name, one, work=work) for name, one in calls.items()], budget=4.0, fastest=BASELINES)
 
 
-def _backward(report: Report, shape: Shape, what: str) -> None:
-    inputs = make_inputs(shape, torch.bfloat16, report.device)
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs.qkv]
-    tracked = replace_qkv(inputs, leaves)
-    grad_out = torch.randn_like(inputs.query)
-    forwards: dict[str, Callable[[Inputs], Tensor]] = dict(_sdpa_backends(report, tracked, what))
-    forwards["fused"] = lambda inputs: _attend(inputs, report.backend)[0]
+def _backward(report: Report, shape: Shape, dtype: torch.dtype, what: str) -> None:
+    call = replace(make_call(shape, dtype, report.device), unit_weights=None)
+    leaves = call.each(Tensor.requires_grad_)
+    grad = torch.randn_like(leaves[0])
+
+    def backward(attend: Attention) -> Callable[[], object]:
+        return functools.partial(torch.autograd.grad, attend(*leaves), leaves, grad, retain_graph=True)
+
+    usable = report.available(what, {name: lambda a=attend: backward(a)() for name, attend in BASELINES.items()})
+    calls = {name: backward(BASELINES[name]) for name in usable}
+    for name in IMPLEMENTATIONS:
+        calls[name] = backward(lambda *_, name=name: call(implementation=name, backend=report.backend)[0])
     work = {"TFLOP": 2.5 * shape.operations / 1e12}
-    members: list[Member] = []
+    report.measure(what, [Member(name, one, work=work) for name, one in calls.items()], fastest=BASELINES)
 
-    def add(name: str, forward: Callable[[Inputs], Tensor]) -> None:
-        out = forward(tracked)
-        backward = functools.partial(torch.autograd.grad, out, leaves, grad_out, retain_graph=True)
-        members.append(Member(name, backward, work=work))
 
-    for name, forward in forwards.items():
-        report.guard(f"{what}: {name}", functools.partial(add, name, forward))
-    report.measure(what, members, fastest="SDPA ")
+def _mass(report: Report, shape: Shape, dtype: torch.dtype, what: str) -> None:
+    """The mass from a log-sum-exp, against a copy that reads and writes as many bytes."""
+    call = make_call(shape, dtype, report.device)
+    image, text = call.qkv[0][:, :, : shape.image], call.qkv[1][:, :, shape.image :]
+    assert call.unit_weights is not None
+    log_sum_exp = torch.full(image.shape[:3], 10.0, device=report.device)
+    arguments = (image, text, call.unit_weights, log_sum_exp)
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in arguments)
+    moved += 4 * shape.batch * shape.image * shape.units
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=report.device)
+    copy = functools.partial(torch.empty_like(source).copy_, source)
+    mass = functools.partial(sk.attention_mass, *arguments, backend=report.backend)
+    work = {"GB": moved / 1e9}
+    members = [
+        Member("copy of as many bytes", copy, baseline=True, work=work),
+        Member("attention_mass", mass, work=work),
+    ]
+    report.measure(what, members, budget=0.5)
 
 
 def _kernels(report: Report, shape: Shape) -> None:
-    """Time on the GPU of each kernel that one call with capture launches: what the reduction of the mass takes."""
-    inputs = make_inputs(shape, torch.bfloat16, report.device)
-    call = functools.partial(cases.fused, inputs, capture=True, backend=report.backend)
-    call()
-    repetitions = 10
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repetitions):
-            call()
-        torch.cuda.synchronize(report.device)
-    for event in profile.key_averages():
-        microseconds = event.self_device_time_total / repetitions
-        if microseconds > 0:
-            report.figure(f"capture at {shape.name}, kernel {event.key[:80]}, microseconds", microseconds)
+    """The time on the GPU of each kernel that one call with capture launches."""
+    call = make_call(shape, torch.bfloat16, report.device)
+    for implementation in IMPLEMENTATIONS:
+        run = functools.partial(call, implementation=implementation, backend=report.backend)
+        run()
+        repetitions = 10
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(repetitions):
+                run()
+            torch.cuda.synchronize(report.device)
+        for event in profile.key_averages():
+            microseconds = event.self_device_time_total / repetitions
+            if microseconds > 0:
+                report.figure(f"{shape.name}, {implementation}, kernel {event.key[:80]}, microseconds", microseconds)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ from star_trainer.studies.timing import (
     BUDGET,
     MAX_ROUNDS,
     MIN_ROUNDS,
+    Clock,
     CpuClock,
     CudaClock,
     Group,
@@ -34,6 +40,7 @@ __all__ = [
     "BUDGET",
     "MAX_ROUNDS",
     "MIN_ROUNDS",
+    "Clock",
     "CpuClock",
     "CudaClock",
     "Group",
@@ -53,6 +60,7 @@ __all__ = [
     "read_json",
     "results",
     "results_path",
+    "run_apart",
     "spread",
     "table",
     "write_json",
@@ -129,6 +137,28 @@ def group_as_dict(group: Group) -> dict[str, Any]:
             }
         )
     return {"name": group.name, "baseline": group.baseline, "members": members}
+
+
+def run_apart(commands: Sequence[Sequence[str]], seconds: float, logs: Sequence[Path] = ()) -> None:
+    """Run commands side by side and kill what is left after so many seconds; says how they ended if not well.
+
+    With `logs` what each prints goes to a file of its own.
+    """
+    deadline = time.monotonic() + seconds
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(path.open("w")) for path in logs] if logs else [None] * len(commands)
+        processes = [
+            subprocess.Popen(command, cwd=ROOT, stdout=file, start_new_session=True)
+            for command, file in zip(commands, files, strict=True)
+        ]
+    for process in processes:
+        try:
+            if code := process.wait(max(0.0, deadline - time.monotonic())):
+                print(f"ended with code {code}", flush=True)
+        except subprocess.TimeoutExpired:
+            print(f"killed after {seconds:.0f} s", flush=True)
+            os.killpg(process.pid, signal.SIGKILL)  # with what it has started itself
+            process.wait()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
