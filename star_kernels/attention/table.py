@@ -132,7 +132,7 @@ def configuration_for(architecture: str, dtype: torch.dtype, head_dim: int) -> C
 
 
 @functools.cache
-def _name_of(device: torch.device) -> str:
+def name_of(device: torch.device) -> str:
     """What the GPU's maker calls its architecture: sm_90, gfx942."""
     if torch.version.hip is not None:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
@@ -148,7 +148,7 @@ def architecture_of(device: torch.device) -> str:
     """
     if device.type != "cuda":
         return "sm_90"
-    name = _name_of(device)
+    name = name_of(device)
     if name in CONFIGURATIONS:
         return name
     # Consumer chips, of compute capability 12 too, have the shared memory and the tensor cores of 8.
@@ -169,7 +169,7 @@ def implementation_for(device: torch.device, dtype: torch.dtype, head_dim: int, 
     """
     if device.type != "cuda":
         return "fused"
-    measured = MEASURED.get(_name_of(device), {}).get(_row_of(dtype, head_dim))
+    measured = MEASURED.get(name_of(device), {}).get(_row_of(dtype, head_dim))
     if not measured:
         return "sdpa"
     return measured[min(sorted(measured), key=lambda length: abs(math.log(length / num_keys)))]

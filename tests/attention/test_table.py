@@ -33,7 +33,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     def forget() -> None:
-        for cached in (table._name_of, table.architecture_of, backends.say_once):
+        for cached in (table.name_of, table.architecture_of, backends.say_once):
             cached.cache_clear()
 
     yield pretend
