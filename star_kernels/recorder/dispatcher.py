@@ -70,7 +70,7 @@ def _recording_class(kind: type) -> type:
     code: Any = kind.__call__
     dispatch = code.__globals__["dispatch_attention_fn"]
     names = {**code.__globals__, "dispatch_attention_fn": _attend_instead}
-    del names["__name__"]  # by which torch.compile would find diffusers' own
+    del names["__name__"]  # with it torch.compile would guard the names of diffusers' module
     replay = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
 
     # diffusers reads the names of the parameters, and passes only what they name.
