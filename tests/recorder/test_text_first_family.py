@@ -163,7 +163,7 @@ def test_text_that_is_masked_takes_no_part_whatever_computes_the_attention(
     family = TextFirst("checkpoint")
     family.processor = processor
     monkeypatch.setitem(star_kernels.recorder.FAMILIES, "TextFirstTransformer", family)
-    with record_attention(model, unit_weights()[slice(*rows)], rows=rows, backend="reference") as recorder:
+    with record_attention(model, unit_weights()[slice(*rows)], rows=rows) as recorder:
         model(*inputs())
     exact = exact_mass(model, lengths)[slice(*rows)]
     torch.testing.assert_close(recorder.mass.double(), exact, rtol=1e-5, atol=1e-6)
