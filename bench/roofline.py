@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.attention_cases import Shape, sd35_medium
+from bench.attention_cases import Shape, flux, sd35_medium
 
 if TYPE_CHECKING:
     from bench.static_gpu import KernelReport, LoopReport
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Iterations of a kernel's loop with the arguments that it was compiled for, where that is not one; 0: left out, as it
 # only adds up what another kernel left, or runs only where a gradient has to be scaled.
 TRIPS = {"mean over heads": 24 // 8, "mask": 64 * 64 // 2048, "metrics": 0, "scale": 0}
+SHAPES = {"S": sd35_medium("S", batch=8), "L": sd35_medium("L", batch=8), "F": flux(batch=8)}
 TENSOR_TILE = 16  # columns of the narrowest tensor-core product: K units occupy as many
 
 
@@ -88,13 +89,16 @@ def mean_over_heads(shape: Shape) -> Work:
     return Work(f"mean over heads, {shape.name}", 4 * masses * (shape.heads + 1))
 
 
-def text_to_image(shape: Shape, itemsize: int = 2) -> Work:
-    """T from the text rows' log-sum-exp: image keys, text queries and unit weights in, T out."""
+def attention_mass(shape: Shape, itemsize: int = 2) -> Work:
+    """M from the image rows' log-sum-exp: image queries, text keys and unit weights in, M out.
+
+    T is the same on image keys and text queries, with the log-sum-exp of the fewer text rows.
+    """
     rows = shape.batch * shape.heads
     pairs = rows * shape.image * shape.text
-    moved = rows * shape.tokens * shape.head_dim * itemsize + 4 * rows * shape.text
+    moved = rows * shape.tokens * shape.head_dim * itemsize + 4 * rows * shape.image
     moved += 4 * shape.batch * (shape.text + shape.image) * shape.units
-    return Work(f"text to image, {shape.name}", moved, 2 * pairs * (shape.head_dim + _columns(shape.units)), pairs)
+    return Work(f"attention mass, {shape.name}", moved, 2 * pairs * (shape.head_dim + _columns(shape.units)), pairs)
 
 
 def _columns(units: int) -> int:
@@ -143,8 +147,8 @@ def allocation_map(latents: Latents) -> Work:
 
 
 def works() -> list[Work]:
-    """The rows of the table: S and L of SD3.5-medium, and the latents of a group and of a large batch."""
-    shapes = [sd35_medium(name, batch=8) for name in ("S", "L")]
+    """The rows of the table: S and L of SD3.5-medium, F of FLUX.1, and latents of a group and of large batches."""
+    shapes = SHAPES.values()
     latents = [Latents(9), Latents(64), Latents(256)]
     return [
         *(
@@ -154,7 +158,7 @@ def works() -> list[Work]:
                 attention(shape, capture=False),
                 attention(shape, capture=True),
                 mean_over_heads(shape),
-                text_to_image(shape),
+                attention_mass(shape),
             )
         ),
         *(policy_loss(size, kl=kl) for kl in (False, True) for size in latents),
@@ -222,6 +226,48 @@ def cycles_table(reports: list[KernelReport], machine: Machine) -> list[tuple[st
                         *(f"{rate / 1e12:.0f} TFLOP/s" for rate in attainable(cycles, machine)),
                     )
                 )
+    return rows
+
+
+def mass_microseconds(kernel: KernelReport, shape: Shape, machine: Machine) -> tuple[float, float]:
+    """The mass from the log-sum-exp by a kernel, and its mean over groups of heads: side by side, and taking turns.
+
+    As long as the busiest SM computes: its programs are as many as any SM has, and each group of heads as large as any.
+    """
+    tiles = {name: kernel.settings[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")}
+    groups, unit_blocks = math.ceil(shape.heads / tiles["GROUP"]), math.ceil(shape.units / tiles["BLOCK_K"])
+    programs = math.ceil(shape.image / tiles["BLOCK_M"]) * unit_blocks * groups * shape.batch
+    (heads,) = (loop for loop in kernel.loops if loop.depth == 1 and not loop.tensor)
+    (text,) = (loop for loop in kernel.loops if loop.tensor)
+    cycles = loop_cycles(kernel, text, machine)
+    rest = max(cycles["exponentials"], cycles["issue"])
+    trips = math.ceil(programs / machine.sms) * tiles["GROUP"]
+    outside = heads.instructions * kernel.warps / machine.warp_instructions_per_cycle
+    slots = 4 * shape.batch * shape.image * shape.units * (groups + 1) / machine.bytes_per_second
+    side_by_side, taking_turns = (
+        trips * (math.ceil(shape.text / tiles["BLOCK_N"]) * tile + outside) / machine.clock + slots
+        for tile in (max(cycles["tensor cores"], rest), cycles["tensor cores"] + rest)
+    )
+    return 1e6 * side_by_side, 1e6 * taking_turns
+
+
+def mass_shapes(kernel: KernelReport) -> list[Shape]:
+    """Those of `SHAPES` that `kernel` computes the mass of, in bfloat16 on Hopper, none if it is another kernel."""
+    found = re.match(r"mass from log-sum-exp, .*, bfloat16, head dim (\d+), 8 units$", kernel.name)
+    if found is None or kernel.architecture != "sm_90":
+        return []
+    return [shape for shape in SHAPES.values() if shape.head_dim == int(found[1])]
+
+
+def mass_table(reports: list[KernelReport], machine: Machine) -> list[tuple[str, ...]]:
+    """The mass from the log-sum-exp against its floor."""
+    rows: list[tuple[str, ...]] = [("call on sm_90", "shape", "blocks/SM", "floor", "side by side", "taking turns")]
+    for kernel in reports:
+        for shape in mass_shapes(kernel):
+            floor = 1e6 * max(attention_mass(shape).seconds(machine).values())
+            times = (f"{time:.1f} µs, {time / floor:.2f}" for time in mass_microseconds(kernel, shape, machine))
+            name = kernel.name.removeprefix("mass from log-sum-exp, ")
+            rows.append((name, shape.name, str(kernel.blocks_per_sm), f"{floor:.1f} µs", *times))
     return rows
 
 

@@ -429,6 +429,7 @@ def main() -> None:
         "Loops, instructions per warp and iteration": loops_table(reports),
         "Attention without / with capture": capture_table(reports),
         f"Cycles of an SM per iteration over image keys, {machine.name}": roofline.cycles_table(reports, machine),
+        f"Mass from the log-sum-exp, times and times the floor, {machine.name}": roofline.mass_table(reports, machine),
         f"Memory traffic, {machine.name}": roofline.traffic_table(reports, machine),
     }
     for title, rows in tables.items():

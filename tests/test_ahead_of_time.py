@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench.roofline import H100, attention_mass, mass_microseconds, mass_shapes
 from bench.static_gpu import LIMITS, MEASURED, OPERATORS, KernelReport, calls, capture_pairs, image_loop, load, settings
 from star_kernels.attention.table import CONFIGURATIONS
 
@@ -198,6 +199,14 @@ def complaints(reports: list[KernelReport]) -> list[str]:
                     found.append(f"{report.name}, {loop.name}: {loop.tensor} is not wgmma")
                 if not 0 < loop.tensor_groups < sum(loop.tensor.values()):
                     found.append(f"{report.name}, {loop.name}: each wgmma is waited for")
+        for shape in mass_shapes(report):
+            floor = 1e6 * max(attention_mass(shape).seconds(H100).values())
+            if mass_microseconds(report, shape, H100)[0] > 1.5 * floor:
+                found.append(
+                    f"{report.name}, {shape.name}: more than 1.5 times the floor with all resources side by side"
+                )
+            if mass_microseconds(report, shape, H100)[1] > 2.2 * floor:
+                found.append(f"{report.name}, {shape.name}: more than 2.2 times the floor with resources taking turns")
     for plain, capturing in capture_pairs(reports):
         before, after = image_loop(plain), image_loop(capturing)
         more = {kind for kind in MEASURED if after.kinds.get(kind, 0) > before.kinds.get(kind, 0)}

@@ -13,11 +13,13 @@ from bench.roofline import (
     Latents,
     attainable,
     attention,
+    attention_mass,
     cycles_table,
     loop_cycles,
+    mass_microseconds,
+    mass_table,
     mean_over_heads,
     policy_loss,
-    text_to_image,
     traffic_table,
     work_table,
 )
@@ -48,10 +50,11 @@ def test_capture_adds_one_narrow_product_over_text_and_a_mass_per_head() -> None
     assert mean_over_heads(SMALL).bytes == 8 * 1024 * 8 * 4 * 25
 
 
-def test_text_to_image_looks_at_text_rows_and_image_columns() -> None:
-    work = text_to_image(SMALL)
-    assert work.exponentials == 8 * 24 * 205 * 1024
-    assert work.tensor_operations == 2 * 8 * 24 * 205 * 1024 * (64 + 16)
+def test_the_mass_looks_at_image_rows_and_text_columns() -> None:
+    work = attention_mass(SMALL)
+    assert work.exponentials == 8 * 24 * 1024 * 205
+    assert work.tensor_operations == 2 * 8 * 24 * 1024 * 205 * (64 + 16)
+    assert work.bytes == 2 * 8 * 24 * 1229 * 64 + 4 * 8 * 24 * 1024 + 4 * 8 * 1229 * 8
 
 
 def test_policy_loss_reads_each_tensor_once_and_writes_one_gradient() -> None:
@@ -79,6 +82,25 @@ def test_cycles_of_a_tile_follow_from_its_instructions() -> None:
     assert taking_turns == pytest.approx(989.5e12 * 512 / (512 + 624))
     row = ("forward", "2", "312", "512", "544", "624", "812 TFLOP/s", "446 TFLOP/s")
     assert cycles_table([kernel, replace(kernel, architecture="sm_80")], H100)[1:] == [row]
+
+
+def test_the_mass_takes_as_long_as_the_busiest_sm() -> None:
+    # Heads in threes: 512 programs, four on some SM, each with three times seven tiles of 128 x 32 pairs, 64 deep. The
+    # columns of two products, 32 and 16, are as wide as the instructions.
+    opcodes = {"HGMMA.64x32x16.F32.BF16": 8, "HGMMA.64x16x16.F32.BF16": 4}
+    loops = [LoopReport("heads", 1, 100, {}, {}, 0, 0), LoopReport("text", 2, 300, {"special": 32}, opcodes, 3, 0)]
+    settings = {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 3}
+    name = "mass from log-sum-exp, image to text, bfloat16, head dim 64, 8 units"
+    sizes = (settings, 512, 0, 4, 2, 116, 0, 0, 0, 0, 4, "registers", 400)
+    kernel = KernelReport("attention", name, "sm_90", "", *sizes, {}, {}, 0, loops)
+    slots = 4 * 8 * 1024 * 8 * (8 + 1) / 3.35e12
+    side_by_side, taking_turns = mass_microseconds(kernel, SMALL, H100)
+    tensor = 2 * 128 * 32 * (64 + 16) / 4096
+    assert side_by_side == pytest.approx(1e6 * (4 * 3 * (7 * 300 + 100) / H100.clock + slots))
+    assert taking_turns == pytest.approx(1e6 * (4 * 3 * (7 * (300 + tensor) + 100) / H100.clock + slots))
+    assert [row[1] for row in mass_table([kernel], H100)[1:]] == ["S", "L"]
+    others = [replace(kernel, architecture="sm_80"), replace(kernel, name="forward, bfloat16, head dim 64, 8 units")]
+    assert len(mass_table(others, H100)) == 1
 
 
 def test_traffic_counts_every_iteration_of_every_thread() -> None:
