@@ -191,6 +191,7 @@ _FREE_KEYS = (
     "rollout.keep_on_host",
     "rollout.encode_ahead",
     "reward.remote.",
+    *(f"reward.judge.{name}" for name in ("at_once", "cache", "endpoint", "key_variable", "retries", "timeout")),
     "reward.timeout",
     "train.batch_size",
     "train.max_skipped_updates",
@@ -201,7 +202,10 @@ _FREE_KEYS = (
     "checkpoints.",
 )
 # Those of them that a held-out score depends on.
-_EVALUATION_KEYS = ("prompts.held_out", "evaluation.prompts", "evaluation.steps", "evaluation.guidance_scale")
+_EVALUATION_KEYS = (
+    "prompts.held_out",
+    *(f"evaluation.{name}" for name in ("prompts", "steps", "guidance_scale", "group")),
+)
 
 
 def _check_same_settings(values: dict[str, Any], state: TrainingState, root: Path) -> bool:

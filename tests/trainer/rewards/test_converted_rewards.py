@@ -246,6 +246,16 @@ def test_a_reward_without_its_folder_says_how_to_make_it(name: str) -> None:
     assert not isinstance(caught.value, NotDifferentiable)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_that_is_not_there_says_so_too(name: str) -> None:
+    config = Reward.model_validate({"terms": {name: 1.0}, "models": {name: "./nowhere", "aesthetic_clip": "tiny"}})
+    check_reward(config)
+    with pytest.raises(
+        ConfigError, match=rf"reward\.models\.{name}: no such folder: \./nowhere; .*star-convert-reward"
+    ):
+        load_terms(config)
+
+
 def test_a_head_for_another_clip_is_refused(cases: dict[str, Case], tmp_path: Path) -> None:
     published.head_checkpoint(tmp_path / "head.pth", 24)
     convert_aesthetic(tmp_path / "head.pth", tmp_path / "head")
