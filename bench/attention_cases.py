@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import star_kernels as sk
+from star_kernels.attention import sdpa as pytorch
 
 
 @dataclass(frozen=True)
@@ -125,4 +126,26 @@ def members(inputs: Inputs, backend: str) -> dict[str, Callable[[], object]]:
         "SDPA, then text columns": functools.partial(text_column_pass, inputs),
         "materialised": functools.partial(materialised, inputs),
         "materialised, reference": functools.partial(fused, inputs, capture=True, backend="reference"),
+    }
+
+
+def mass_members(inputs: Inputs, backend: str) -> dict[str, Callable[[], object]]:
+    """The mass from the log-sum-exp by itself, beside PyTorch's attention, which is the baseline."""
+    query, key, unit_weights, n = inputs.query, inputs.key, inputs.unit_weights, inputs.num_image_tokens
+    kernel = pytorch.kernel_for(query, key.shape[2])
+    assert kernel is not None
+    _, log_sum_exp = pytorch.attention(kernel, *inputs.qkv, query.shape[3] ** -0.5)
+    images, texts = slice(0, n), slice(n, None)
+    image_rows = query[:, :, images], key[:, :, texts]
+    text_rows = query[:, :, texts], key[:, :, images]
+    dense = torch.rand(unit_weights.shape, generator=torch.Generator().manual_seed(2)).to(unit_weights.device)
+    of_images, of_texts = log_sum_exp[:, :, images], log_sum_exp[:, :, texts]
+    mass = functools.partial(functools.partial, sk.attention_mass)
+    return {
+        "SDPA, no capture": functools.partial(scaled_dot_product_attention, *inputs.qkv),
+        "mass of phrases": mass(*image_rows, unit_weights, of_images, backend=backend),
+        "mass of every token": mass(*image_rows, dense, of_images, backend=backend),
+        "text to image, phrases": mass(*text_rows, unit_weights, of_texts, direction="text_to_image", backend=backend),
+        "text to image, every token": mass(*text_rows, dense, of_texts, direction="text_to_image", backend=backend),
+        "mass of phrases, reference": mass(*image_rows, unit_weights, of_images, backend="reference"),
     }
