@@ -151,14 +151,17 @@ def run_apart(commands: Sequence[Sequence[str]], seconds: float, logs: Sequence[
             subprocess.Popen(command, cwd=ROOT, stdout=file, start_new_session=True)
             for command, file in zip(commands, files, strict=True)
         ]
-    for process in processes:
-        try:
+    try:
+        for process in processes:
             if code := process.wait(max(0.0, deadline - time.monotonic())):
                 print(f"ended with code {code}", flush=True)
-        except subprocess.TimeoutExpired:
-            print(f"killed after {seconds:.0f} s", flush=True)
-            os.killpg(process.pid, signal.SIGKILL)  # with what it has started itself
-            process.wait()
+    except subprocess.TimeoutExpired:
+        print(f"killed after {seconds:.0f} s", flush=True)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started itself
+                process.wait()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -226,6 +226,7 @@ def time_row(row: Row, log: Log, clock: Clock, device: torch.device, sizes: Size
                     members.append(Member(str(configuration), launch))
                 else:
                     log.add(f"{where}{configuration}", wrong)
+                    expected.sum().item()  # raises where the GPU is lost; the same command goes on after it
             group = measure(members, clock, where, budget)
             for measurement in group.measurements[1:]:
                 ratio = group.ratio(measurement.name)
