@@ -155,22 +155,49 @@ def joint_attention(
         out, log_sum_exp = sdpa.attention_by_rows(query, key, value, text_lengths, *sequence, kernel)
     if unit_weights is None:
         return out, None
-    image_queries, text_queries, image_keys, text_keys = reference.token_slices(
-        num_queries, num_keys, num_image_tokens, text_first
-    )
-    queries, keys = (image_queries, text_keys) if direction == "image_to_text" else (text_queries, image_keys)
-    captured = slice(first, end)
-    return out, attention_mass(
-        query.detach()[captured, :, queries],
-        key.detach()[captured, :, keys],
-        unit_weights.detach(),
-        log_sum_exp[captured, :, queries],
+    return out, mass_beside(
+        query,
+        key,
+        unit_weights,
+        log_sum_exp,
+        num_image_tokens=num_image_tokens,
+        text_first=text_first,
+        rows=slice(first, end),
+        text_lengths=text_lengths,
+        direction=direction,
         scale=scale,
-        text_lengths=None if text_lengths is None else text_lengths[captured],
         mass=mass,
         layer_weight=layer_weight,
-        direction=direction,
         backend=backend,
+    )
+
+
+def mass_beside(
+    query: Tensor,
+    key: Tensor,
+    unit_weights: Tensor,
+    log_sum_exp: Tensor,
+    *,
+    num_image_tokens: int,
+    text_first: bool,
+    rows: slice,
+    text_lengths: Tensor | None,
+    direction: Literal["image_to_text", "text_to_image"],
+    **options: Any,
+) -> Tensor:
+    """`attention_mass` with these options, of the rows `rows` of the tensors that an attention was called with."""
+    image_queries, text_queries, image_keys, text_keys = reference.token_slices(
+        query.shape[2], key.shape[2], num_image_tokens, text_first
+    )
+    queries, keys = (image_queries, text_keys) if direction == "image_to_text" else (text_queries, image_keys)
+    return attention_mass(
+        query.detach()[rows, :, queries],
+        key.detach()[rows, :, keys],
+        unit_weights.detach(),
+        log_sum_exp[rows, :, queries],
+        text_lengths=None if text_lengths is None else text_lengths[rows],
+        direction=direction,
+        **options,
     )
 
 

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from star_kernels._checks import check_choice, check_tensor
-from star_kernels.attention import DIRECTIONS, IMPLEMENTATIONS, attention_implementation, joint_attention
-from star_kernels.attention.mass import attention_mass
-from star_kernels.attention.reference import token_slices
+from star_kernels.attention import (
+    DIRECTIONS,
+    IMPLEMENTATIONS,
+    attention_implementation,
+    joint_attention,
+    mass_beside,
+)
 from star_kernels.recorder import flux, sd3
 from star_kernels.recorder.family import Family, Layer, OwnAttention
 from star_kernels.text_units import TextUnits
@@ -174,9 +178,8 @@ class AttentionRecorder:
                 )
             out, log_sum_exp = own(rows is not None)
             if unit_weights is not None and rows is not None:
-                num_image_tokens = num_image_tokens or query.shape[2] - unit_weights.shape[1]
-                options |= {"num_image_tokens": num_image_tokens, "text_lengths": text_lengths}
-                mass = _mass_beside(query, key, value, log_sum_exp, unit_weights, slice(*rows), **options)
+                options["num_image_tokens"] = num_image_tokens or query.shape[2] - unit_weights.shape[1]
+                mass = _mass(query, key, value, unit_weights, log_sum_exp, slice(*rows), text_lengths, **options)
             capture.ran = own.name
         if unit_weights is not None:
             capture.mass = mass
@@ -351,35 +354,22 @@ class _Attend:
         return self.recorder._attend(self, query, key, value, num_image_tokens, text_first, text_lengths, own)
 
 
-def _mass_beside(
+def _mass(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    log_sum_exp: Tensor | None,
     unit_weights: Tensor,
+    log_sum_exp: Tensor | None,
     rows: slice,
-    *,
-    num_image_tokens: int,
-    text_first: bool,
     text_lengths: Tensor | None,
-    direction: Literal["image_to_text", "text_to_image"],
-    backend: str,
-) -> Tensor:
-    """The mass of an attention that something else computes: from its log-sum-exp, or by a pass of our own."""
-    query, key, value = query[rows].detach(), key[rows].detach(), value[rows].detach()
-    options: dict[str, Any] = {"direction": direction, "backend": backend}
-    options["text_lengths"] = None if text_lengths is None else text_lengths[rows]
-    if log_sum_exp is None:
-        options |= {"num_image_tokens": num_image_tokens, "text_first": text_first}
-        _, mass = joint_attention(query, key, value, unit_weights, **options)
-        assert mass is not None, "there are unit weights"
-        return mass
-    image_queries, text_queries, image_keys, text_keys = token_slices(
-        query.shape[2], key.shape[2], num_image_tokens, text_first
-    )
-    to_text = direction == "image_to_text"
-    queries, keys = (image_queries, text_keys) if to_text else (text_queries, image_keys)
-    return attention_mass(query[:, :, queries], key[:, :, keys], unit_weights, log_sum_exp[rows, :, queries], **options)
+    **options: Any,
+) -> Tensor | None:
+    """The mass of an attention that something else computes, by a pass of our own where its log-sum-exp is missing."""
+    if log_sum_exp is not None:
+        return mass_beside(query, key, unit_weights, log_sum_exp, rows=rows, text_lengths=text_lengths, **options)
+    query, key, value = query.detach()[rows], key.detach()[rows], value.detach()[rows]
+    text_lengths = None if text_lengths is None else text_lengths[rows]
+    return joint_attention(query, key, value, unit_weights, text_lengths=text_lengths, **options)[1]
 
 
 class _Recorded(NamedTuple):
