@@ -166,15 +166,14 @@ def _attention_mass(
     check_values(unit_weights, text_lengths, unit_weights.shape[1])
     if text_lengths is not None:
         text_lengths = text_lengths.to(query.device)
+    run = _kernel(chosen, query)
+    return run(query, key, unit_weights, log_sum_exp, scale=scale, text_lengths=text_lengths, direction=direction)
+
+
+def _kernel(backend: str, query: Tensor) -> Callable[..., Tensor]:
     # float64 is for checks of derivatives, and precise rather than fast: the reference computes it for every backend.
-    run = reference.attention_mass if query.dtype == torch.float64 else _kernel(chosen)
-    with torch.autocast(query.device.type, enabled=False):
-        return run(query, key, unit_weights, log_sum_exp, scale=scale, text_lengths=text_lengths, direction=direction)
-
-
-def _kernel(backend: str) -> Callable[..., Tensor]:
-    if backend == "reference":
-        return reference.attention_mass
+    if backend == "reference" or query.dtype == torch.float64:
+        return torch.autocast(query.device.type, enabled=False)(reference.attention_mass)
     if backend == "cpu":
         return cpu.attention_mass
     # Not at the top: importing the library loads torch alone.
