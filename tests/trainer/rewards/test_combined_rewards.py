@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from star_trainer.algorithms import r0
 from star_trainer.algorithms.advantages import advantages_of, group_advantages
 from star_trainer.config import Config, ConfigError, Reward, load_config
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import counted, held_out_scorer, open_gates, weighted_sum
+from star_trainer.train import train
 
 PROMPTS = [Prompt("a cat", {})] * 4
 IMAGES = np.zeros((4, 8, 8, 3), dtype=np.uint8)
@@ -165,3 +169,28 @@ def test_r0s_gradient_at_the_images_stops_at_a_closed_gate() -> None:
     _, gradient = r0._reward_gradient(cfg, Identity(), supervision, latents, PROMPTS[:2], None)  # type: ignore[arg-type]
     assert (gradient[:, 0] > 0).all()
     assert (gradient[0, 1] == 0).all() and (gradient[1, 1] > 0).all()
+
+
+def test_a_run_with_a_gate_and_advantages_by_term_logs_both(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(
+        load_config(
+            "tiny",
+            [
+                f"run.folder={tmp_path}",
+                *("run.progress=false", "method=uniform", "train.iterations=1", "rollout.prompts=3"),
+                *("rollout.samples=4", "rollout.steps=2", "rollout.sde_steps=1", "evaluation.prompts=2"),
+                *("evaluation.interim_prompts=2", "evaluation.steps=2", "evaluation.pictures=1"),
+                "reward.terms={scene_graded: 1, clip_score: 0.01, scene_strict: 0}",
+                "reward.gates={clip_score: {scene_graded: 0.5}}",
+                *("reward.combine=advantages", "reward.models.clip=tiny"),
+            ],
+        )
+    )
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (trained,) = [entry for entry in entries if "train/gate_clip_score" in entry]
+    # Of twelve images.
+    assert 12 * trained["train/gate_clip_score"] == pytest.approx(round(12 * trained["train/gate_clip_score"]))
+    assert {"train/reward_scene_graded", "train/reward_clip_score", "train/reward_scene_strict"} <= trained.keys()
+    assert trained["train/updates"] >= 1 and trained["train/gradient_norm"] > 0
+    assert any("eval/clip_score" in entry and "eval/reward" in entry for entry in entries)

@@ -164,7 +164,7 @@ def report(
     failure: Exception | None = None
     if "gradients" in parts:
         measured = gradients.measure_gradients(
-            state, draw_training, reward, arms, options.batches, extractor.fill, others
+            state, draw_training, reward.each, arms, options.batches, extractor.fill, others
         )
         signals, steps, failure = measured.signals, measured.steps, measured.failure
     table = "\n".join([tables(scores, signals), step_tables(steps)])
