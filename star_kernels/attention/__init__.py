@@ -15,11 +15,11 @@ from star_kernels.attention import cpu, reference, sdpa, table
 from star_kernels.attention.mass import (
     DIRECTIONS,
     add_layer,
-    attention_mass,
     autocast,
     check_mass,
     check_text_lengths,
     check_values,
+    mass_beside,
 )
 
 KERNELS: tuple[str, ...] = ("cpu", "triton")
@@ -169,35 +169,6 @@ def joint_attention(
         mass=mass,
         layer_weight=layer_weight,
         backend=backend,
-    )
-
-
-def mass_beside(
-    query: Tensor,
-    key: Tensor,
-    unit_weights: Tensor,
-    log_sum_exp: Tensor,
-    *,
-    num_image_tokens: int,
-    text_first: bool,
-    rows: slice,
-    text_lengths: Tensor | None,
-    direction: Literal["image_to_text", "text_to_image"],
-    **options: Any,
-) -> Tensor:
-    """`attention_mass` with these options, of the rows `rows` of the tensors that an attention was called with."""
-    image_queries, text_queries, image_keys, text_keys = reference.token_slices(
-        query.shape[2], key.shape[2], num_image_tokens, text_first
-    )
-    queries, keys = (image_queries, text_keys) if direction == "image_to_text" else (text_queries, image_keys)
-    return attention_mass(
-        query.detach()[rows, :, queries],
-        key.detach()[rows, :, keys],
-        unit_weights.detach(),
-        log_sum_exp[rows, :, queries],
-        text_lengths=None if text_lengths is None else text_lengths[rows],
-        direction=direction,
-        **options,
     )
 
 

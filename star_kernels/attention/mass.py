@@ -10,7 +10,7 @@ from torch import Tensor
 
 from star_kernels import backends
 from star_kernels._checks import check_choice, check_number, check_reverse_mode, check_tensor
-from star_kernels._operators import operator
+from star_kernels._operators import is_traced, operator
 from star_kernels.attention import cpu, reference
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -86,6 +86,51 @@ def attention_mass(
     check_reverse_mode("attention_mass", (query, key, unit_weights, log_sum_exp, mass))
     layer_mass = _attention_mass(query, key, unit_weights, log_sum_exp, scale, direction, text_lengths, backend)
     return add_layer(mass, layer_mass, layer_weight)
+
+
+def mass_beside(
+    query: Tensor,
+    key: Tensor,
+    unit_weights: Tensor,
+    log_sum_exp: Tensor,
+    *,
+    num_image_tokens: int,
+    text_first: bool,
+    rows: slice,
+    text_lengths: Tensor | None,
+    direction: Literal["image_to_text", "text_to_image"],
+    scale: float | None = None,
+    mass: Tensor | None = None,
+    layer_weight: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """`attention_mass` with these options, of the rows `rows` of the tensors that an attention was called with."""
+    tensors = (autocast(query), autocast(key), unit_weights, log_sum_exp)
+    if text_lengths is None and not is_traced(tensors) and _runs_triton(tensors[0], backend):
+        from star_kernels.attention import mass_kernels
+
+        check_values(unit_weights, None, 0)
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        tokens = (num_image_tokens, text_first, rows.start, rows.stop, direction)
+        return add_layer(mass, mass_kernels.attention_mass_beside(*tensors, *tokens, scale), layer_weight)
+    queries, keys = reference.captured_tokens(query.shape[2], key.shape[2], num_image_tokens, text_first, direction)
+    return attention_mass(
+        query.detach()[rows, :, queries],
+        key.detach()[rows, :, keys],
+        unit_weights.detach(),
+        log_sum_exp[rows, :, queries],
+        text_lengths=None if text_lengths is None else text_lengths[rows],
+        direction=direction,
+        scale=scale,
+        mass=mass,
+        layer_weight=layer_weight,
+        backend=backend,
+    )
+
+
+def _runs_triton(query: Tensor, backend: str) -> bool:
+    chosen = backends.resolve_backend("attention_mass", backend, query.device, KERNELS)
+    return chosen == "triton" and query.dtype != torch.float64
 
 
 def add_layer(mass: Tensor | None, layer_mass: Tensor, layer_weight: float) -> Tensor:

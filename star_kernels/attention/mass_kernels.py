@@ -25,8 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels._checks import check_tensor
 from star_kernels._kernel_calls import KernelCall, launch
 from star_kernels._triton import cast, dot, dot_rows
+from star_kernels.attention import reference
 from star_kernels.attention.table import Configuration, architecture_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -282,6 +284,41 @@ def attention_mass(
     configuration = configuration_for(architecture_of(query.device), query.dtype)
     near = (within_reach(tensor, configuration.block_m) for tensor in (query, key, unit_weights))
     return launch(prepare, (*near, log_sum_exp, text_lengths, scale, direction, configuration))
+
+
+def attention_mass_beside(
+    query: Tensor, key: Tensor, unit_weights: Tensor, log_sum_exp: Tensor, *tokens_and_scale: Any
+) -> Tensor:
+    """`attention_mass` of some rows and tokens of the tensors that an attention was called with.
+
+    What follows the tensors is num_image_tokens, text_first, the first row, the end of the rows, direction and scale.
+    Rows and tokens are taken, and shapes are checked, where the plan of the launches is made.
+    """
+    configuration = configuration_for(architecture_of(query.device), query.dtype)
+    near = (within_reach(tensor, configuration.block_m) for tensor in (query, key, unit_weights))
+    return launch(prepare_beside, (*near, log_sum_exp, *tokens_and_scale, configuration))
+
+
+def prepare_beside(
+    query: Tensor,
+    key: Tensor,
+    unit_weights: Tensor,
+    log_sum_exp: Tensor,
+    num_image_tokens: int,
+    text_first: bool,
+    first: int,
+    end: int,
+    direction: str,
+    scale: float,
+    configuration: Configuration,
+) -> tuple[Tensor, list[KernelCall]]:
+    """As `prepare`."""
+    check_tensor("log_sum_exp", log_sum_exp, query.shape[:3], dtypes=(torch.float32,), device=query.device)
+    queries, keys = reference.captured_tokens(query.shape[2], key.shape[2], num_image_tokens, text_first, direction)
+    captured, attended, rows = query[first:end, :, queries], key[first:end, :, keys], log_sum_exp[first:end, :, queries]
+    num_text = (attended if direction == "image_to_text" else captured).shape[2]
+    check_tensor("unit_weights", unit_weights, (end - first, num_text, "K"), device=query.device)
+    return prepare(captured, attended, unit_weights, rows, None, scale, direction, configuration)
 
 
 def ahead_of_time_calls(architecture: str) -> list[KernelCall]:

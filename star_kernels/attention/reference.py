@@ -30,6 +30,16 @@ def token_slices(
     return *_split(num_queries, num_image_tokens, text_first), *_split(num_keys, num_image_keys, text_first)
 
 
+def captured_tokens(
+    num_queries: int, num_keys: int, num_image_tokens: int, text_first: bool, direction: str
+) -> tuple[slice, slice]:
+    """The queries and the keys between which the mass of a direction is."""
+    image_queries, text_queries, image_keys, text_keys = token_slices(
+        num_queries, num_keys, num_image_tokens, text_first
+    )
+    return (image_queries, text_keys) if direction == "image_to_text" else (text_queries, image_keys)
+
+
 def _split(total: int, num_image: int, text_first: bool) -> tuple[slice, slice]:
     """Where image and text stand among `total` tokens."""
     num_text = total - num_image
