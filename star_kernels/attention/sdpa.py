@@ -219,7 +219,7 @@ def joint_attention_backward(
 
 def _fake_rows(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     log_sum_exp = query.new_empty(query.shape[:3], dtype=reference.statistics_dtype(query))
-    return torch.empty_like(query), log_sum_exp
+    return token_major(query), log_sum_exp
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -244,7 +244,7 @@ def attention_by_rows(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """out and log-sum-exp of `attention` over each row's own keys. Lengths that are on a GPU are waited for."""
-    out = torch.empty_like(query)
+    out = token_major(query)
     log_sum_exp = query.new_empty(query.shape[:3], dtype=reference.statistics_dtype(query))
     for row, keys, parts in _rows(text_lengths, query, key, num_image_tokens, text_first):
         query_row, out_row, statistics_row = (t.narrow(0, row, 1) for t in (query, out, log_sum_exp[..., None]))
