@@ -65,7 +65,8 @@ def backward_kernel_for(query: Tensor) -> str | None:
         return None
     if query.dtype == torch.float32 or torch.cuda.get_device_capability(query.device) < (8, 0):
         return None if query.dtype == torch.bfloat16 else "efficient"
-    return "flash" if query.shape[3] <= 256 and torch.backends.cuda.is_flash_attention_available() else "efficient"
+    # Above 192 consumer chips have no backward pass of flash attention.
+    return "flash" if query.shape[3] <= 192 and torch.backends.cuda.is_flash_attention_available() else "efficient"
 
 
 def _readable(tensor: Tensor) -> Tensor:

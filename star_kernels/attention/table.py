@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,4 +171,10 @@ def implementation_for(device: torch.device, dtype: torch.dtype, head_dim: int, 
     measured = MEASURED.get(name_of(device), {}).get(_row_of(dtype, head_dim))
     if not measured:
         return "sdpa"
-    return measured[min(sorted(measured), key=lambda length: abs(math.log(length / num_keys)))]
+    # In terms that torch.compile can trace with a length that it left open.
+    shorter, *others = sorted(measured)
+    for longer in others:
+        if num_keys * num_keys <= shorter * longer:
+            break
+        shorter = longer
+    return measured[shorter]

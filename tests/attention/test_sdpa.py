@@ -318,7 +318,7 @@ class OnCuda:
         (torch.float32, 64, (9, 0), "efficient"),
         (torch.float16, 64, (7, 5), "efficient"),
         (torch.bfloat16, 64, (7, 5), None),
-        (torch.bfloat16, 264, (9, 0), "efficient"),
+        (torch.bfloat16, 200, (8, 9), "efficient"),
         (torch.float64, 64, (9, 0), None),
     ],
 )

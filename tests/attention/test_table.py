@@ -90,6 +90,28 @@ def test_the_length_nearest_in_proportion_decides(
     assert table.implementation_for(GPU, torch.bfloat16, 128, num_keys) == expected
 
 
+def test_the_choice_compiles_once_for_the_lengths_that_share_it(
+    gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu("sm_90")
+    monkeypatch.setattr(table, "MEASURED", {"sm_90": {(4, 32): {1000: "fused", 4000: "sdpa", 9000: "fused"}}})
+    graphs: list[object] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def choose(tokens: torch.Tensor) -> torch.Tensor:
+        chosen = table.implementation_for(GPU, tokens.dtype, tokens.shape[1], tokens.shape[0])
+        return tokens.sum() * (0 if chosen == "fused" else 1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(choose, fullgraph=True, backend=keep, dynamic=True)
+    for length, expected in [(30, 0), (1999, 0), (2001, 16), (5999, 16), (6001, 0), (9999, 0)]:
+        assert compiled(torch.ones(length, 16)) == expected * length
+    assert len(graphs) == 3
+
+
 @pytest.mark.parametrize(("head_dim", "row"), [(8, 32), (33, 64), (64, 64), (96, 128), (128, 128)])
 def test_a_head_dimension_takes_the_next_power_of_two(head_dim: int, row: int) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
