@@ -167,6 +167,14 @@ def test_bfloat16_weights_give_nearly_the_same(cases: dict[str, Case], name: str
     assert gradient.dtype == torch.float32 and torch.isfinite(gradient).all() and gradient.abs().sum() > 0
 
 
+def test_bfloat16_keeps_heads_and_the_scale_of_logits_as_they_are(cases: dict[str, Case]) -> None:
+    heads = [cases["image_reward"].load(dtype=dtype).model.mlp for dtype in (torch.float32, torch.bfloat16)]
+    for full, half in zip(*(head.parameters() for head in heads), strict=True):
+        assert half.dtype == torch.float32 and torch.equal(full, half)
+    scales = [cases["hps"].load(dtype=dtype).model.logit_scale for dtype in (torch.float32, torch.bfloat16)]
+    assert scales[0] == scales[1] == pytest.approx(100.0, rel=1e-5)
+
+
 def test_the_rewards_load_by_name_and_share_a_clip(cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch) -> None:
     clip = str(cases["aesthetic"].folder.parent / "clip")
     models = {name: str(case.folder) for name, case in cases.items()} | {"clip": clip, "aesthetic_clip": clip}

@@ -173,6 +173,10 @@ def test_it_loads_by_name_in_bfloat16(folder: Path) -> None:
     settings = {"terms": {"hps3": 1.0}, "models": models, "dtype": "bfloat16"}
     (term,) = load_terms(Reward.model_validate(settings)).values()
     full = load(folder)(pictures(), PROMPTS)
+    half = load(folder, dtype=torch.bfloat16).model
+    assert half.model.visual.dtype == torch.bfloat16
+    heads = [load(folder).model.rm_head, half.rm_head]
+    assert all(torch.equal(*pair) for pair in zip(*(head.parameters() for head in heads), strict=True))
     np.testing.assert_allclose(term(pictures(), PROMPTS), full, rtol=0.1, atol=0.1 * np.abs(full).max())
 
 

@@ -48,9 +48,12 @@ class ClipModel:
         self.device, self.dtype = own_device(), dtype
         place = _place(model, key)
         try:
-            self.model = load_whole(CLIPModel, place).to(self.device, dtype).eval()
+            whole = load_whole(CLIPModel, place)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{key}: {model} cannot be used: {error}") from error
+        # What the model was trained to multiply similarities by; bfloat16 would round its logarithm, by up to 2 %.
+        self.logit_scale = wide(whole.logit_scale).exp().item()
+        self.model = whole.to(self.device, dtype).eval()
         if processor is not None:
             model, key = processor, f"{key}_processor"
             place = _place(model, key)
@@ -60,11 +63,6 @@ class ClipModel:
         except (AttributeError, OSError, ValueError) as error:
             raise ConfigError(f"{key}: {model} cannot be used: {error}") from error
         self.model.requires_grad_(False)
-
-    @property
-    def logit_scale(self) -> float:
-        """What the model was trained to multiply similarities by."""
-        return float(wide(self.model.logit_scale).exp())
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:

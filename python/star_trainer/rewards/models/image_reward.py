@@ -55,12 +55,15 @@ class ImageReward:
         self.device, self.dtype = own_device(), dtype
         place = folder_or_name(model, key)
         try:
-            self.model = load_whole(ImageRewardModel, place).to(self.device, dtype).eval()
+            self.model = load_whole(ImageRewardModel, place).float().to(self.device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(place)
             self.preparation = Preparation(AutoImageProcessor.from_pretrained(place))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{key}: {model} cannot be used: {error}") from error
-        self.model.mlp.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for part in (self.model.vision_model, self.model.text_encoder):
+            part.to(dtype)
+        if dtype == torch.float64:
+            self.model.mlp.double()
         self.model.requires_grad_(False)
 
     @torch.no_grad()

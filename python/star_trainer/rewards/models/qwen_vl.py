@@ -31,6 +31,8 @@ class Qwen2VLRewardModel(Qwen2VLForConditionalGeneration):
     """Qwen2-VL with HPSv3's head: mean and log-variance of the score at each token."""
 
     config_class = Qwen2VLConfig
+    # The head is published in float32, whatever the others are.
+    _keep_in_fp32_modules_strict = {"rm_head"}
 
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__(config)
@@ -65,7 +67,8 @@ class QwenVLReward:
             self.template = read_template(Path(place) / TEMPLATE)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{key}: {model} cannot be used: {error}") from error
-        self.model.rm_head.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        if dtype == torch.float64:
+            self.model.rm_head.double()
         self.model.requires_grad_(False)
         # Since transformers 5 the model wants to be told which tokens are of an image.
         self._wants_types = "mm_token_type_ids" in inspect.signature(self.model.model.forward).parameters
