@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import star_kernels as sk
 from bench import stub_driver
-from star_kernels import _kernel_calls
+from star_kernels import _kernel_calls, backends
 from star_kernels._kernel_calls import KernelCall, launch
 
 Launched = list[Any]
@@ -59,16 +60,28 @@ def launched(run: Callable[[], Any], inputs: list[Tensor]) -> Launched:
     return [(call[:6], [*values(call[9:], known)]) for call in calls]
 
 
-def compare(what: str, run: Callable[..., Any], tensors: dict[str, Tensor | None]) -> None:
-    """`run(**tensors)` by Triton, and by its plan, which may have been made for other tensors."""
-    given = [tensor for tensor in tensors.values() if tensor is not None]
+def compare(what: str, run: Callable[..., Any], tensors: dict[str, Tensor]) -> None:
+    """`run(**tensors)` by Triton, and by a plan that was made for other tensors like them."""
     plans = _kernel_calls._plans
     _kernel_calls._plans = {}
-    by_triton = launched(lambda: run(**tensors), given)
+    by_triton = launched(lambda: run(**tensors), [*tensors.values()])
     _kernel_calls._plans = plans
-    run(**tensors)
-    by_plan = launched(lambda: run(**tensors), given)
+    run(**{name: like(tensor) for name, tensor in tensors.items()})
+    known = len(plans)
+    by_plan = launched(lambda: run(**tensors), [*tensors.values()])
     assert by_triton and by_triton == by_plan, f"{what}: Triton\n{by_triton}\nplan\n{by_plan}"
+    assert len(plans) == known, f"{what}: tensors with the same metadata made another plan"
+
+
+def like(tensor: Tensor) -> Tensor:
+    """Other memory with the same strides and the same alignment."""
+    spare = torch.zeros(tensor.untyped_storage().nbytes() + 64, dtype=torch.uint8)
+    while spare.data_ptr() % 16 != (tensor.untyped_storage().data_ptr()) % 16:
+        spare = spare[1:]
+    whole = spare[: tensor.untyped_storage().nbytes()].view(tensor.dtype)
+    return whole.as_strided(tensor.shape, tensor.stride(), whole.storage_offset() + tensor.storage_offset()).copy_(
+        tensor
+    )
 
 
 @triton.jit
@@ -104,6 +117,80 @@ def known() -> None:
         compare("known", lambda left, right: launch(prepare, (left, right), (0.5,)), {"left": left, "right": right})
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """The same values where 16 does not divide the pointer."""
+    flat = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+def operators() -> None:
+    batch, shape, size, grid, units = 2, (2, 4, 4, 8), (2, 4, 8), (2, 4), 3
+    last = torch.channels_last
+    v, u, r, o = (torch.randn(shape).bfloat16() for _ in range(4))
+    x, y = torch.randn(shape), torch.randn(shape)
+    old, advantage, mask = torch.randn(size), torch.randn(batch), torch.ones(size, dtype=torch.bool)
+    mass, weights = torch.rand(batch, 8, units), torch.rand(batch, *grid)
+    rows = {name: torch.rand(batch) + 0.1 for name in ("sample_drift", "velocity_scale", "std")}
+    query, key, value = (torch.randn(batch, 24, 2, 16).bfloat16().transpose(1, 2) for _ in range(3))
+    unit_weights, log_sum_exp = torch.rand(batch, 8, units), torch.rand(batch, 2, 16)
+    guided: dict[str, Any] = {"guidance_scale": 1.5, "backend": "triton"}
+
+    def coefficients(given: dict[str, Any]) -> sk.TransitionCoefficients:
+        return sk.TransitionCoefficients(*(given.pop(name) for name in rows))
+
+    def step(**given: Any) -> Any:
+        return sk.transition_step(coefficients=coefficients(given), backend="triton", **given)
+
+    def log_prob(**given: Any) -> Any:
+        return sk.transition_log_prob(coefficients=coefficients(given), **guided, **given)
+
+    def loss(**given: Any) -> Any:
+        options = {"granularity": "image"} if "mask" in given else {"objective": "guard"}
+        return sk.policy_loss(coefficients=coefficients(given), **guided, **options, **given).loss
+
+    def trained(**given: Any) -> Any:
+        velocity = given.pop("velocity").detach().requires_grad_()
+        return torch.autograd.grad(3 * loss(velocity=velocity, **given), velocity)
+
+    def on_cpu(row: sk.TransitionCoefficients) -> Callable[..., Any]:
+        return lambda **given: sk.transition_step(coefficients=row, backend="triton", **given)
+
+    latents = {"velocity": v, "sample": x}
+    in_loss = latents | rows | {"next_sample": y, "old_log_prob": old, "advantage": advantage, "weights": weights}
+    in_loss |= {"unconditional_velocity": u, "reference_velocity": r}
+    cases: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
+        "map": (lambda mass: sk.allocation_map(mass, grid, backend="triton"), {"mass": mass}),
+        "step": (step, latents | {"noise": y} | rows),
+        "step, channels last": (step, {**latents, "velocity": v.to(memory_format=last), "noise": y} | rows),
+        "step, row by value": (on_cpu(sk.transition_coefficients("cps", 0.8, 0.7)), latents | {"noise": y}),
+        "log-prob": (log_prob, latents | {"next_sample": y, "unconditional_velocity": u} | rows),
+        "loss": (loss, in_loss | {"old_velocity": o}),
+        "loss of images": (loss, in_loss | {"mask": mask}),
+        "loss and gradient": (trained, in_loss | {"old_velocity": o}),
+        "mass": (
+            lambda **given: sk.attention_mass(**given, backend="triton"),
+            {
+                "query": query[:, :, :16],
+                "key": key[:, :, 16:],
+                "unit_weights": unit_weights,
+                "log_sum_exp": log_sum_exp,
+            },
+        ),
+        "mass beside attention": (
+            lambda **given: sk.joint_attention(
+                **given, num_image_tokens=16, rows=(1, 2), implementation="sdpa", backend="triton"
+            )[1],
+            {"query": query, "key": key, "value": value, "unit_weights": unit_weights[1:]},
+        ),
+    }
+    for name, (run, tensors) in cases.items():
+        compare(name, run, tensors)
+        compare(f"{name}, unaligned", run, {each: shifted(tensor) for each, tensor in tensors.items()})
+
+
 if __name__ == "__main__":
     stub_driver.activate(Path(sys.argv[1]))
+    triton.runtime.driver.active.get_current_stream = lambda device: 7
+    backends._reason_against = lambda *_: None
     known()
+    operators()

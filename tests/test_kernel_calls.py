@@ -1,5 +1,6 @@
 """The record that a kernel is launched and compiled from."""
 
+import json
 import os
 from pathlib import Path
 
@@ -61,11 +62,39 @@ def test_launch_refuses_a_description_that_computes(how: str) -> None:
         launch(doubled, (torch.arange(74.0)[::2], how))
 
 
-@pytest.mark.parametrize("triton_folder", [None, pytest.param(OLDEST_TRITON, marks=pytest.mark.exhaustive)])
-def test_a_plan_gives_the_launcher_what_triton_gives_it(
-    triton_folder: Path | None, triton_cache: Path, tmp_path: Path
-) -> None:
-    if triton_folder is not None and not triton_folder.exists():
-        pytest.skip("make test-all installs the oldest Triton")
-    run = python("tests/launched_arguments.py", str(tmp_path), cache=triton_cache, first=triton_folder)
+on_both_tritons = pytest.mark.parametrize(
+    "folder", [None, pytest.param(OLDEST_TRITON, marks=pytest.mark.exhaustive)], ids=["installed", "oldest"]
+)
+
+
+def run_on_a_stub(folder: Path | None, cache: Path, *arguments: str) -> str:
+    if folder is not None and not folder.exists():
+        pytest.skip(f"{folder} is not there; make test-all installs it")
+    run = python(*arguments, cache=cache, first=folder)
     assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.long
+@on_both_tritons
+def test_a_plan_gives_the_launcher_what_triton_gives_it(
+    folder: Path | None, triton_cache: Path, tmp_path: Path
+) -> None:
+    run_on_a_stub(folder, triton_cache, "tests/launched_arguments.py", str(tmp_path))
+
+
+@pytest.mark.long
+def test_operators_cross_between_host_and_device_nowhere(triton_cache: Path, tmp_path: Path) -> None:
+    run_on_a_stub(None, triton_cache, "tests/captured_operators.py", str(tmp_path))
+
+
+@pytest.mark.long
+@on_both_tritons
+def test_a_call_takes_little_more_host_time_than_an_empty_autograd_function(
+    folder: Path | None, triton_cache: Path
+) -> None:
+    figures = json.loads(run_on_a_stub(folder, triton_cache, "-m", "bench.host_time", "--rounds", "5", "--json"))
+    *calls, (_, empty) = figures["microseconds"].items()
+    calls = [(name, time) for name, time in calls if ", fused" not in name]  # by Triton's Python launcher as yet
+    slow = {name: time / empty for name, time in calls if time > (6 if "backward" in name else 3) * empty}
+    assert len(calls) > 12 and not slow

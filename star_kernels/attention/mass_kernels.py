@@ -173,7 +173,10 @@ def unit_alignment(unit_weights: Tensor | None) -> int:
 
 def within_reach(tensor: Tensor, tokens: int) -> Tensor:
     """`tensor` [..., tokens, elements], dense if a tile of `tokens` would span more than 32 bits, as kernels count."""
-    span = (min(tensor.shape[-2], tokens) - 1) * tensor.stride(-2) + (tensor.shape[-1] - 1) * tensor.stride(-1)
+    step, element = tensor.stride()[-2:]
+    if step < 2**22 and element < 2**22:  # and no tile has as many as 2^9 tokens and elements of one
+        return tensor
+    span = (min(tensor.shape[-2], tokens) - 1) * step + (tensor.shape[-1] - 1) * element
     return tensor if span < 2**31 else tensor.contiguous()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from star_kernels import TransitionCoefficients, transition_coefficients, transition_log_prob, transition_step
+from star_kernels._gaussian import check_coefficients
 
 SHAPE = (2, 3, 4, 5)
 NOISY = transition_coefficients("flow_sde", torch.tensor([0.9, 0.5]), 0.3)
@@ -93,3 +94,10 @@ def test_triton_kernels_on_the_cpu_are_refused_unless_they_are_interpreted(monke
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="^backend='triton' cannot run transition_step: its tensors are on the CPU"):
         transition_step(rand(*SHAPE), rand(*SHAPE), NOISY, noise=rand(*SHAPE), backend="triton")
+
+
+def test_several_coefficients_on_the_cpu_are_refused_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"^coefficients: .*got 2 rows on the CPU; coefficients.to\(device\)"):
+        check_coefficients(of_batch(2), 2, torch.device("cuda"))
+    assert check_coefficients(of_batch(1), 2, torch.device("cuda")).std.is_cpu
