@@ -33,6 +33,7 @@ from star_kernels.attention.table import Configuration, architecture_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _HEADS_OF_A_GROUP = 3
+_MOST_TOKENS = 128  # of a tile
 
 
 class Heads(NamedTuple):
@@ -180,26 +181,26 @@ def within_reach(tensor: Tensor, tokens: int) -> Tensor:
     return tensor if span < 2**31 else tensor.contiguous()
 
 
-def mass_calls(
+def prepare(
     query: Tensor,
     key: Tensor,
     unit_weights: Tensor,
     log_sum_exp: Tensor,
     text_lengths: Tensor | None,
-    mass: Tensor,
-    *,
     scale: float,
     direction: str,
-    configuration: Configuration,
-) -> list[KernelCall]:
-    """The kernels that write `mass`; arguments as in `star_kernels.attention_mass`."""
+    architecture: str,
+) -> tuple[Tensor, list[KernelCall]]:
+    """The output of `attention_mass`, not yet written, and the kernels that write it, in order."""
     to_text = direction == "image_to_text"
     image, text = (query, key) if to_text else (key, query)
     rows, heads, num_image, head_dim = image.shape
     num_units = unit_weights.shape[2]
+    configuration = configuration_for(architecture, image.dtype)
     # More at once would spill registers.
     block_k = 16 if num_units <= 16 or (image.dtype == torch.float32 and head_dim > 128) else 32
     groups = triton.cdiv(heads, _HEADS_OF_A_GROUP)
+    mass = log_sum_exp.new_empty((rows, num_image, num_units))
     partials = mass.new_empty((rows, groups, num_image, num_units))
     unit_row, unit_token, unit_element = unit_weights.stride()
     arguments = {
@@ -231,7 +232,7 @@ def mass_calls(
         arguments,
         configuration.options,
     )
-    return [call, head_mean_call(partials, mass, heads)]
+    return mass, [call, head_mean_call(partials, mass, heads)]
 
 
 def head_mean_call(partials: Tensor, mass: Tensor, heads: int) -> KernelCall:
@@ -256,23 +257,6 @@ def head_mean_call(partials: Tensor, mass: Tensor, heads: int) -> KernelCall:
     )
 
 
-def prepare(
-    query: Tensor,
-    key: Tensor,
-    unit_weights: Tensor,
-    log_sum_exp: Tensor,
-    text_lengths: Tensor | None,
-    scale: float,
-    direction: str,
-    configuration: Configuration,
-) -> tuple[Tensor, list[KernelCall]]:
-    """The output of `attention_mass`, not yet written, and the kernels that write it, in order."""
-    num_image = (query if direction == "image_to_text" else key).shape[2]
-    mass = log_sum_exp.new_empty((query.shape[0], num_image, unit_weights.shape[2]))
-    options: dict[str, Any] = {"scale": scale, "direction": direction, "configuration": configuration}
-    return mass, mass_calls(query, key, unit_weights, log_sum_exp, text_lengths, mass, **options)
-
-
 def attention_mass(
     query: Tensor,
     key: Tensor,
@@ -284,9 +268,8 @@ def attention_mass(
     direction: str,
 ) -> Tensor:
     """Like the reference, for float32, bfloat16 and float16."""
-    configuration = configuration_for(architecture_of(query.device), query.dtype)
-    near = (within_reach(tensor, configuration.block_m) for tensor in (query, key, unit_weights))
-    return launch(prepare, (*near, log_sum_exp, text_lengths, scale, direction, configuration))
+    near = (within_reach(tensor, _MOST_TOKENS) for tensor in (query, key, unit_weights))
+    return launch(prepare, (*near, log_sum_exp, text_lengths, scale, direction, architecture_of(query.device)))
 
 
 def attention_mass_beside(
@@ -297,9 +280,8 @@ def attention_mass_beside(
     What follows the tensors is num_image_tokens, text_first, the first row, the end of the rows, direction and scale.
     Rows and tokens are taken, and shapes are checked, where the plan of the launches is made.
     """
-    configuration = configuration_for(architecture_of(query.device), query.dtype)
-    near = (within_reach(tensor, configuration.block_m) for tensor in (query, key, unit_weights))
-    return launch(prepare_beside, (*near, log_sum_exp, *tokens_and_scale, configuration))
+    near = (within_reach(tensor, _MOST_TOKENS) for tensor in (query, key, unit_weights))
+    return launch(prepare_beside, (*near, log_sum_exp, *tokens_and_scale, architecture_of(query.device)))
 
 
 def prepare_beside(
@@ -313,7 +295,7 @@ def prepare_beside(
     end: int,
     direction: str,
     scale: float,
-    configuration: Configuration,
+    architecture: str,
 ) -> tuple[Tensor, list[KernelCall]]:
     """As `prepare`."""
     check_tensor("log_sum_exp", log_sum_exp, query.shape[:3], dtypes=(torch.float32,), device=query.device)
@@ -321,7 +303,7 @@ def prepare_beside(
     captured, attended, rows = query[first:end, :, queries], key[first:end, :, keys], log_sum_exp[first:end, :, queries]
     num_text = (attended if direction == "image_to_text" else captured).shape[2]
     check_tensor("unit_weights", unit_weights, (end - first, num_text, "K"), device=query.device)
-    return prepare(captured, attended, unit_weights, rows, None, scale, direction, configuration)
+    return prepare(captured, attended, unit_weights, rows, None, scale, direction, architecture)
 
 
 def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
@@ -346,7 +328,7 @@ def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
                 lengths,
                 head_dim**-0.5,
                 direction,
-                configuration_for(architecture, dtype),
+                architecture,
             )
             calls |= {call.name: call for call in made}
     return list(calls.values())
