@@ -72,9 +72,9 @@ class Inputs:
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Normal queries, keys and values."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     sizes = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
-    query, key, value = (torch.randn(sizes, generator=generator).to(device, dtype) for _ in range(3))
+    query, key, value = (torch.randn(sizes, generator=generator, device=device).to(dtype) for _ in range(3))
     return Inputs(query, key, value, make_unit_weights(shape, device), shape.image)
 
 

@@ -66,10 +66,10 @@ def make_case(
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> LatentCase:
     """Latents in fp32, as samplers keep them; the velocities in the dtype that the transformer computes in."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal() -> Tensor:
-        noise = torch.randn(batch, channels, side, side, generator=generator).to(device)
+        noise = torch.randn(batch, channels, side, side, generator=generator, device=device)
         return noise.contiguous(memory_format=memory_format)
 
     def moved(velocity: Tensor) -> Tensor:
@@ -80,15 +80,15 @@ def make_case(
     old_velocity, sample, noise = normal().to(velocity_dtype), normal(), normal()
     step = sk.transition_step(old_velocity, sample, coefficients, noise=noise, backend="reference")
     assert step.log_prob is not None
-    weights = torch.rand(batch, side // 2, side // 2, generator=generator)
+    weights = torch.rand(batch, side // 2, side // 2, generator=generator, device=device)
     return LatentCase(
         velocity=moved(old_velocity),
         sample=sample,
         next_sample=step.next_sample.contiguous(memory_format=memory_format),
         noise=noise,
         old_log_prob=step.log_prob,
-        weights=(weights / weights.mean((1, 2), keepdim=True)).to(device),
-        advantage=torch.randn(batch, generator=generator).to(device),
+        weights=weights / weights.mean((1, 2), keepdim=True),
+        advantage=torch.randn(batch, generator=generator, device=device),
         coefficients=coefficients,
         reference_velocity=moved(old_velocity) if kl_and_guidance else None,
         unconditional_velocity=moved(old_velocity) if kl_and_guidance else None,
