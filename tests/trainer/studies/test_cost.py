@@ -105,6 +105,22 @@ def test_ratios_are_to_uniform_of_the_same_run(
     assert (tmp_path / "cost.md").read_text().strip() in table
 
 
+def test_objectives_that_compare_with_the_old_velocity_are_measured_and_counted_too(
+    shapes: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = ["train.objective=guard", "allocation.temporal=velocity"]
+    counted = Counts(shape_case(load_config("tiny", [*SMALL, *guard]))).update(Arm("star"))
+    assert counted == Counts(shapes).update(Arm("star")), "the loss is element-wise"
+    monkeypatch.setattr(timing, "clock_for", lambda _: ScriptedClock())
+    for module in (flops, parts_module):
+        monkeypatch.setattr(module, "count", lambda _: 1_000_000)
+    moved = {
+        name: run(tmp_path / name, "--parts", "operations,update", *settings)["parts"]["operations"]["groups"][2]
+        for name, settings in {"clip": [], "guard": guard}.items()
+    }
+    assert moved["guard"]["members"][0]["bytes"] > moved["clip"]["members"][0]["bytes"]
+
+
 @pytest.mark.parametrize(
     ("flops", "shown"),
     [(4_000, "0.004 MFLOP"), (72.25e12, "72.25 TFLOP"), (199.3e15, "199.3 PFLOP"), (2e19, "2e+04 PFLOP")],

@@ -190,6 +190,7 @@ def roll_out(case: Case, arm: Arm, steps: int) -> Callable[[], Trajectory]:
                 guidance_scale=config.rollout.guidance_scale,
                 units=units,
                 allocation=config.allocation,
+                keep_velocity=config.needs_old_velocity,
                 backend=config.backend,
             )
 
@@ -213,7 +214,12 @@ def update_once(case: Case) -> Callable[[Arm], Callable[[], object]]:
     trajectory = roll_out(small, Arm("star"), ROLLOUT_STEPS)()
     assert trajectory.log_prob is not None, "the steps have noise"
     # The first step alone is trained on.
-    trained = replace(trajectory, log_prob=trajectory.log_prob[:1], coefficients=trajectory.coefficients[:1])
+    trained = replace(
+        trajectory,
+        log_prob=trajectory.log_prob[:1],
+        coefficients=trajectory.coefficients[:1],
+        velocity=None if trajectory.velocity is None else trajectory.velocity[:1],
+    )
     _, timesteps = small.state.policy.schedule(ROLLOUT_STEPS)
     conditioning = small.state.policy.encode([prompt.text for prompt in small.prompts])
     places = np.arange(len(small.prompts) * section.samples)
@@ -326,6 +332,7 @@ def lose(case: Case, arm: Arm) -> tuple[Callable[[], Tensor], int]:
     weights = torch.ones(batch, *policy.grid, device=device) if config.uses_maps else None
     advantage = torch.randn(batch, generator=generator).to(device)
     inputs = (sample, drawn.next_sample, drawn.log_prob, advantage)
+    old_velocity = velocity.float() if config.needs_old_velocity else None
 
     def call() -> Tensor:
         moved = velocity.detach().requires_grad_()
@@ -334,12 +341,15 @@ def lose(case: Case, arm: Arm) -> tuple[Callable[[], Tensor], int]:
             *inputs,
             row,
             weights=weights,
+            objective=config.train.objective,
+            old_velocity=old_velocity,
             clip_range=config.train.clip_range,
+            divergence_limit=config.train.divergence_limit,
             granularity=config.granularity,
             backend=config.backend,
         ).loss.backward()
         assert moved.grad is not None
         return moved.grad
 
-    moving = [velocity, velocity, *inputs, *([] if weights is None else [weights])]
-    return call, sum(tensor.nbytes for tensor in moving)
+    moving = [velocity, velocity, *inputs, weights, old_velocity]
+    return call, sum(tensor.nbytes for tensor in moving if tensor is not None)

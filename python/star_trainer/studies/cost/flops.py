@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import star_kernels as sk
 from star_kernels.attention.reference import num_text_keys
-from star_trainer.algorithms.policy_gradient import batch_of, step_loss, take
+from star_trainer.algorithms.policy_gradient import Batch, plan_steps, step_loss, take
 from star_trainer.algorithms.rollout import Rollout
 from star_trainer.sampling import Trajectory, text_units
 from star_trainer.studies.cost.attention import flash_with_log_sum_exp
@@ -152,12 +152,15 @@ def _update(case: Case, arm: Arm) -> int:
     row = sk.transition_coefficients(section.sampler, torch.tensor([0.8]), torch.tensor([0.7]), eta=section.eta)
     log_prob = empty(1, samples, height, width)
     weights = empty(1, samples, *policy.grid) if state.config.uses_maps else None
-    trajectory = Trajectory(empty(2, samples, channels, height, width), log_prob, weights, [row.to("meta")])
+    velocity = empty(1, samples, channels, height, width) if state.config.needs_old_velocity else None
+    latents = empty(2, samples, channels, height, width)
+    trajectory = Trajectory(latents, log_prob, weights, [row.to("meta")], velocity)
     conditioning = policy.encode([prompt.text for prompt in small.prompts])
     places = np.arange(samples)
     prompts = list(small.prompts)
     rollout = Rollout(trajectory, empty(1), conditioning, np.zeros(samples), prompts, places, section.samples, {})
-    batch = batch_of(state, rollout, np.zeros(samples), [0])
+    # Weights and clip ranges are numbers, which the meta device has none of.
+    batch = Batch(rollout, np.zeros(samples), log_prob, velocity, plan_steps(state, [row], [0]))
 
     def call() -> None:
         with attention_of(arm.variant):
