@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 
 
+def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result without what that imports, torch._dynamo with numpy and sympy."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def is_traced(arguments: Iterable[object]) -> bool:
     """Whether somebody looks at the operators that run: torch.compile, export, modes, subclasses, the profiler.
 

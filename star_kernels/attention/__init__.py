@@ -10,7 +10,7 @@ from torch import Tensor
 
 from star_kernels import backends
 from star_kernels._checks import check_choice, check_number, check_reverse_mode, check_tensor
-from star_kernels._operators import operator
+from star_kernels._operators import constant_in_graphs, operator
 from star_kernels.attention import cpu, reference, sdpa, table
 from star_kernels.attention.mass import (
     DIRECTIONS,
@@ -195,7 +195,7 @@ def _implementation(query: Tensor, num_keys: int, implementation: str, backend: 
     return "fused" if kernel is None else f"sdpa:{kernel}"
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _say_once(message: str) -> None:
     # By torch.compile while it traces.
     backends.say_once(message)

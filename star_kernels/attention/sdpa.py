@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from star_kernels._operators import operator
+from star_kernels._operators import constant_in_graphs, operator
 from star_kernels.attention import reference
 from star_kernels.attention.mass import check_values
 from star_kernels.attention.reference import Ranges, put, take, token_major
@@ -37,7 +37,7 @@ def kernel_for(query: Tensor, num_keys: int) -> str | None:
     return _kernel_for(query.device, query.dtype, index(query.shape[3]), 1 if num_keys == 1 else 2)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int) -> str | None:
     settings = (
         torch.backends.cuda.cudnn_sdp_enabled(),

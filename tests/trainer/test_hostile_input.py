@@ -251,7 +251,7 @@ def test_what_is_no_batch_of_images_is_refused_by_every_reward(kind: str) -> Non
 
 NOISE = np.random.default_rng(0).integers(0, 256, (1, 48, 40, 3), dtype=np.uint8)
 ODD_IMAGES = {
-    "one pixel": np.zeros((1, 1, 1, 3), dtype=np.uint8),
+    "tiny": np.zeros((1, 8, 8, 3), dtype=np.uint8),
     "white": np.full((1, 32, 32, 3), 255, dtype=np.uint8),
     "noise": NOISE,
     "backwards and strided": NOISE[:, ::-2, ::-3],
@@ -265,6 +265,12 @@ def test_odd_images_have_a_reward_of_every_kind(kind: str, rewards: dict[str, An
     for name, reward in rewards.items():
         values = reward(ODD_IMAGES[kind], [prompt])
         assert values.shape == (1,) and np.isfinite(values).all(), name
+
+
+@pytest.mark.parametrize("name", ["clip_score", "pickscore"])
+def test_an_image_that_is_too_small_for_a_model_is_refused(name: str, rewards: dict[str, Any]) -> None:
+    with pytest.raises(RewardError, match="images: expected at least 8 pixels a side, got 7x9"):
+        rewards[name](np.zeros((1, 7, 9, 3), dtype=np.uint8), [Prompt("a cat", {})])
 
 
 @pytest.fixture(scope="module")
