@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import sys
 
 import torch
 
@@ -106,4 +107,5 @@ def _reason_against(operator: str, backend: str, device: torch.device, kernels: 
         return f"its tensors are on {device}" if device.type != "cpu" else load_cpu_extension()
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "its tensors are on the CPU, where Triton kernels run only under TRITON_INTERPRET=1"
-    return _missing_triton()
+    # Both have been found once a kernel has run, and looking for them takes longer than the call.
+    return None if device.type == "cuda" and "triton" in sys.modules else _missing_triton()
