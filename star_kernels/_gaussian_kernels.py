@@ -49,6 +49,19 @@ class Row(NamedTuple):
     stride: int | None
 
 
+class Layout(NamedTuple):
+    """How latents lie and are divided among programs; what is in capitals is constant."""
+
+    size: int  # H·W
+    width: int
+    tiles: int  # of a sample
+    C: Any  # channels
+    CP: Any  # the power of two that they are padded to
+    BLOCK: Any  # positions of a tile
+    FLAT: Any  # whether H and W are one dimension
+    COMPUTE: Any  # the dtype of the arithmetic
+
+
 def row(data: Any) -> Row:
     """A tensor [B] or [1], or a number, as a `Row`."""
     if isinstance(data, Tensor):
@@ -100,13 +113,13 @@ def _position_stride(tensor: Tensor) -> int | None:
     return column if span < 2**31 else None
 
 
-def tiling(shape: torch.Size, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
-    """Tiles per sample of latents of that shape, and the constants of a kernel that computes on them in `dtype`."""
+def layout(shape: torch.Size, dtype: torch.dtype, flat: bool) -> Layout:
+    """Of latents of that shape, which are `flat` or not, for a kernel that computes in `dtype`."""
     _, channels, height, width = shape
     padded = triton.next_power_of_2(channels)
     block = min(max(_TILE // padded, _FEWEST_POSITIONS), _MOST_POSITIONS)
-    constants = {"C": channels, "CP": padded, "BLOCK": block, "COMPUTE": _TYPES[dtype]}
-    return triton.cdiv(height * width, block), constants
+    constants = (tl.constexpr(value) for value in (channels, padded, block, flat, _TYPES[dtype]))
+    return Layout(height * width, width, triton.cdiv(height * width, block), *constants)
 
 
 @triton.jit
@@ -128,76 +141,52 @@ def position_sum(values):
 
 
 @triton.jit
-def load_row(row, sample, COMPUTE: tl.constexpr):
+def load_row(row, sample, layout):
     """The number of a sample."""
     if row.stride is None:
-        return tl.full([], row.data, COMPUTE)
+        return tl.full([], row.data, layout.COMPUTE)
     else:
-        return tl.load(row.data + sample * row.stride).to(COMPUTE)
+        return tl.load(row.data + sample * row.stride).to(layout.COMPUTE)
 
 
 @triton.jit
-def load_tile(
-    latent,
-    sample,
-    positions,
-    inside,
-    width,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    FLAT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def place(layout):
+    """The sample of a program, and the positions of its tile [BLOCK], of which the last may be beyond the sample."""
+    tile = tl.program_id(0) % layout.tiles
+    return tl.program_id(0) // layout.tiles, tile * layout.BLOCK + tl.arange(0, layout.BLOCK)
+
+
+@triton.jit
+def load_tile(latent, sample, positions, layout):
     """[CP, BLOCK] of a sample; 0 where there is no channel or position."""
-    channels = tl.arange(0, CP)[:, None]
+    channels = tl.arange(0, layout.CP)[:, None]
     start = latent.data + sample.to(tl.int64) * latent.sample
-    if FLAT:
+    if layout.FLAT:
         offsets = channels * latent.channel + (positions * latent.column)[None, :]
     else:
-        rows, columns = (positions // width).to(tl.int64), (positions % width).to(tl.int64)
+        rows, columns = (positions // layout.width).to(tl.int64), (positions % layout.width).to(tl.int64)
         offsets = channels.to(tl.int64) * latent.channel + (rows * latent.row + columns * latent.column)[None, :]
-    return tl.load(start + offsets, mask=(channels < C) & inside[None, :], other=0.0).to(COMPUTE)
+    inside = (channels < layout.C) & (positions < layout.size)[None, :]
+    return tl.load(start + offsets, mask=inside, other=0.0).to(layout.COMPUTE)
 
 
 @triton.jit
-def load_velocity(
-    conditional,
-    unconditional,
-    guidance_scale,
-    sample,
-    positions,
-    inside,
-    width,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    FLAT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def load_velocity(conditional, unconditional, guidance_scale, sample, positions, layout):
     """v [CP, BLOCK] with guidance: v_u + g·(v_c − v_u), or v_c where there is no v_u."""
-    velocity = load_tile(conditional, sample, positions, inside, width, C, CP, FLAT, COMPUTE)
+    velocity = load_tile(conditional, sample, positions, layout)
     if unconditional is not None:
-        base = load_tile(unconditional, sample, positions, inside, width, C, CP, FLAT, COMPUTE)
-        velocity = base + tl.full([], guidance_scale, COMPUTE) * (velocity - base)
+        base = load_tile(unconditional, sample, positions, layout)
+        velocity = base + tl.full([], guidance_scale, layout.COMPUTE) * (velocity - base)
     return velocity
 
 
 @triton.jit
-def store_tile(
-    target,
-    values,
-    sample,
-    positions,
-    inside,
-    size,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr = False,
-):
-    """Values in the dtype of `target`, a [B, C, H, W] of `size` positions, contiguous or channels_last."""
-    channels = tl.arange(0, CP)[:, None]
-    start = target + sample.to(tl.int64) * C * size
-    offsets = channels + positions[None, :] * C if CHANNELS_LAST else channels * size + positions[None, :]
-    tl.store(start + offsets, values, mask=(channels < C) & inside[None, :])
+def store_tile(target, values, sample, positions, layout, CHANNELS_LAST: tl.constexpr = False):
+    """Values in the dtype of `target`, a [B, C, H, W] that is contiguous or channels_last."""
+    channels = tl.arange(0, layout.CP)[:, None]
+    start = target + sample.to(tl.int64) * layout.C * layout.size
+    offsets = channels + positions[None, :] * layout.C if CHANNELS_LAST else channels * layout.size + positions[None, :]
+    tl.store(start + offsets, values, mask=(channels < layout.C) & (positions < layout.size)[None, :])
 
 
 @triton.jit

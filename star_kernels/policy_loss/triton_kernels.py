@@ -35,15 +35,16 @@ from .._gaussian_kernels import (
     Row,
     channel_sum,
     latents,
+    layout,
     load_row,
     load_tile,
     load_velocity,
     log_prob,
+    place,
     position_sum,
     row,
     rows_or_numbers,
     store_tile,
-    tiling,
 )
 from .._kernel_calls import KernelCall, launch
 from .._triton import cast
@@ -99,92 +100,70 @@ class _Inputs(NamedTuple):
     kl_std: Row | None  # that of the velocity, |b|·√½, where it is None
 
 
-class _Shape(NamedTuple):
-    size: int  # H·W
-    width: int
+class _Rules(NamedTuple):
+    """What is done where; what is in capitals is constant."""
+
     tokens_per_row: int
-    tiles: int  # of a sample
+    PATCH_H: Any  # positions of a token
+    PATCH_W: Any
+    GUARDS: Any  # whether the objective is guard,
+    DROPS: Any  # or dppo
+    CHANNELS_LAST: Any  # whether the gradient is
 
 
 @triton.jit
-def _load_scalars(inputs, sample, shape, COMPUTE: tl.constexpr):
+def _load_scalars(inputs, sample, layout):
     """Of a sample: A, a − 1, b, s, what the KL is divided by twice the square of, and 1 / number of valid positions."""
-    advantage = load_row(inputs.advantage, sample, COMPUTE)
-    drift = load_row(inputs.sample_drift, sample, COMPUTE)
-    scale = load_row(inputs.velocity_scale, sample, COMPUTE)
-    std = load_row(inputs.std, sample, COMPUTE)
-    kl_std = tl.abs(scale) * _ROOT_HALF if inputs.kl_std is None else load_row(inputs.kl_std, sample, COMPUTE)
-    share = 1.0 / tl.full([], shape.size, COMPUTE)
+    advantage = load_row(inputs.advantage, sample, layout)
+    drift = load_row(inputs.sample_drift, sample, layout)
+    scale = load_row(inputs.velocity_scale, sample, layout)
+    std = load_row(inputs.std, sample, layout)
+    kl_std = tl.abs(scale) * _ROOT_HALF if inputs.kl_std is None else load_row(inputs.kl_std, sample, layout)
+    share = 1.0 / tl.full([], layout.size, layout.COMPUTE)
     if inputs.share is not None:
         share = tl.load(inputs.share + sample)
     return advantage, drift, scale, std, kl_std, share
 
 
 @triton.jit
-def _terms(
-    inputs,
-    sample,
-    positions,
-    shape,
-    guidance_scale,
-    scalars,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr,
-    FLAT: tl.constexpr,
-    GUARDS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def _terms(inputs, sample, positions, layout, rules, guidance_scale, scalars):
     """x' − μ, μ − μ_ref [CP, BLOCK]; log-ratio, KL, divergence and weight, valid and counted [BLOCK].
 
     Where there is no reference velocity, the second is not to be used. If it `GUARDS`, the first is x' − μ_old. What
     stands between them and the last two is 0 where not counted.
     """
     advantage, sample_drift, b, std, kl_std, _ = scalars
-    inside = positions < shape.size
-    x = load_tile(inputs.sample, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
-    y = load_tile(inputs.next_sample, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
+    inside = positions < layout.size
+    x = load_tile(inputs.sample, sample, positions, layout)
+    y = load_tile(inputs.next_sample, sample, positions, layout)
     # What a tile was made of is not held when the next is read: with guard, registers are short.
     if inputs.old_velocity is not None:
-        old = load_tile(inputs.old_velocity, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
-    if GUARDS:
+        old = load_tile(inputs.old_velocity, sample, positions, layout)
+    if rules.GUARDS:
         deviation = (y - x) - (sample_drift * x + b * old)
-    velocity = load_velocity(
-        inputs.velocity,
-        inputs.unconditional_velocity,
-        guidance_scale,
-        sample,
-        positions,
-        inside,
-        shape.width,
-        C,
-        CP,
-        FLAT,
-        COMPUTE,
-    )
-    index = sample.to(tl.int64) * shape.size + positions
-    divergence = tl.full(positions.shape, 0.0, COMPUTE)
+    velocity = load_velocity(inputs.velocity, inputs.unconditional_velocity, guidance_scale, sample, positions, layout)
+    index = sample.to(tl.int64) * layout.size + positions
+    divergence = tl.full(positions.shape, 0.0, layout.COMPUTE)
     if inputs.old_velocity is not None:
         move = b * (velocity - old)
-        divergence = channel_sum(move * move) * (1.0 / (2.0 * C * std * std))
-    if GUARDS:
-        log_ratio = channel_sum(deviation * move) * (1.0 / (C * std))
+        divergence = channel_sum(move * move) * (1.0 / (2.0 * layout.C * std * std))
+    if rules.GUARDS:
+        log_ratio = channel_sum(deviation * move) * (1.0 / (layout.C * std))
     else:
         deviation = (y - x) - (sample_drift * x + b * velocity)
-        old_log_prob = tl.load(inputs.old_log_prob + index, mask=inside, other=0.0).to(COMPUTE)
-        log_ratio = log_prob(deviation, std, C) - old_log_prob
+        old_log_prob = tl.load(inputs.old_log_prob + index, mask=inside, other=0.0).to(layout.COMPUTE)
+        log_ratio = log_prob(deviation, std, layout.C) - old_log_prob
     drift = deviation
-    kl = tl.full(positions.shape, 0.0, COMPUTE)
+    kl = tl.full(positions.shape, 0.0, layout.COMPUTE)
     if inputs.reference_velocity is not None:
-        other = load_tile(inputs.reference_velocity, sample, positions, inside, shape.width, C, CP, FLAT, COMPUTE)
-        drift = b * (velocity - other)
-        kl = channel_sum(drift * drift) * (1.0 / (2.0 * C * kl_std * kl_std))
-    weight = tl.full(positions.shape, 1.0, COMPUTE)
+        drift = b * (velocity - load_tile(inputs.reference_velocity, sample, positions, layout))
+        kl = channel_sum(drift * drift) * (1.0 / (2.0 * layout.C * kl_std * kl_std))
+    weight = tl.full(positions.shape, 1.0, layout.COMPUTE)
     if inputs.weights is not None:
-        token = positions // shape.width // PATCH_H * shape.tokens_per_row + positions % shape.width // PATCH_W
-        start = inputs.weights + sample.to(tl.int64) * (shape.size // (PATCH_H * PATCH_W))
-        weight = tl.load(start + token, mask=inside, other=0.0).to(COMPUTE)
+        rows, columns = positions // layout.width, positions % layout.width
+        token = rows // rules.PATCH_H * rules.tokens_per_row + columns // rules.PATCH_W
+        start = inputs.weights + sample.to(tl.int64) * (layout.size // (rules.PATCH_H * rules.PATCH_W))
+        weight = tl.load(start + token, mask=inside, other=0.0).to(layout.COMPUTE)
     valid = inside
     if inputs.mask is not None:
         valid = tl.load(inputs.mask + index, mask=inside, other=0) != 0
@@ -234,7 +213,8 @@ def _store_gradient(
     inputs,
     sample,
     positions,
-    shape,
+    layout,
+    rules,
     batch,
     guidance_scale,
     kl_weight,
@@ -243,23 +223,17 @@ def _store_gradient(
     deviation,
     drift,
     counted,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    GUARDS: tl.constexpr,
-    COMPUTE: tl.constexpr,
 ):
     """∂loss/∂v of a tile; `pull` is [1, BLOCK]."""
     _, _, b, std, kl_std, share = scalars
-    scale = std if GUARDS else std * std
+    scale = std if rules.GUARDS else std * std
     grad_mean = (pull * (1.0 / scale)) * deviation
     if inputs.reference_velocity is not None:
-        grad_mean += (tl.full([], kl_weight, COMPUTE) / (kl_std * kl_std)) * drift
-    factor = tl.full([], guidance_scale, COMPUTE) * b * share / (batch * C)
+        grad_mean += (tl.full([], kl_weight, layout.COMPUTE) / (kl_std * kl_std)) * drift
+    factor = tl.full([], guidance_scale, layout.COMPUTE) * b * share / (batch * layout.C)
     # A product would not do: zero times a deviation that is NaN is NaN.
     values = tl.where(counted[None, :], factor * grad_mean, 0.0)
-    rounded = cast(values, gradient.dtype.element_ty)
-    store_tile(gradient, rounded, sample, positions, positions < shape.size, shape.size, C, CP, CHANNELS_LAST)
+    store_tile(gradient, cast(values, gradient.dtype.element_ty), sample, positions, layout, rules.CHANNELS_LAST)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -267,41 +241,32 @@ def _position_kernel(
     inputs,
     gradient,
     partials,
-    shape,
+    layout,
+    rules,
     batch,
     guidance_scale: tl.float64,
     kl_weight: tl.float64,
     clip_low: tl.float64,
     clip_high: tl.float64,
     divergence_limit: tl.float64,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr,
-    FLAT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    GUARDS: tl.constexpr,
-    DROPS: tl.constexpr,
-    COMPUTE: tl.constexpr,
 ):
-    sample = tl.program_id(0) // shape.tiles
-    positions = tl.program_id(0) % shape.tiles * BLOCK + tl.arange(0, BLOCK)
-    scalars = _load_scalars(inputs, sample, shape, COMPUTE)
+    sample, positions = place(layout)
+    scalars = _load_scalars(inputs, sample, layout)
     deviation, drift, log_ratio, kl, divergence, weight, valid, counted = _terms(
-        inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, GUARDS, COMPUTE
+        inputs, sample, positions, layout, rules, guidance_scale, scalars
     )
     advantage = tl.where(counted, scalars[0], 0.0)
-    low, high = tl.full([], 1.0 - clip_low, COMPUTE), tl.full([], 1.0 + clip_high, COMPUTE)
-    limit = tl.full([], divergence_limit, COMPUTE)
-    clamped, ratio, policy, outside, slope = _policy(log_ratio, advantage, low, high, divergence, limit, DROPS)
+    low, high = tl.full([], 1.0 - clip_low, layout.COMPUTE), tl.full([], 1.0 + clip_high, layout.COMPUTE)
+    limit = tl.full([], divergence_limit, layout.COMPUTE)
+    clamped, ratio, policy, outside, slope = _policy(log_ratio, advantage, low, high, divergence, limit, rules.DROPS)
     if gradient is not None:
         _store_gradient(
             gradient,
             inputs,
             sample,
             positions,
-            shape,
+            layout,
+            rules,
             batch,
             guidance_scale,
             kl_weight,
@@ -310,54 +275,35 @@ def _position_kernel(
             deviation,
             drift,
             counted,
-            C,
-            CP,
-            CHANNELS_LAST,
-            GUARDS,
-            COMPUTE,
         )
     share = scalars[5]
     sums, stride = partials + tl.program_id(0), tl.num_programs(0)
     tl.store(sums + _POLICY * stride, position_sum(weight * policy) * share)
     tl.store(sums + _KL * stride, position_sum(kl) * share)
-    tl.store(sums + _CLIPPED * stride, tl.sum((counted & outside).to(COMPUTE), 0))
+    tl.store(sums + _CLIPPED * stride, tl.sum((counted & outside).to(layout.COMPUTE), 0))
     tl.store(sums + _RATIO * stride, position_sum(tl.where(counted, ratio, 0.0)))
     tl.store(sums + _RATIO_MIN * stride, tl.min(tl.where(counted, ratio, _INFINITY), 0))
     tl.store(sums + _RATIO_MAX * stride, tl.max(tl.where(counted, ratio, -_INFINITY), 0))
     tl.store(sums + _SQUARED * stride, position_sum(clamped * clamped))
-    tl.store(sums + _NON_FINITE * stride, tl.sum((valid & ~counted).to(COMPUTE), 0))
+    tl.store(sums + _NON_FINITE * stride, tl.sum((valid & ~counted).to(layout.COMPUTE), 0))
     tl.store(sums + _DIVERGENCE * stride, position_sum(divergence) * share)
-    tl.store(sums + _INCLUDED * stride, tl.sum(counted.to(COMPUTE), 0))
+    tl.store(sums + _INCLUDED * stride, tl.sum(counted.to(layout.COMPUTE), 0))
 
 
 @triton.jit
-def _image_sums_kernel(
-    inputs,
-    partials,
-    shape,
-    guidance_scale: tl.float64,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr,
-    FLAT: tl.constexpr,
-    GUARDS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    sample = tl.program_id(0) // shape.tiles
-    positions = tl.program_id(0) % shape.tiles * BLOCK + tl.arange(0, BLOCK)
-    scalars = _load_scalars(inputs, sample, shape, COMPUTE)
+def _image_sums_kernel(inputs, partials, layout, rules, guidance_scale: tl.float64):
+    sample, positions = place(layout)
+    scalars = _load_scalars(inputs, sample, layout)
     _, _, log_ratio, kl, divergence, weight, valid, counted = _terms(
-        inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, GUARDS, COMPUTE
+        inputs, sample, positions, layout, rules, guidance_scale, scalars
     )
     sums, stride = partials + tl.program_id(0), tl.num_programs(0)
     tl.store(sums + _KL * stride, position_sum(kl) * scalars[5])
     tl.store(sums + _DIVERGENCE * stride, position_sum(divergence) * scalars[5])
-    tl.store(sums + _NON_FINITE * stride, tl.sum((valid & ~counted).to(COMPUTE), 0))
+    tl.store(sums + _NON_FINITE * stride, tl.sum((valid & ~counted).to(layout.COMPUTE), 0))
     tl.store(sums + _LOG_RATIO * stride, position_sum(weight * _clamp(log_ratio)))
     tl.store(sums + _SQUARED_WEIGHT * stride, position_sum(weight * weight))
-    tl.store(sums + _COUNTED * stride, tl.sum(counted.to(COMPUTE), 0))
+    tl.store(sums + _COUNTED * stride, tl.sum(counted.to(layout.COMPUTE), 0))
 
 
 @triton.jit
@@ -375,68 +321,57 @@ def _image_kernel(
     inputs,
     gradient,
     partials,
-    shape,
+    layout,
+    rules,
     batch,
     guidance_scale: tl.float64,
     kl_weight: tl.float64,
     clip_low: tl.float64,
     clip_high: tl.float64,
     divergence_limit: tl.float64,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr,
-    FLAT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    GUARDS: tl.constexpr,
-    DROPS: tl.constexpr,
-    COMPUTE: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    sample = tl.program_id(0) // shape.tiles
-    tile = tl.program_id(0) % shape.tiles
-    scalars = _load_scalars(inputs, sample, shape, COMPUTE)
+    sample, positions = place(layout)
+    scalars = _load_scalars(inputs, sample, layout)
     share = scalars[5]
     stride = tl.num_programs(0)
-    first = partials + sample * shape.tiles
-    log_ratio = _sum_of_tiles(first + _LOG_RATIO * stride, shape.tiles, SUMS) * share
-    squares = _sum_of_tiles(first + _SQUARED_WEIGHT * stride, shape.tiles, SUMS)
-    number = _sum_of_tiles(first + _COUNTED * stride, shape.tiles, SUMS)
+    first = partials + sample * layout.tiles
+    log_ratio = _sum_of_tiles(first + _LOG_RATIO * stride, layout.tiles, SUMS) * share
+    squares = _sum_of_tiles(first + _SQUARED_WEIGHT * stride, layout.tiles, SUMS)
+    number = _sum_of_tiles(first + _COUNTED * stride, layout.tiles, SUMS)
     included = (number > 0) & (tl.abs(log_ratio) < _INFINITY) & (squares < _INFINITY)
     # In double precision, so that weights of 1 leave the bounds as they are.
     spread = tl.sqrt(squares.to(tl.float64) / tl.maximum(number, 1.0).to(tl.float64))
-    low, high = (1.0 - clip_low * spread).to(COMPUTE), (1.0 + clip_high * spread).to(COMPUTE)
-    divergence = tl.full([], 0.0, COMPUTE)
-    if DROPS:
-        divergence = _sum_of_tiles(first + _DIVERGENCE * stride, shape.tiles, SUMS)
-    limit = tl.full([], divergence_limit, COMPUTE)
-    clamped, ratio, policy, outside, slope = _policy(log_ratio, scalars[0], low, high, divergence, limit, DROPS)
+    low, high = (1.0 - clip_low * spread).to(layout.COMPUTE), (1.0 + clip_high * spread).to(layout.COMPUTE)
+    divergence = tl.full([], 0.0, layout.COMPUTE)
+    if rules.DROPS:
+        divergence = _sum_of_tiles(first + _DIVERGENCE * stride, layout.tiles, SUMS)
+    limit = tl.full([], divergence_limit, layout.COMPUTE)
+    clamped, ratio, policy, outside, slope = _policy(log_ratio, scalars[0], low, high, divergence, limit, rules.DROPS)
 
     # An image is one entry of the metrics, which its first tile makes.
-    mine = included & (tile == 0)
+    mine = included & (tl.program_id(0) % layout.tiles == 0)
     sums = partials + tl.program_id(0)
     tl.store(sums + _POLICY * stride, tl.where(mine, policy, 0.0))
-    tl.store(sums + _CLIPPED * stride, (mine & outside).to(COMPUTE))
+    tl.store(sums + _CLIPPED * stride, (mine & outside).to(layout.COMPUTE))
     tl.store(sums + _RATIO * stride, tl.where(mine, ratio, 0.0))
     tl.store(sums + _RATIO_MIN * stride, tl.where(mine, ratio, _INFINITY))
     tl.store(sums + _RATIO_MAX * stride, tl.where(mine, ratio, -_INFINITY))
     tl.store(sums + _SQUARED * stride, tl.where(mine, clamped * clamped, 0.0))
-    tl.store(sums + _INCLUDED * stride, mine.to(COMPUTE))
+    tl.store(sums + _INCLUDED * stride, mine.to(layout.COMPUTE))
     # The first kernel took this tile's positions for finite ones.
     dropped = (number > 0) & (included == 0)
     counted_here = tl.load(sums + _COUNTED * stride, mask=dropped, other=0.0)
     non_finite = tl.load(sums + _NON_FINITE * stride, mask=dropped, other=0.0)
     tl.store(sums + _NON_FINITE * stride, non_finite + counted_here, mask=dropped)
-    tl.store(sums + _KL * stride, tl.full([], 0.0, COMPUTE), mask=dropped)
+    tl.store(sums + _KL * stride, tl.full([], 0.0, layout.COMPUTE), mask=dropped)
     # Another tile of this image may read it before or after: it leaves the image out in either case.
-    tl.store(sums + _DIVERGENCE * stride, tl.full([], 0.0, COMPUTE), mask=dropped)
+    tl.store(sums + _DIVERGENCE * stride, tl.full([], 0.0, layout.COMPUTE), mask=dropped)
 
     if gradient is not None:
-        positions = tile * BLOCK + tl.arange(0, BLOCK)
-        end = tl.where(included, shape.size, 0)  # of the positions that get a gradient
+        end = tl.where(included, layout.size, 0)  # of the positions that get a gradient
         deviation, drift, at_position, _, _, weight, _, counted = _terms(
-            inputs, sample, positions, shape, guidance_scale, scalars, C, CP, PATCH_H, PATCH_W, FLAT, GUARDS, COMPUTE
+            inputs, sample, positions, layout, rules, guidance_scale, scalars
         )
         pull = weight * tl.where(tl.abs(at_position) <= _LIMIT, slope, 0.0)
         _store_gradient(
@@ -444,7 +379,8 @@ def _image_kernel(
             inputs,
             sample,
             positions,
-            shape,
+            layout,
+            rules,
             batch,
             guidance_scale,
             kl_weight,
@@ -453,11 +389,6 @@ def _image_kernel(
             deviation,
             drift,
             counted & (positions < end),
-            C,
-            CP,
-            CHANNELS_LAST,
-            GUARDS,
-            COMPUTE,
         )
 
 
@@ -566,38 +497,41 @@ def prepare(*arguments: Any) -> tuple[tuple[Tensor, Tensor, Tensor], list[Kernel
     loss = torch.empty((), dtype=dtype, device=device)
     metrics = torch.empty(len(METRICS), dtype=dtype, device=device)
     gradient = reference.empty_gradient(velocity, dtype) if with_gradient else None
-    tiles, constants = tiling(velocity.shape, dtype)
-    partials = torch.empty((_ROWS, batch * tiles), dtype=dtype, device=device)
-    share = None if mask is None else torch.empty(batch, dtype=dtype, device=device)
     views, flat = latents(*inputs.latents())
+    divided = layout(velocity.shape, dtype, flat)
+    columns = batch * divided.tiles
+    partials = torch.empty((_ROWS, columns), dtype=dtype, device=device)
+    share = None if mask is None else torch.empty(batch, dtype=dtype, device=device)
     scalars: list[Any] = [row(number) for number in (inputs.advantage, *rows)]
     if inputs.kl_scale == "velocity":
         scalars[-1] = None
     grid_height, grid_width = (height, width) if weights is None else weights.shape[1:]
+    last = gradient is not None and not gradient.is_contiguous()
+    constants = (
+        height // grid_height,
+        width // grid_width,
+        inputs.objective == "guard",
+        inputs.objective == "dppo",
+        last,
+    )
     shared: dict[str, Any] = {
         "inputs": _Inputs._make((*views, inputs.old_log_prob, weights, mask, share, *scalars)),
         "partials": partials,
-        "shape": _Shape(height * width, width, grid_width, tiles),
+        "layout": divided,
+        "rules": _Rules(grid_width, *(tl.constexpr(constant) for constant in constants)),
         "guidance_scale": inputs.guidance_scale,
-        "PATCH_H": height // grid_height,
-        "PATCH_W": width // grid_width,
-        "FLAT": flat,
-        "GUARDS": inputs.objective == "guard",
-        **constants,
     }
     clip_low, clip_high = inputs.bounds()
     judged: dict[str, Any] = {
         **shared,
         "gradient": gradient,
-        "CHANNELS_LAST": gradient is not None and not gradient.is_contiguous(),
         "batch": batch,
         "kl_weight": inputs.kl_weight,
         "clip_low": clip_low,
         "clip_high": clip_high,
         "divergence_limit": inputs.divergence_limit,
-        "DROPS": inputs.objective == "dppo",
     }
-    programs = (batch * tiles,)
+    programs = (columns,)
     calls = []
     if mask is not None:
         counting = {"mask": mask, "share": share, "size": height * width, "BLOCK": _MASK_BLOCK}
@@ -612,7 +546,7 @@ def prepare(*arguments: Any) -> tuple[tuple[Tensor, Tensor, Tensor], list[Kernel
         "loss": loss,
         "metrics": metrics,
         "batch": batch,
-        "columns": batch * tiles,
+        "columns": columns,
         "kl_weight": inputs.kl_weight,
         "COLUMNS": _COLUMNS,
     }

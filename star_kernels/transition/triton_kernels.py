@@ -21,14 +21,15 @@ from .._gaussian_kernels import (
     Latent,
     Row,
     latents,
+    layout,
     load_row,
     load_tile,
     load_velocity,
     log_prob,
+    place,
     row,
     rows_or_numbers,
     store_tile,
-    tiling,
 )
 from .._kernel_calls import KernelCall, launch
 from .._triton import cast
@@ -45,59 +46,32 @@ class _Inputs(NamedTuple):
 
 
 @triton.jit
-def _transition_kernel(
-    inputs,
-    next_sample,
-    log_probs,
-    size,
-    width,
-    tiles,
-    guidance_scale: tl.float64,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FLAT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def _transition_kernel(inputs, next_sample, log_probs, layout, guidance_scale: tl.float64):
     """A step into `next_sample` [B, C, H, W], or without it the log-prob of the step that was taken.
 
     The log-probs go to `log_probs` [B, H, W]; a step without noise has none.
     """
-    sample = tl.program_id(0) // tiles
-    positions = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    inside = positions < size
-    velocity = load_velocity(
-        inputs.velocity,
-        inputs.unconditional_velocity,
-        guidance_scale,
-        sample,
-        positions,
-        inside,
-        width,
-        C,
-        CP,
-        FLAT,
-        COMPUTE,
-    )
-    x = load_tile(inputs.sample, sample, positions, inside, width, C, CP, FLAT, COMPUTE)
-    sample_drift = load_row(inputs.sample_drift, sample, COMPUTE)
-    b = load_row(inputs.velocity_scale, sample, COMPUTE)
-    std = load_row(inputs.std, sample, COMPUTE)
+    sample, positions = place(layout)
+    velocity = load_velocity(inputs.velocity, inputs.unconditional_velocity, guidance_scale, sample, positions, layout)
+    x = load_tile(inputs.sample, sample, positions, layout)
+    sample_drift = load_row(inputs.sample_drift, sample, layout)
+    b = load_row(inputs.velocity_scale, sample, layout)
+    std = load_row(inputs.std, sample, layout)
     shift = sample_drift * x + b * velocity
     y = x + shift
     if inputs.other is not None:
-        other = load_tile(inputs.other, sample, positions, inside, width, C, CP, FLAT, COMPUTE)
+        other = load_tile(inputs.other, sample, positions, layout)
         if next_sample is None:
             y = other
         else:
             y += std * other
     if next_sample is not None:
         stored = cast(y, next_sample.dtype.element_ty)
-        store_tile(next_sample, stored, sample, positions, inside, size, C, CP)
-        y = stored.to(COMPUTE)
+        store_tile(next_sample, stored, sample, positions, layout)
+        y = stored.to(layout.COMPUTE)
     if log_probs is not None:
-        values = log_prob((y - x) - shift, std, C)
-        tl.store(log_probs + sample.to(tl.int64) * size + positions, values, mask=inside)
+        values = log_prob((y - x) - shift, std, layout.C)
+        tl.store(log_probs + sample.to(tl.int64) * layout.size + positions, values, mask=positions < layout.size)
 
 
 def transition_step(
@@ -174,23 +148,18 @@ def kernel_call(
 
     The coefficients are tensors, or else `numbers`.
     """
-    batch, _, height, width = velocity.shape
     scalars = (sample_drift, velocity_scale, std)
     dtype = compute_dtype(velocity, sample, other, unconditional_velocity, *scalars, *numbers)
-    tiles, constants = tiling(velocity.shape, dtype)
     views, flat = latents(velocity, sample, other, unconditional_velocity)
+    divided = layout(velocity.shape, dtype, flat)
     arguments: dict[str, Any] = {
         "inputs": _Inputs(*views, *(row(given) for given in numbers or scalars)),
         "next_sample": next_sample,
         "log_probs": log_probs,
-        "size": height * width,
-        "width": width,
-        "tiles": tiles,
+        "layout": divided,
         "guidance_scale": guidance_scale,
-        "FLAT": flat,
-        **constants,
     }
-    return KernelCall(name, _transition_kernel, (batch * tiles,), arguments, OPTIONS)
+    return KernelCall(name, _transition_kernel, (len(velocity) * divided.tiles,), arguments, OPTIONS)
 
 
 def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
