@@ -25,13 +25,17 @@ def is_traced(arguments: Iterable[object]) -> bool:
 
     A tensor on the meta device has no values for a kernel: the registration gives its shape.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._autograd._profiler_enabled()
-        or any(isinstance(arg, Tensor) and (type(arg) is not Tensor or arg.is_meta) for arg in arguments)
-    )
+    ):
+        return True
+    for argument in arguments:  # a generator would take as long as all of this
+        if isinstance(argument, Tensor) and (type(argument) is not Tensor or argument.is_meta):
+            return True
+    return False
 
 
 def operator(

@@ -131,14 +131,14 @@ def policy_loss(
         RuntimeError: a backend that cannot run here, with the reason.
     """
     # The arguments in their order, while nothing else has a name; the last one is the backend.
-    inputs = reference.Inputs._make([*locals().values()][:-1])
+    arguments = [*locals().values()][:-1]
     is_plain = _is_plain(velocity, coefficients)
     chosen = _resolve(velocity.device, backend) if is_plain else None
     if chosen == "cpu":
-        plain = cpu.plain_policy_loss(*inputs)
+        plain = cpu.plain_policy_loss(*arguments)
         if plain is not None:
             return PolicyLoss(plain[0], _by_name(plain[1:], old_velocity))
-    inputs = with_rows(inputs)
+    inputs = with_rows(reference.Inputs._make(arguments))
     if not (chosen == "triton" and _is_described_by_metadata(inputs)):
         inputs = checked(inputs)
         check_reverse_mode("policy_loss", inputs.flat())
@@ -194,7 +194,6 @@ def _is_plain(velocity: object, coefficients: object) -> bool:
         and isinstance(velocity, Tensor)
         and not is_traced((velocity,))
         and torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
 
