@@ -188,8 +188,9 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stub_driver.activate(folder)
     backends._missing_triton = lambda: None
+    calls = attention_cases() | latent_cases() | empty_autograd()
     Tensor.is_meta = False  # they stand for tensors that kernels can read
-    figures = measure(attention_cases() | latent_cases() | empty_autograd(), options.rounds)
+    figures = measure(calls, options.rounds)
     if options.json:
         json.dump({"triton": triton.__version__, "torch": torch.__version__, "microseconds": figures}, sys.stdout)
         return
