@@ -209,6 +209,10 @@ class _Allocations(TorchDispatchMode):
         self.prepare = prepare
         self.tensors: list[Tensor] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # for that PyTorch would import its compiler, which takes seconds
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if "empty" in function.name():

@@ -193,4 +193,5 @@ if __name__ == "__main__":
     triton.runtime.driver.active.get_current_stream = lambda device: 7
     backends._reason_against = lambda *_: None
     known()
+    assert "torch._dynamo" not in sys.modules, "a launch imports PyTorch's compiler"
     operators()
