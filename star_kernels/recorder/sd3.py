@@ -63,6 +63,9 @@ class _JointProcessor:
         out = self.attend(query, key, value, num_image_tokens=num_image_tokens, text_first=False)
         out = out.transpose(1, 2).flatten(2)
         image_out, text_out = out[:, :num_image_tokens], out[:, num_image_tokens:]
+        if out.dtype != query.dtype:
+            # Under autocast diffusers casts `out` there and back, which leaves both dense: the same matrix product.
+            image_out, text_out = image_out.contiguous(), text_out.contiguous()
         for module in attn.to_out:
             image_out = module(image_out)
         return image_out, text_out if attn.context_pre_only else attn.to_add_out(text_out)

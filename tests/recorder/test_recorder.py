@@ -659,6 +659,22 @@ def test_autocast_computes_in_the_dtypes_that_it_does_without_recording(untraine
     torch.testing.assert_close(output, plain, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("config", [{}, {"qk_norm": None}], ids=["sd3.5", "sd3"])
+def test_with_pytorchs_attention_autocast_gives_what_it_does_without_recording_bit_for_bit(config):
+    transformer = tiny_transformer(**config)
+    results = []
+    for recording in (False, True):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+            if recording:
+                stack.enter_context(record_attention(transformer, unit_weights(), implementation="sdpa"))
+            output = transformer(**inputs()).sample
+        output.float().square().mean().backward()
+        results.append([output, *(gradient for gradient in gradients_of(transformer) if gradient is not None)])
+    for recorded, plain in zip(*results, strict=True):
+        assert torch.equal(recorded, plain)
+
+
 def test_a_row_does_not_depend_on_the_others(untrained):
     arguments = inputs(3)
     with record_attention(untrained, unit_weights(3)) as whole:
