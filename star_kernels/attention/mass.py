@@ -210,7 +210,7 @@ def _attention_mass(
     chosen = backends.resolve_backend("attention_mass", backend, query.device, KERNELS)
     check_values(unit_weights, text_lengths, unit_weights.shape[1])
     if text_lengths is not None:
-        text_lengths = text_lengths.to(query.device)
+        text_lengths = text_lengths.to(query.device).contiguous()
     run = _kernel(chosen, query)
     return run(query, key, unit_weights, log_sum_exp, scale=scale, text_lengths=text_lengths, direction=direction)
 

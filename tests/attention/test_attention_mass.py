@@ -170,6 +170,10 @@ def test_padding_behind_text_lengths_changes_no_bit(
             tensor[row, :, length:] = float("nan")
     text_lengths = torch.tensor(lengths, dtype=lengths_dtype)
     mass = attention_mass(queries, keys, unit_weights, log_sum_exp, text_lengths=text_lengths, **options)
+    every_other = torch.stack([text_lengths, TEXT - text_lengths], -1)[:, 0]
+    assert torch.equal(
+        attention_mass(queries, keys, unit_weights, log_sum_exp, text_lengths=every_other, **options), mass
+    )
     assert mass[1].count_nonzero() == 0
     for row in (0, 2, 3):
         length = lengths[row]
