@@ -181,6 +181,7 @@ def _implementation(query: Tensor, num_keys: int, implementation: str, backend: 
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
+    check_choice("backend", backend, ("auto", *backends.NAMES))
     if implementation == "auto":
         measured = table.implementation_for(query.device, query.dtype, query.shape[3], num_keys)
         implementation = "fused" if backend != "auto" else measured

@@ -114,6 +114,8 @@ CASES: list[tuple[str, type[Exception], str, Change]] = [
     ("text queries asked of cross-attention", ValueError, "direction",
      lambda a: {"direction": "text_to_image", "num_image_tokens": 15, "unit_weights": torch.ones(BATCH, 15, UNITS)}),
     ("an unknown backend", ValueError, "backend", lambda a: {"backend": "cuda"}),
+    ("an unknown backend, and nothing captured", ValueError, "backend",
+     lambda a: {"backend": "cuda", "unit_weights": None}),
     ("backend is no string", TypeError, "backend", lambda a: {"backend": None}),
 ]
 # fmt: on
