@@ -112,7 +112,7 @@ def mass_beside(
         check_values(unit_weights, None, 0)
         scale = query.shape[3] ** -0.5 if scale is None else scale
         tokens = (num_image_tokens, text_first, rows.start, rows.stop, direction)
-        return add_layer(mass, mass_kernels.attention_mass_beside(*tensors, *tokens, scale), layer_weight)
+        return add_layer(mass, mass_kernels.attention_mass_beside(*tensors, None, *tokens, scale), layer_weight)
     queries, keys = reference.captured_tokens(query.shape[2], key.shape[2], num_image_tokens, text_first, direction)
     return attention_mass(
         query.detach()[rows, :, queries],

@@ -273,7 +273,12 @@ def attention_mass(
 
 
 def attention_mass_beside(
-    query: Tensor, key: Tensor, unit_weights: Tensor, log_sum_exp: Tensor, *tokens_and_scale: Any
+    query: Tensor,
+    key: Tensor,
+    unit_weights: Tensor,
+    log_sum_exp: Tensor,
+    text_lengths: Tensor | None,
+    *tokens_and_scale: Any,
 ) -> Tensor:
     """`attention_mass` of some rows and tokens of the tensors that an attention was called with.
 
@@ -281,7 +286,7 @@ def attention_mass_beside(
     Rows and tokens are taken, and shapes are checked, where the plan of the launches is made.
     """
     near = (within_reach(tensor, _MOST_TOKENS) for tensor in (query, key, unit_weights))
-    return launch(prepare_beside, (*near, log_sum_exp, *tokens_and_scale, architecture_of(query.device)))
+    return launch(prepare_beside, (*near, log_sum_exp, text_lengths, *tokens_and_scale, architecture_of(query.device)))
 
 
 def prepare_beside(
@@ -289,6 +294,7 @@ def prepare_beside(
     key: Tensor,
     unit_weights: Tensor,
     log_sum_exp: Tensor,
+    text_lengths: Tensor | None,
     num_image_tokens: int,
     text_first: bool,
     first: int,
@@ -303,7 +309,8 @@ def prepare_beside(
     captured, attended, rows = query[first:end, :, queries], key[first:end, :, keys], log_sum_exp[first:end, :, queries]
     num_text = (attended if direction == "image_to_text" else captured).shape[2]
     check_tensor("unit_weights", unit_weights, (end - first, num_text, "K"), device=query.device)
-    return prepare(captured, attended, unit_weights, rows, None, scale, direction, architecture)
+    lengths = None if text_lengths is None else text_lengths[first:end]
+    return prepare(captured, attended, unit_weights, rows, lengths, scale, direction, architecture)
 
 
 def ahead_of_time_calls(architecture: str) -> list[KernelCall]:
