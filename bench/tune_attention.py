@@ -139,17 +139,8 @@ def prepare(
 ) -> tuple[Tensor, Sequence[Any]]:
     """Output and kernel calls of a forward pass."""
     query, key, value, units = inputs
-    (out, *_), calls = triton_kernels.prepare(
-        query,
-        key,
-        value,
-        units if capture else None,
-        num_image_tokens=image,
-        text_first=False,
-        scale=row.head_dim**-0.5,
-        rows=(0, len(query)),
-        configuration=configuration,
-    )
+    scalars = (image, False, row.head_dim**-0.5, (0, len(units)), configuration)
+    (out, *_), calls = triton_kernels.prepare(query, key, value, units if capture else None, None, *scalars)
     return out, calls
 
 

@@ -93,6 +93,9 @@ def operators() -> dict[str, Callable[[], Any]]:
         "attention with capture": lambda: sk.joint_attention(
             query, key, value, units, num_image_tokens=16, rows=(0, batch), implementation="fused"
         ),
+        "attention with lengths": lambda: sk.joint_attention(
+            query, key, value, units, num_image_tokens=16, text_lengths=gpu(batch).int(), implementation="fused"
+        ),
     }
 
 

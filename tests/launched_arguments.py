@@ -133,6 +133,7 @@ def operators() -> None:
     rows = {name: torch.rand(batch) + 0.1 for name in ("sample_drift", "velocity_scale", "std")}
     query, key, value = (torch.randn(batch, 24, 2, 16).bfloat16().transpose(1, 2) for _ in range(3))
     unit_weights, log_sum_exp = torch.rand(batch, 8, units), torch.rand(batch, 2, 16)
+    lengths = torch.tensor([5, 8])
     guided: dict[str, Any] = {"guidance_scale": 1.5, "backend": "triton"}
 
     def coefficients(given: dict[str, Any]) -> sk.TransitionCoefficients:
@@ -175,6 +176,10 @@ def operators() -> None:
                 "unit_weights": unit_weights,
                 "log_sum_exp": log_sum_exp,
             },
+        ),
+        "attention": (
+            lambda **given: sk.joint_attention(**given, num_image_tokens=16, rows=(1, 2), backend="triton"),
+            {"query": query, "key": key, "value": value, "unit_weights": unit_weights[1:], "text_lengths": lengths},
         ),
         "mass beside attention": (
             lambda **given: sk.joint_attention(

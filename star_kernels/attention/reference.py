@@ -56,7 +56,8 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
 def token_major(tensor: Tensor) -> Tensor:
     """Like `tensor` [B, heads, N, D], empty, tokens outside heads in memory, as a projection reads them."""
     batch, heads, tokens, head_dim = tensor.shape
-    return tensor.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    strides = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)
+    return tensor.new_empty_strided(tensor.shape, strides)
 
 
 def _probabilities(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@ in Triton's interpreter."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -59,27 +60,20 @@ def check(
 ) -> None:
     """Every output of the kernels against the reference in float64."""
     options = {"text_first": False, "scale": query.shape[3] ** -0.5, "rows": (0, query.shape[0]), **options}
-    direction = options.pop("direction", "image_to_text")
     out, mass, log_sum_exp = triton_kernels.joint_attention(
-        query, key, value, unit_weights, num_image_tokens=num_image_tokens, direction=direction, **options
+        query, key, value, unit_weights, num_image_tokens=num_image_tokens, **options
     )
-    wide = [tensor.double() for tensor in (query, key, value)]
-    wide_units = None if unit_weights is None else unit_weights.double()
+    wide = [None if tensor is None else tensor.double() for tensor in (query, key, value, unit_weights)]
     expected_out, expected_mass, expected_log_sum_exp = reference.joint_attention(
-        *wide, wide_units, num_image_tokens=num_image_tokens, **options
+        *wide, num_image_tokens=num_image_tokens, **options
     )
     assert out.dtype == query.dtype and out.transpose(1, 2).is_contiguous()
     assert relative_error(out, expected_out) < OUT_ERROR[query.dtype]
     assert log_sum_exp.dtype == torch.float32
     torch.testing.assert_close(log_sum_exp.double(), expected_log_sum_exp, rtol=1e-5, atol=1e-5)
-    if wide_units is None:
+    if unit_weights is None:
         assert mass is None
         return
-    if direction == "text_to_image":
-        captured = slice(*options.pop("rows"))
-        expected_mass = reference.text_to_image_mass(
-            wide[0][captured], wide[1][captured], wide_units, num_image_tokens=num_image_tokens, **options
-        )
     assert mass is not None and expected_mass is not None and mass.dtype == torch.float32
     assert relative_error(mass, expected_mass) < MASS_ERROR[query.dtype]
 
@@ -230,6 +224,63 @@ def test_a_sample_does_not_depend_on_its_batch_bit_for_bit(dtype: torch.dtype, d
         assert torch.equal(part_out, out[chosen]) and torch.equal(part_mass, mass[chosen])
 
 
+def own_tokens(tensor: Tensor, num_text: int, length: int, text_first: bool) -> Tensor:
+    """[heads, N, D] of a sample without the text tokens from `length` on."""
+    if text_first:
+        return torch.cat([tensor[:, :length], tensor[:, num_text:]], dim=1)
+    return tensor[:, : tensor.shape[1] - num_text + length]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize(("direction", "units"), [("image_to_text", 3), ("image_to_text", 17), ("text_to_image", 3)])
+@pytest.mark.parametrize("block_n", [pytest.param(16, marks=pytest.mark.exhaustive), 64])
+def test_rows_of_unequal_length_are_the_rows_alone_bit_for_bit(
+    block_n: int, direction: str, units: int, text_first: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(triton_kernels, "configuration_for", lambda *_: Configuration(32, block_n, 4, 2))
+    image, text, lengths = 36, 100, [100, 0, 83, 5]
+    query, key, value, unit_weights = inputs(image, text, dim=16, heads=1, batch=4, units=units, dtype=dtype)
+    options: dict[str, Any] = {"num_image_tokens": image, "text_first": text_first}
+    captured: dict[str, Any] = {**options, "scale": 0.3, "direction": direction}
+    limited = {"text_lengths": torch.tensor(lengths, device=DEVICE), "rows": (1, 4)}
+    check(query, key, value, unit_weights[1:], **captured, **limited)
+    out, mass, log_sum_exp = triton_kernels.joint_attention(query, key, value, unit_weights[1:], **captured, **limited)
+    for row, length in enumerate(lengths):
+        own = [own_tokens(tensor[row], text, length, text_first)[None] for tensor in (query, key, value)]
+        weights = unit_weights[row : row + 1, :length] if row and length else None
+        alone = triton_kernels.joint_attention(*own, weights, **captured, rows=(0, 1))
+        assert torch.equal(own_tokens(out[row], text, length, text_first), alone[0][0])
+        assert torch.equal(own_tokens(log_sum_exp[row, ..., None], text, length, text_first)[..., 0], alone[2][0])
+        if row:
+            assert mass is not None
+            assert torch.equal(mass[row - 1], torch.zeros_like(mass[0]) if alone[1] is None else alone[1][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_attention_of_rows_of_unequal_length(dtype: torch.dtype) -> None:
+    query = inputs(37, 0, batch=2, dtype=dtype)[0]
+    _, key, value, unit_weights = inputs(0, 40, batch=2, dtype=dtype)
+    lengths = torch.tensor([[40, 0], [21, 0]], dtype=torch.int32, device=DEVICE)[:, 0]
+    check(query, key, value, unit_weights, num_image_tokens=37, text_lengths=lengths)
+    for units in (unit_weights, None):
+        out, _ = joint_attention(
+            query,
+            key,
+            value,
+            units,
+            num_image_tokens=37,
+            text_lengths=lengths,
+            implementation="fused",
+            backend="triton",
+        )
+        alone, _ = joint_attention(
+            query[1:], key[1:, :, :21], value[1:, :, :21], num_image_tokens=37, implementation="fused", backend="triton"
+        )
+        assert torch.equal(out[1:], alone)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_huge_logits_do_not_overflow(dtype: torch.dtype) -> None:
     query, key, value, _ = inputs(21, 11, dtype=dtype)
@@ -247,19 +298,41 @@ def test_huge_logits_do_not_overflow(dtype: torch.dtype) -> None:
         assert mass.min() >= 0 and mass.max() <= (1 if direction == "image_to_text" else 11) * 1.004
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("magnitude", [2.0**23, 2.0**32, 2.0**33, 2.0**100])
-def test_attention_is_exact_however_large_the_logits(magnitude: float, dtype: torch.dtype) -> None:
-    """Triton's interpreter rounds a fused multiply-add once, as GPUs do, from version 3.9 on."""
+def large_logits(magnitude: float, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], float]:
+    """query, key, value of logits that are exact in every format and often equal, some rows of one sign; a scale."""
     query, key, value, _ = inputs(40, 11)
-    # Small whole numbers: the logits are exact in every format, and often equal. Rows of one sign, too.
     query, key = (query * 2).round(), (key * 2).round()
     key[..., 0] = 1
-    query[:, :, ::3, 0], query[:, :, 1::3, 0] = -400, 400
+    query[:, :, ::3, 0], query[:, :, 1::3, 0], query[:, :, 2] = -400, 400, 0
     # In the numbers as far as float16 goes, and in the scale.
     times = 2.0**4 if dtype == torch.float16 else magnitude
-    query, key, value = ((query * times).to(dtype), key.to(dtype), value.to(dtype))
-    check(query, key, value, torch.ones(1, 11, 1, device=DEVICE), num_image_tokens=40, scale=0.125 * magnitude / times)
+    return ((query * times).to(dtype), key.to(dtype), value.to(dtype)), 0.125 * magnitude / times
+
+
+@pytest.mark.parametrize("magnitude", [2.0**23, 2.0**32, 2.0**33, 2.0**100])
+def test_attention_in_float32_is_exact_however_large_the_logits(magnitude: float) -> None:
+    qkv, scale = large_logits(magnitude, torch.float32)
+    check(*qkv, torch.ones(1, 11, 1, device=DEVICE), num_image_tokens=40, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("magnitude", [2.0**20, 2.0**23, 2.0**33, 2.0**100])
+def test_attention_in_16_bits_is_exact_or_nan_by_the_row_however_large_the_logits(
+    magnitude: float, dtype: torch.dtype
+) -> None:
+    """Triton's interpreter rounds a fused multiply-add once, as GPUs do, from version 3.9 on."""
+    qkv, scale = large_logits(magnitude, dtype)
+    units = torch.ones(1, 11, 1, device=DEVICE)
+    options: dict[str, Any] = {"num_image_tokens": 40, "text_first": False, "scale": scale, "rows": (0, 1)}
+    outputs = triton_kernels.joint_attention(*qkv, units, **options)
+    out, mass, log_sum_exp = reference.joint_attention(*(tensor.double() for tensor in (*qkv, units)), **options)
+    # A sum of at most 51 ones beside so large a maximum is nothing.
+    shown = log_sum_exp.abs() / math.log(2) >= triton_kernels.LARGEST_LOGIT.value
+    assert shown.any() == (magnitude > 2.0**20) and not shown.all()
+    rows = [(outputs[0], out, shown), (outputs[1], mass, shown[:, :, :40].any(1)), (outputs[2], log_sum_exp, shown)]
+    for (found, expected, hidden), error in zip(rows, (OUT_ERROR[dtype], MASS_ERROR[dtype], 1e-5), strict=True):
+        assert found[hidden].isnan().all() and found[~hidden].isfinite().all()
+        assert relative_error(found[~hidden], expected[~hidden]) < error
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ WAYS = {
     "cpu": {"implementation": "fused", "backend": "cpu"},
     "reference": {"implementation": "fused", "backend": "reference"},
 }
+if os.environ.get("TRITON_INTERPRET") == "1":  # on a GPU test_joint_attention_triton.py, with tensors that are there
+    WAYS["triton"] = {"implementation": "fused", "backend": "triton"}
 every_way = pytest.mark.parametrize("way", list(WAYS))
 
 
