@@ -15,7 +15,9 @@ from pathlib import Path
 from bench import harness
 from bench.gpu_report import Report
 
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not exhaustive", "--color=no"]
+# Those of Triton, by their name or their file's.
+FILES = ("tests/*/test_*_triton.py", "tests/attention/test_attention_mass.py")
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not exhaustive", "-k", "triton", "--color=no"]
 TOY = "tests/allocation/test_allocation_map_triton.py::test_a_great_sharpness_leaves_the_peak"
 
 
@@ -24,7 +26,7 @@ def run(report: Report) -> None:
     if importlib.util.find_spec("pytest") is None:
         report.leave_out("the tests", "pytest is not installed")
         return
-    files = sorted(str(path.relative_to(harness.ROOT)) for path in harness.ROOT.glob("tests/*/test_*_triton.py"))
+    files = sorted(str(path.relative_to(harness.ROOT)) for pattern in FILES for path in harness.ROOT.glob(pattern))
     collect = [*PYTEST, "-q", "--collect-only", *([TOY] if report.toy else files)]
     listed = subprocess.run(collect, cwd=harness.ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     names = [line for line in listed.splitlines() if "::" in line]

@@ -215,6 +215,31 @@ def test_tests_that_fail_or_do_not_run_are_told(
     assert ["why" in failure["traceback"] for failure in report.failures] == [True] * ("FAILED" in outcomes)
 
 
+def test_every_operator_with_a_triton_kernel_is_among_the_tests(
+    monkeypatch: pytest.MonkeyPatch, report: Report
+) -> None:
+    """On a GPU. Of the mass beside any attention, whose tests are not in a file of Triton's own, too."""
+    asked: list[str] = []
+
+    def apart(commands: Sequence[Sequence[str]], seconds: float, logs: Sequence[Path]) -> None:
+        asked.extend(name for command in commands for name in command if "::" in name)
+        for path in logs:
+            path.touch()
+
+    monkeypatch.setattr(report, "toy", False)
+    monkeypatch.setattr(harness, "run_apart", apart)
+    gpu_tests.run(report)
+    tested = {name.split("::")[0].split("/")[-1].removesuffix("_triton.py") for name in asked}
+    assert tested == {
+        "test_allocation_map",
+        "test_attention_mass.py",
+        "test_joint_attention",
+        "test_policy_loss",
+        "test_transition",
+    }
+    assert all("triton" in name for name in asked)
+
+
 @pytest.mark.parametrize("with_log_sum_exp", [False, True])
 @pytest.mark.parametrize(
     ("name", "modules"),
