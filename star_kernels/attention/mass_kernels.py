@@ -3,7 +3,7 @@
 Floor, on an H100 in bf16. rows·heads·N_image·N_text exponentials, 2·(D + 16) operations of the tensor cores for each (K
 up to 16 units take 16 columns), and rows·heads·(N_image + N_text)·D numbers of queries and keys. Stable Diffusion 3.5
 medium at 512 px, 8 rows (S: 24 heads of 64, 1024 + 205 tokens, K 8): 40 million exponentials, 10.4 µs; 6.4 GFLOP,
-6.5 µs; 31 MB, 9.4 µs. At 1024 px (L: 4096 + 333): 68, 42 and 34 µs. FLUX.1 at 1024 px, 8 rows (24 heads of 128, 4096 +
+6.5 µs; 31 MB, 9.3 µs. At 1024 px (L: 4096 + 333): 68, 42 and 34 µs. FLUX.1 at 1024 px, 8 rows (24 heads of 128, 4096 +
 512): 104 µs of exponentials, 117 µs of tensor cores, 69 µs of memory. `bench/roofline.py` works these figures out.
 
 Design. A program takes 128 image tokens and the heads of one group, and walks the text tokens 32 at a time: two

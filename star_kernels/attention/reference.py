@@ -155,35 +155,6 @@ def joint_attention(
     return out, mass, log_sum_exp
 
 
-def text_to_image_mass(
-    query: Tensor,
-    key: Tensor,
-    unit_weights: Tensor,
-    *,
-    num_image_tokens: int,
-    text_first: bool,
-    scale: float,
-) -> Tensor:
-    """The other direction, T: how much the text tokens of a unit attend to each image token.
-
-    Arguments as in `joint_attention`, with one row of `unit_weights` per row of `query`. Only the text rows of the
-    softmax are computed; they need the whole row's normaliser, which is why a fused pass over the keys cannot give T
-    while it gives M.
-
-    Returns:
-        mass [B, num_image_tokens, K], float32 (float64 if `query` and `unit_weights` both are).
-    """
-    _, text_queries, image_keys, _ = token_slices(query.shape[2], key.shape[2], num_image_tokens, text_first)
-    dtype = statistics_dtype(query)
-    shape = (query.shape[0], num_image_tokens, unit_weights.shape[2])
-    mass = query.new_empty(shape, dtype=statistics_dtype(query, unit_weights))
-    for b in range(query.shape[0]):
-        probabilities, _ = _probabilities(query[b, :, text_queries], key[b], scale)
-        text_to_image = probabilities[:, :, image_keys].mean(0)  # [text, image]
-        mass[b] = text_to_image.transpose(0, 1) @ unit_weights[b].to(dtype)
-    return mass
-
-
 def attention_mass(
     query: Tensor,
     key: Tensor,
