@@ -79,11 +79,11 @@ def joint_attention(
             much the unit's tokens attend to image token i (it needs text queries).
         implementation: ``fused``, the library's kernel, which captures the mass on its way; ``sdpa``, the kernel that
             ``scaled_dot_product_attention`` prefers here if it returns its log-sum-exp (cuDNN, flash, efficient), with
-            its own backward pass, and then `attention_mass`; ``auto``: on a GPU what was measured to be faster, on the
-            CPU ``fused``. The choice depends on the device, the dtype, the head dimension and the number of keys, and
-            never on batch, gradient mode or capture (`attention_implementation`). Under ``sdpa`` `out` and its
-            gradients are those of PyTorch's kernel bit for bit. Each stands in for the other where it has no kernel,
-            and that is said once.
+            its own backward pass, and then `attention_mass`; ``auto``: on a GPU what was measured to be faster there,
+            ``sdpa`` where nothing was, on the CPU ``fused``. The choice depends on the device, the dtype, the head
+            dimension and the number of keys, and never on batch, gradient mode or capture
+            (`star_kernels.attention.attention_implementation`). Under ``sdpa`` `out` and its gradients are those of
+            PyTorch's kernel bit for bit. Each stands in for the other where it has no kernel, and that is said once.
         backend: of the library's kernels, ``auto``, ``triton``, ``cpu`` or ``reference``; one that is asked for by name
             makes ``auto`` ``fused``. float64 is computed by the reference under ``auto`` and ``cpu``: it is for checks
             of derivatives.
