@@ -17,7 +17,8 @@ from bench.gpu_report import Report
 
 # Those of Triton, by their name or their file's.
 FILES = ("tests/*/test_*_triton.py", "tests/attention/test_attention_mass.py")
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not exhaustive", "-k", "triton", "--color=no"]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not exhaustive", "-k", "triton"]
+PYTEST += ["--color=no"]
 TOY = "tests/allocation/test_allocation_map_triton.py::test_a_great_sharpness_leaves_the_peak"
 
 
