@@ -203,6 +203,11 @@ class AttentionRecorder:
         unit_weights = self._unit_weights
         assert unit_weights is not None, "recorded"
         num_text_tokens = unit_weights.shape[1]
+        if num_image_tokens is None and num_text_tokens >= query.shape[2]:
+            raise ValueError(
+                f"units: expected weights for fewer than the {query.shape[2]} text and image tokens of this forward "
+                f"pass, got {num_text_tokens}"
+            )
         if num_image_tokens is not None and num_text_tokens != query.shape[2] - num_image_tokens:
             raise ValueError(
                 f"units: expected weights for the {query.shape[2] - num_image_tokens} text tokens of this forward "

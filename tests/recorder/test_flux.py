@@ -292,6 +292,15 @@ def test_units_of_another_length_are_named_where_a_block_has_text_of_its_own(mod
         model(**inputs())
 
 
+@pytest.mark.parametrize("tokens", [TEXT + IMAGE, TEXT + IMAGE + 1])
+def test_units_that_leave_no_image_token_are_named_where_a_block_cannot_tell_text_from_image(
+    model: Any, tokens: int
+) -> None:
+    message = f"^units: expected .*{TEXT + IMAGE} text and image tokens.*got {tokens}"
+    with record_attention(model, torch.ones(2, tokens, UNITS), layers=[DUAL]), pytest.raises(ValueError, match=message):
+        model(**inputs())
+
+
 def test_what_recording_cannot_follow_is_an_error_that_names_it(model: Any) -> None:
     with record_attention(model, unit_weights()), pytest.raises(ValueError, match="^attention_mask: expected None"):
         model(**inputs(), joint_attention_kwargs={"attention_mask": torch.ones(2, TEXT + IMAGE, dtype=torch.bool)})
