@@ -300,6 +300,6 @@ def _joint_attention(
         scale=scale,
         rows=(first_row, end_row),
         direction=direction,
-        **({} if text_lengths is None else {"text_lengths": text_lengths}),
+        text_lengths=text_lengths,
     )
     return out, query.new_empty(0) if mass is None else mass, log_sum_exp
