@@ -111,7 +111,9 @@ def _check(report: Report, shape: Shape, dtype: torch.dtype, implementation: str
     call = make_call(shape, dtype, report.device)
     lengths = torch.arange(1, shape.batch + 1) * shape.text // shape.batch - 1  # from few to all but one
     calls = {"capture": call, "text lengths": replace(call, options=call.options | {"text_lengths": lengths})}
-    for use, one in (calls | uses(call, shape) if shape.name == "S" else calls).items():
+    if shape.name == "S" and (dtype == torch.bfloat16 or not report.toy):
+        calls |= uses(call, shape)
+    for use, one in calls.items():
         out, mass = one(**ours)
         again, mass_again = one(**ours)
         report.check_equal(f"{what}, {use}, output of a second run", out, again)
