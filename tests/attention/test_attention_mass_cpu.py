@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from star_kernels.attention import cpu
-from tests.attention.test_attention_mass import MASS_ERROR, definition, relative_error, sequence, sides
+from tests.attention.test_attention_mass import MASS_ERROR, TEXT, definition, relative_error, sequence, sides
 from tests.attention.test_joint_attention_cpu import DIRECTIONS, DTYPES
 from tests.attention.test_joint_attention_cpu import level as level
 
@@ -111,6 +111,6 @@ def test_the_compiled_operator_checks_what_it_is_given() -> None:
     ]:
         with pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
             run("image_to_text", *{**good, name: changed}.values())
-    for lengths in (torch.tensor([1]), torch.tensor([12, 3]), torch.tensor([-1, 3]), torch.tensor([1.0, 3.0])):
+    for lengths in (torch.tensor([1]), torch.tensor([TEXT + 1, 3]), torch.tensor([-1, 3]), torch.tensor([1.0, 3.0])):
         with pytest.raises((ValueError, TypeError), match="^text_lengths: expected"):
             run("image_to_text", *good.values(), text_lengths=lengths)
