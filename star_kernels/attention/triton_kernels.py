@@ -168,7 +168,8 @@ def _attend_keys(state, query, keys, scale, HEAD_DIM: tl.constexpr, BLOCK_N: tl.
         if BLOCK_N > 32 and keys.number - rest > 16:
             state = _attend_tile(state, query, keys, rest, scale, HEAD_DIM, BLOCK_N // 2, MASKED=True)
             rest += BLOCK_N // 2
-        for start in tl.range(rest, keys.number, 16):
+        # Without units Triton 3.9 spills registers where it may choose the stages, with them 3.6 where it may not.
+        for start in tl.range(rest, keys.number, 16, num_stages=1 if keys.units is None else None):
             state = _attend_tile(state, query, keys, start, scale, HEAD_DIM, 16, MASKED=True)
     return state
 
