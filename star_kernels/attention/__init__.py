@@ -108,8 +108,9 @@ def joint_attention(
     num_keys = key.shape[2]
     check_tensor("value", value, (batch, heads, num_keys, head_dim), device=query.device)
     query, key, value = autocast(query), autocast(key), autocast(value)
-    check_tensor("key", key, key.shape, dtypes=(query.dtype,))
-    check_tensor("value", value, value.shape, dtypes=(query.dtype,))
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            check_tensor(name, tensor, tensor.shape, dtypes=(query.dtype,))
 
     if isinstance(num_image_tokens, bool) or not isinstance(num_image_tokens, int):
         raise TypeError(f"num_image_tokens: expected an int, got {type(num_image_tokens).__name__}")
@@ -302,4 +303,4 @@ def _joint_attention(
         direction=direction,
         text_lengths=text_lengths,
     )
-    return out, query.new_empty(0) if mass is None else mass, log_sum_exp
+    return out, torch.empty(0, dtype=query.dtype, device=query.device) if mass is None else mass, log_sum_exp

@@ -89,7 +89,8 @@ def policy_loss(
         next_sample: x' that was drawn in the rollout, same shape.
         old_log_prob: log-prob from the rollout [B, H, W], at either granularity; guard does not read it.
         advantage: [B].
-        coefficients: from `transition_coefficients`, with B rows or one row for all samples; must have noise.
+        coefficients: from `transition_coefficients`, with B rows, or one row for all samples, which may be on the CPU
+            wherever the latents are; must have noise.
         weights: allocation map on the token grid [B, h, w], H and W multiples of h and w, w ≥ 0 (checked for tensors
             on the CPU). Each position reads its token's weight. None is w = 1.
         mask: valid positions [B, H, W], bool or floating 0/1 (non-zero is valid). None is all.

@@ -60,7 +60,8 @@ def transition_step(
     Args:
         velocity: predicted velocity (ddim: predicted noise) [B, C, H, W]; float32, bfloat16, float16 or float64.
         sample: current latent x, same shape; its dtype may differ.
-        coefficients: from `transition_coefficients`, with B rows or one row for all samples.
+        coefficients: from `transition_coefficients`, with B rows, or one row for all samples, which may be on the CPU
+            wherever the latents are.
         noise: ε ~ N(0, I), same shape as `sample`. May be None for coefficients without noise, which ignore it.
         unconditional_velocity: v_u for guidance, same shape, or None.
         guidance_scale: g ≥ 0 in v = v_u + g·(v − v_u); must be 1 without `unconditional_velocity`.
@@ -118,7 +119,8 @@ def transition_log_prob(
         velocity: predicted velocity (ddim: predicted noise) [B, C, H, W]; float32, bfloat16, float16 or float64.
         sample: current latent x, same shape; its dtype may differ.
         next_sample: the latent x' whose log-prob is wanted, same shape; its dtype may differ.
-        coefficients: from `transition_coefficients`, with B rows or one row for all samples.
+        coefficients: from `transition_coefficients`, with B rows, or one row for all samples, which may be on the CPU
+            wherever the latents are.
         unconditional_velocity: v_u for guidance, same shape, or None.
         guidance_scale: g ≥ 0 in v = v_u + g·(v − v_u); must be 1 without `unconditional_velocity`.
         backend: ``auto``, ``triton``, ``cpu`` (the C++ kernel; a float64 latent runs on the reference) or
