@@ -32,6 +32,17 @@ def _check_address(address: str) -> str:
 Address = Annotated[str, AfterValidator(_check_address)]
 
 
+def _check_sides(value: Any) -> Any:
+    """Before the types are looked at: a union's own messages would be one for each of its members."""
+    sides = value if isinstance(value, (list, tuple)) else [value, value]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError("expected pixels of a side, or [height, width]")
+    return value
+
+
+Resolution = Annotated[int | tuple[int, int], BeforeValidator(_check_sides)]
+
+
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
@@ -81,7 +92,9 @@ class Model(Section):
     )
     tf32: bool = Field(False, description="let a GPU round what goes into float32 matrix products to TF32")
     max_sequence_length: Positive = Field(256, description="T5 positions; the tiny pipeline was trained with 16")
-    resolution: Positive | None = Field(None, description="pixels of an image's side, or null for the pipeline's own")
+    resolution: Resolution | None = Field(
+        None, description="pixels of an image's sides, one number or [height, width], or null for the pipeline's own"
+    )
     levels: Literal["pipeline", "even"] = Field(
         "pipeline",
         description="noise levels of the steps: those that the pipeline's scheduler chooses, or, for few steps, 1 to "
@@ -96,6 +109,11 @@ class Model(Section):
     gradient_checkpointing: bool = False
     sharded: bool = Field(False, description="spread the transformer over the processes (FSDP) instead of copying it")
     embedding_cache: float = Field(8.0, gt=0.0, description="GiB of host memory for prompt embeddings, per process")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of an image in pixels, or None for the pipeline's own."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
 
     @property
     def dtype_of_vae(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import star_kernels as sk
-from star_trainer.config import ConfigError, Model
+from star_trainer.config import Model
 from star_trainer.families.conditioning import (
     Conditioning,
     Guidance,
@@ -21,6 +21,7 @@ from star_trainer.families.conditioning import (
     guided_by_two_predictions,
 )
 from star_trainer.families.family import Shapes, TextAxis
+from star_trainer.families.latents import check_resolution, latent_size
 from star_trainer.families.loading import load_whole, read_config
 
 _CLIP_L = {
@@ -212,10 +213,7 @@ class StableDiffusion3:
 
     def check(self, config: Model, shape: Any, vae_scale: int) -> None:
         token = vae_scale * shape.patch_size
-        largest = token * shape.pos_embed_max_size
-        resolution = config.resolution
-        if resolution is not None and (resolution % token or resolution > largest):
-            raise ConfigError(f"model.resolution: expected a multiple of {token} up to {largest}, got {resolution}")
+        check_resolution(config, token, largest=token * shape.pos_embed_max_size)
 
     def num_layers(self, shape: Any) -> int:
         return int(shape.num_layers)
@@ -224,8 +222,7 @@ class StableDiffusion3:
         return shape.num_attention_heads, shape.attention_head_dim
 
     def latent_shape(self, config: Model, shape: Any, vae_scale: int) -> tuple[int, int, int]:
-        side = shape.sample_size if config.resolution is None else config.resolution // vae_scale
-        return shape.in_channels, side, side
+        return shape.in_channels, *latent_size(config, shape.sample_size, vae_scale)
 
     def grid(self, config: Model, shape: Any, vae_scale: int) -> tuple[int, int]:
         _, height, width = self.latent_shape(config, shape, vae_scale)

@@ -123,7 +123,7 @@ def test_each_step_has_its_strength_and_the_last_counts_for_those_after_it(polic
 
 
 def test_images_of_another_resolution_are_the_pipelines(prompts) -> None:
-    config = load_config("tiny", ["model.resolution=48"])
+    config = load_config("tiny", ["model.resolution=[32, 48]"])
     policy = load_policy(config.model)
     trajectory = denoise(
         policy,
@@ -134,12 +134,12 @@ def test_images_of_another_resolution_are_the_pipelines(prompts) -> None:
         units=text_units(policy, prompts),
         allocation=config.allocation,
     )
-    assert trajectory.weights is not None and trajectory.weights.shape == (2, len(prompts), 6, 6)
+    assert trajectory.weights is not None and trajectory.weights.shape == (2, len(prompts), 4, 6)
     images = policy.decode(trajectory.latents[-1])
-    assert images.shape == (len(prompts), 48, 48, 3)
+    assert images.shape == (len(prompts), 32, 48, 3)
     theirs = policy.pipeline(
         [prompt.text for prompt in prompts],
-        height=48,
+        height=32,
         width=48,
         latents=trajectory.latents[0],
         num_inference_steps=2,

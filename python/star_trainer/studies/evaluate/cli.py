@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, help="evaluation.steps: denoising steps")
     parser.add_argument("--guidance-scale", type=float, help="evaluation.guidance_scale")
-    parser.add_argument("--resolution", type=int, help="model.resolution: pixels of a side")
+    parser.add_argument("--resolution", help="model.resolution: pixels of a side, or '[height, width]'")
     parser.add_argument("--seed", type=int, help="run.seed: of the noise")
     parser.add_argument("--out", type=place, help="folder for pictures and tables (the run's folder, eval/)")
     return parser

@@ -48,7 +48,7 @@ class Gallery:
         Raises:
             ConfigError: the pictures that are there were made with other settings or for other prompts.
         """
-        path = self.root / _SETTINGS
+        path, settings = self.root / _SETTINGS, json.loads(json.dumps(settings))
         if path.is_file():
             saved = _read_json(path)
             for name, value in settings.items():
