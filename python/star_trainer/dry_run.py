@@ -88,7 +88,12 @@ def plan(config: Config, processes: int = 1) -> Plan:
     tokens = grid[0] * grid[1] + family.num_text_tokens(config.model, shapes)
     images = config.rollout.prompts * config.rollout.samples
     samples = math.ceil(images / processes)
-    calls = _reward_gradient_calls if config.trains_by_reward_gradient else _policy_gradient_calls
+    if config.trains_by_reward_gradient:
+        calls = _reward_gradient_calls(config, samples)
+    else:
+        kind = family.guidance_kind(transformer.config)
+        guided = config.rollout.guidance_scale > 1.0 and kind == "two_predictions"
+        calls = _policy_gradient_calls(config, samples, guided)
     return Plan(
         parameters=frozen,
         trainable=trainable,
@@ -97,7 +102,7 @@ def plan(config: Config, processes: int = 1) -> Plan:
         latent=latent,
         tokens=tokens,
         images=images,
-        **calls(config, samples),
+        **calls,
     )
 
 
@@ -108,8 +113,7 @@ def _batches(config: Config, samples: int) -> list[int]:
     return [min(size, part - first) for part in parts for first in range(0, part, size)]
 
 
-def _policy_gradient_calls(config: Config, samples: int) -> dict[str, int]:
-    guided = config.rollout.guidance_scale > 1.0
+def _policy_gradient_calls(config: Config, samples: int, guided: bool) -> dict[str, int]:
     batches = len(_batches(config, samples))
     trained_steps = max(1, round(config.train.step_fraction * config.rollout.noisy_steps))
     # Guidance runs the unconditional half by itself, and the KL asks the model without adapters for each of the two.

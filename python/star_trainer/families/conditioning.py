@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,16 +53,20 @@ class Conditioning:
         return Conditioning({name: change(tensor) for name, tensor in self.tensors.items()})
 
 
+# How a guidance scale above 1 acts: by a second prediction, for the empty prompt, or as an input of the model.
+GuidanceKind = Literal["two_predictions", "embedded"]
+
+
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance of B samples: its scale, and the conditioning of the empty prompt for each of them.
+    """Guidance of B samples: its scale, and for two predictions the conditioning of the empty prompt for each of them.
 
     in_one_pass: both predictions come from one call on 2·B rows, the unconditional ones first, as diffusers' pipelines
     make it; otherwise from two, of which the unconditional one carries no gradient.
     """
 
     scale: float
-    empty: Conditioning
+    empty: Conditioning | None
     in_one_pass: bool
 
 
@@ -90,7 +94,7 @@ def guided_by_two_predictions(
     velocity: VelocityFunction, latents: Tensor, timestep: Tensor, conditioning: Conditioning, guidance: Guidance | None
 ) -> Prediction:
     """Classifier-free guidance, of families whose model knows nothing of the scale."""
-    if guidance is None:
+    if guidance is None or guidance.empty is None:
         return Prediction(velocity(latents, timestep, conditioning))
     if guidance.in_one_pass:
         both = Conditioning.joined([guidance.empty, conditioning])

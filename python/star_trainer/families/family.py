@@ -12,7 +12,7 @@ from torch import Tensor
 
 import star_kernels as sk
 from star_trainer.config import Model
-from star_trainer.families.conditioning import Conditioning, Guidance, Prediction, VelocityFunction
+from star_trainer.families.conditioning import Conditioning, Guidance, GuidanceKind, Prediction, VelocityFunction
 
 # The configuration of each part of a pipeline, by the part's name.
 Shapes = Mapping[str, Any]
@@ -52,10 +52,6 @@ class Family(Protocol):
         """Linear layers that get an adapter unless the configuration names others."""
 
     @property
-    def has_guidance(self) -> bool:
-        """Whether a guidance scale above 1 means anything."""
-
-    @property
     def model_class(self) -> Any:
         """The class of the transformer."""
 
@@ -85,6 +81,9 @@ class Family(Protocol):
 
     def num_layers(self, shape: Any) -> int:
         """Blocks whose attention can be recorded."""
+
+    def guidance_kind(self, shape: Any) -> GuidanceKind | None:
+        """How a guidance scale above 1 acts; None for a model that has none."""
 
     def attention_heads(self, shape: Any) -> tuple[int, int]:
         """How many heads the recorded attention has, and the numbers of each: together those of a token."""

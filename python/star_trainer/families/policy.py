@@ -129,7 +129,12 @@ class Policy:
         """Guidance of `batch` samples; None where the scale is 1, at which it does nothing."""
         if scale <= 1.0:
             return None
-        return Guidance(scale, self.encode([""]).repeat(batch), in_one_pass)
+        empty = self.encode([""]).repeat(batch) if self.takes_two_predictions(scale) else None
+        return Guidance(scale, empty, in_one_pass)
+
+    def takes_two_predictions(self, scale: float) -> bool:
+        """Whether guidance of that scale asks the model once more, for the empty prompt."""
+        return scale > 1.0 and self.family.guidance_kind(self.model.config) == "two_predictions"
 
     def velocity(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """One call of the transformer: its prediction [B, C, H, W] at one timestep (0-d tensor, or [B])."""
@@ -255,8 +260,8 @@ def check_against_model(config: Config, family: Family, shape: Any, vae_scale: i
     """
     family.check(config.model, shape, vae_scale)
     for key, scale in (("rollout", config.rollout.guidance_scale), ("evaluation", config.evaluation.guidance_scale)):
-        if scale > 1.0 and not family.has_guidance:
-            raise ConfigError(f"{key}.guidance_scale: expected 1 for a {family.pipeline_class}, got {scale}")
+        if scale > 1.0 and family.guidance_kind(shape) is None:
+            raise ConfigError(f"{key}.guidance_scale: expected 1 for a model without guidance, got {scale}")
     blocks = family.num_layers(shape)
     if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
         raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")

@@ -16,6 +16,7 @@ from star_trainer.config import Model
 from star_trainer.families.conditioning import (
     Conditioning,
     Guidance,
+    GuidanceKind,
     Prediction,
     VelocityFunction,
     guided_by_two_predictions,
@@ -106,7 +107,6 @@ class StableDiffusion3:
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
-    has_guidance = True
 
     @property
     def model_class(self) -> Any:
@@ -217,6 +217,9 @@ class StableDiffusion3:
 
     def num_layers(self, shape: Any) -> int:
         return int(shape.num_layers)
+
+    def guidance_kind(self, shape: Any) -> GuidanceKind | None:
+        return "two_predictions"
 
     def attention_heads(self, shape: Any) -> tuple[int, int]:
         return shape.num_attention_heads, shape.attention_head_dim

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from star_trainer.cli import main
 from star_trainer.config import Model, load_config
 from star_trainer.dry_run import plan
-from star_trainer.families.conditioning import Conditioning, Guidance, Prediction, VelocityFunction
+from star_trainer.families.conditioning import Conditioning, Guidance, GuidanceKind, Prediction, VelocityFunction
 from star_trainer.families.family import Shapes, TextAxis
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -90,7 +90,6 @@ class TextFirst:
     published: Mapping[str, Shapes] = {}
     encoder_parts = ()
     lora_targets = ("to_qkv", "to_out")
-    has_guidance = False
     model_class = TextFirstTransformer
 
     def load(self, source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
@@ -119,6 +118,9 @@ class TextFirst:
 
     def num_layers(self, shape: Any) -> int:
         return shape.layers
+
+    def guidance_kind(self, shape: Any) -> GuidanceKind | None:
+        return None
 
     def attention_heads(self, shape: Any) -> tuple[int, int]:
         return HEADS, WIDTH // HEADS
@@ -260,7 +262,7 @@ def test_its_rollouts_have_maps_of_its_grid_and_the_plan_counts_its_tokens(setti
 
 def test_guidance_is_refused_where_the_family_has_none(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tiny", *settings, "rollout.guidance_scale=2.0"]) == 2
-    assert "rollout.guidance_scale: expected 1 for a TextFirstPipeline, got 2.0" in capsys.readouterr().err
+    assert "rollout.guidance_scale: expected 1 for a model without guidance, got 2.0" in capsys.readouterr().err
 
 
 def test_a_pipeline_of_no_known_family_is_refused_with_those_that_are(

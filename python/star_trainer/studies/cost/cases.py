@@ -283,7 +283,7 @@ def layer_inputs(case: Case) -> LayerInputs:
     rows = torch.arange(batch) // state.config.rollout.samples
     units = text_units(policy, case.prompts[: int(rows[-1]) + 1])[rows]
     image = policy.grid[0] * policy.grid[1]
-    total = batch * (2 if state.config.rollout.guidance_scale > 1.0 else 1)
+    total = batch * (2 if policy.takes_two_predictions(state.config.rollout.guidance_scale) else 1)
     sizes = (total, heads, image + units.weights.shape[1], head_dim)
     dtype = getattr(torch, state.config.model.dtype)
     query, key, value = (torch.randn(sizes, device=policy.device, dtype=dtype) for _ in range(3))
