@@ -122,34 +122,6 @@ def test_each_step_has_its_strength_and_the_last_counts_for_those_after_it(polic
     torch.testing.assert_close(mixed[2:], 0.5 + 0.5 * whole[2:])
 
 
-def test_images_of_another_resolution_are_the_pipelines(prompts) -> None:
-    config = load_config("tiny", ["model.resolution=[32, 48]"])
-    policy = load_policy(config.model)
-    trajectory = denoise(
-        policy,
-        policy.encode([prompt.text for prompt in prompts]),
-        steps=2,
-        kind="ode",
-        generator=stream(0, "test"),
-        units=text_units(policy, prompts),
-        allocation=config.allocation,
-    )
-    assert trajectory.weights is not None and trajectory.weights.shape == (2, len(prompts), 4, 6)
-    images = policy.decode(trajectory.latents[-1])
-    assert images.shape == (len(prompts), 32, 48, 3)
-    theirs = policy.pipeline(
-        [prompt.text for prompt in prompts],
-        height=32,
-        width=48,
-        latents=trajectory.latents[0],
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        max_sequence_length=config.model.max_sequence_length,
-        output_type="np",
-    ).images
-    assert abs(images / 255.0 - theirs).max() < 0.01
-
-
 def test_recording_changes_the_samples_by_rounding_only(policy: Policy, prompts) -> None:
     embeddings = policy.encode([prompt.text for prompt in prompts])
     options = {"steps": 3, "kind": "flow_sde", "eta": 0.7}

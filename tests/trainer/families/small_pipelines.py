@@ -1,0 +1,147 @@
+"""A random small pipeline of each family, of the real classes, and how diffusers' own pipeline samples from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from tests.tiny_models import tiny_clip_tokenizer, tiny_t5_tokenizer, tiny_transformer
+
+# Positions of the longest encoder, as model.max_sequence_length.
+LENGTH = 24
+
+
+@dataclass(frozen=True)
+class SmallPipeline:
+    """A row of `test_families.py`.
+
+    Attributes:
+        build: the pipeline, of random weights; what it encodes and decodes depends on all of them.
+        resolutions: two of (height, width), neither a square, and one that is no multiple of the step.
+        guidance_scale: one that the model takes, or 1 for a model without guidance.
+        packed: how the pipeline wants latents [1, C, H, W] that it is handed.
+        unpacked: latents [1, C, H, W] of what it gives for ``output_type="latent"``, and the trainer's latent shape.
+        options: what its call wants beside what all take.
+        settings: what training it wants beside what all take.
+        r0: whether rewards can be back-propagated through it.
+    """
+
+    build: Callable[[], Any]
+    resolutions: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    guidance_scale: float = 1.0
+    packed: Callable[[Tensor], Tensor] = lambda latents: latents
+    unpacked: Callable[[Tensor, tuple[int, int, int]], Tensor] = lambda latents, shape: latents
+    options: dict[str, Any] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
+    r0: bool = True
+
+    def save(self, folder: Path) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.build().save_pretrained(folder)
+
+    def sample(
+        self, pipeline: Any, prompt: str, noise: Tensor, size: tuple[int, int], steps: int, guidance_scale: float
+    ) -> Tensor:
+        """Latents [1, C, H, W] by diffusers' own pipeline from `noise` of that shape."""
+        result = self._call(pipeline, prompt, noise, size, steps, guidance_scale, "latent")
+        return self.unpacked(result, tuple(noise.shape[1:]))  # type: ignore[arg-type]
+
+    def draw(
+        self, pipeline: Any, prompt: str, noise: Tensor, size: tuple[int, int], steps: int, guidance_scale: float
+    ) -> Any:
+        """An image [H, W, 3] in [0, 1], likewise."""
+        return self._call(pipeline, prompt, noise, size, steps, guidance_scale, "np")[0]
+
+    def _call(
+        self,
+        pipeline: Any,
+        prompt: str,
+        noise: Tensor,
+        size: tuple[int, int],
+        steps: int,
+        guidance_scale: float,
+        output_type: str,
+    ) -> Any:
+        options = {"height": size[0], "width": size[1], "num_inference_steps": steps, **self.options}
+        options |= {"guidance_scale": guidance_scale, "output_type": output_type}
+        return pipeline(prompt, latents=self.packed(noise), **options).images
+
+
+def autoencoder(blocks: int = 3, **config: Any) -> AutoencoderKL:
+    """One with `blocks` - 1 halvings of the sides, and latents of four channels."""
+    return AutoencoderKL(
+        **{
+            "block_out_channels": (8,) * blocks,
+            "down_block_types": ("DownEncoderBlock2D",) * blocks,
+            "up_block_types": ("UpDecoderBlock2D",) * blocks,
+            "norm_num_groups": 2,
+            "latent_channels": 4,
+            "scaling_factor": 1.5,
+            "shift_factor": 0.1,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            **config,
+        }
+    )
+
+
+def clip_config(tokenizer: Any, width: int) -> CLIPTextConfig:
+    """A text encoder of two layers; the pooled vector is read where the tokenizer's end token stands."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=width,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def t5_encoder(tokenizer: Any, width: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_ff=2 * width,
+        d_kv=8,
+        num_heads=2,
+        num_layers=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+    )
+    return T5EncoderModel(config)
+
+
+def stable_diffusion_3() -> Any:
+    clip, t5 = tiny_clip_tokenizer(model_max_length=20), tiny_t5_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=tiny_transformer(joint_attention_dim=24, pooled_projection_dim=20, num_layers=2, sample_size=16),
+        vae=autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=clip,
+        tokenizer_2=clip,
+        tokenizer_3=t5,
+        text_encoder=CLIPTextModelWithProjection(clip_config(clip, 8)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(clip, 12)),
+        text_encoder_3=t5_encoder(t5, 24),
+    )
+
+
+PIPELINES = {
+    "sd3": SmallPipeline(
+        stable_diffusion_3,
+        resolutions=((32, 48), (48, 24), (32, 36)),
+        guidance_scale=3.5,
+        options={"max_sequence_length": LENGTH},
+    ),
+}
