@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <string_view>
 
 namespace star_kernels {
@@ -39,6 +40,12 @@ bool bit(unsigned value, int position) { return (value >> position) & 1u; }
 
 bool has(uint64_t state, uint64_t wanted) { return (state & wanted) == wanted; }
 
+// Attention with products of bf16 pairs takes 1.8 times as long there as with float32 (Emerald Rapids, one thread).
+bool bf16_products_are_slow() {
+  const Registers vendor = cpuid(0, 0);
+  return std::memcmp(&vendor.ebx, "Genu", 4) == 0;
+}
+
 }  // namespace
 
 CpuCapability cpu_capability() {
@@ -59,11 +66,17 @@ CpuCapability cpu_capability() {
 
 CpuCapability cpu_capability() { return {}; }
 
+namespace {
+
+bool bf16_products_are_slow() { return false; }
+
+}  // namespace
+
 #endif
 
 namespace {
 
-CpuLevel level_of(const CpuCapability& capability) {
+CpuLevel highest_level(const CpuCapability& capability) {
   if (capability.avx512_bf16) return CpuLevel::avx512_bf16;
   if (capability.avx512) return CpuLevel::avx512;
   return capability.avx2 ? CpuLevel::avx2 : CpuLevel::generic;
@@ -81,9 +94,10 @@ CpuLevel level_by_name(std::string_view name) {
 }  // namespace
 
 CpuLevel cpu_level() {
-  static const CpuLevel available = level_of(cpu_capability());
+  static const CpuLevel highest = highest_level(cpu_capability());
+  static const CpuLevel fastest = bf16_products_are_slow() ? std::min(highest, CpuLevel::avx512) : highest;
   const char* limit = std::getenv("STAR_KERNELS_CPU_CAPABILITY");
-  return limit == nullptr || *limit == '\0' ? available : std::min(available, level_by_name(limit));
+  return limit == nullptr || *limit == '\0' ? fastest : std::min(highest, level_by_name(limit));
 }
 
 }  // namespace star_kernels

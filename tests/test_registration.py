@@ -96,12 +96,15 @@ def test_cpu_capability_agrees_with_what_the_operating_system_reports(extension)
         assert capability == {name: needed <= flags for name, needed in wanted.items()}
 
 
-def test_the_environment_lowers_the_instructions_that_kernels_use(extension, monkeypatch):
+def test_the_environment_says_which_instructions_kernels_use(extension, monkeypatch):
     monkeypatch.delenv("STAR_KERNELS_CPU_CAPABILITY", raising=False)
     names = ["default", "avx2", "avx512", "avx512_bf16"]
-    highest = extension.cpu_level()
-    present = [name for name in names[1:] if extension.cpu_capability()[name]]
-    assert highest == (["default", *present])[-1]
+    present = ["default", *(name for name in names[1:] if extension.cpu_capability()[name])]
+    highest = present[-1]
+    cpuinfo = Path("/proc/cpuinfo")
+    intel = cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
+    # Products of bf16 pairs are slow on Intel's.
+    assert extension.cpu_level() == (min(highest, "avx512", key=names.index) if intel else highest)
     for name in names:
         monkeypatch.setenv("STAR_KERNELS_CPU_CAPABILITY", name)
         assert extension.cpu_level() == min(name, highest, key=names.index)
