@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from star_kernels._checks import check_tensor
 
-# What diffusers' StableDiffusion3Pipeline takes for max_sequence_length unless told otherwise.
+# At most as many positions a tokenizer has unless told otherwise.
 DEFAULT_MAX_LENGTH = 256
 
 # Scripts that set no spaces between words (Thai to Khmer, Kana, Han): there a letter is no sign that a word goes on.
@@ -138,38 +138,37 @@ class TextUnits:
         prompts: Sequence[str],
         units: Sequence[Sequence[str | Sequence[str]]],
         *,
-        max_sequence_length: int = DEFAULT_MAX_LENGTH,
+        max_sequence_length: int | None = None,
         normalize: bool = False,
     ) -> TextUnits:
-        """`from_prompts` for the text axis that diffusers' ``StableDiffusion3Pipeline.encode_prompt`` builds.
+        """`from_prompts` for the text axis that the ``encode_prompt`` of a pipeline of diffusers builds.
 
-        That is ``pipe.tokenizer_max_length`` CLIP positions (77), then `max_sequence_length` T5 positions, which stay
-        (as zero embeddings, without units) in a pipeline without its third text encoder.
+        =========================== ==================================================================================
+        StableDiffusion3Pipeline    ``pipe.tokenizer_max_length`` CLIP positions (77), then `max_sequence_length` of
+                                    T5 (256), which stay (as zero embeddings, without units) in a pipeline without its
+                                    third text encoder
+        FluxPipeline                `max_sequence_length` positions of T5 (512)
+        =========================== ==================================================================================
 
         Args:
             pipe: the pipeline, for its tokenizers and for which text encoders it has.
             prompts, units, normalize: see `from_prompts`.
-            max_sequence_length: what ``encode_prompt`` or the pipeline is called with, by default 256 like there.
+            max_sequence_length: what ``encode_prompt`` or the pipeline is called with, by default as there.
 
         Raises:
-            TypeError: `pipe` lacks the parts of such a pipeline; else as `from_prompts`.
+            TypeError: `pipe` is none of these pipelines, or lacks parts; else as `from_prompts`.
             ValueError: as `from_prompts`.
         """
-        parts = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder_3", "tokenizer_max_length")
-        if lacking := [part for part in parts if not hasattr(pipe, part)]:
+        known = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__ in _TEXT_AXES]
+        axis = _TEXT_AXES[known[0]] if known else _TEXT_AXES["StableDiffusion3Pipeline"]
+        if lacking := [part for part in axis.parts if not hasattr(pipe, part)]:
             raise TypeError(
-                f"pipe: expected a StableDiffusion3Pipeline, got {type(pipe).__name__} without {', '.join(lacking)}; "
-                "for other pipelines call from_prompts with the tokenizers of the text axis"
+                f"pipe: expected one of {', '.join(_TEXT_AXES)}, got {type(pipe).__name__} without "
+                f"{', '.join(lacking)}; for other pipelines call from_prompts with the tokenizers of the text axis"
             )
-        clip = tuple(tokenizer for tokenizer in (pipe.tokenizer, pipe.tokenizer_2) if tokenizer is not None)
-        t5 = None if pipe.text_encoder_3 is None else pipe.tokenizer_3
-        return cls.from_prompts(
-            prompts,
-            units,
-            tokenizers=(clip or None, t5),
-            max_lengths=(pipe.tokenizer_max_length, max_sequence_length),
-            normalize=normalize,
-        )
+        length = axis.default_length if max_sequence_length is None else max_sequence_length
+        tokenizers, max_lengths = axis.segments(pipe, length)
+        return cls.from_prompts(prompts, units, tokenizers=tokenizers, max_lengths=max_lengths, normalize=normalize)
 
     def __len__(self) -> int:
         """The number of prompts, B."""
@@ -202,6 +201,34 @@ class TextUnits:
     def _take(self, order: Tensor) -> TextUnits:
         fields = ([list(field[row]) for row in order.tolist()] for field in (self.names, self.missing, self.truncated))
         return TextUnits(self.weights[order.to(self.weights.device)], *fields)
+
+
+class _TextAxis(NamedTuple):
+    """How a pipeline's text axis comes about.
+
+    Attributes:
+        parts: attributes of the pipeline that are needed.
+        default_length: what ``encode_prompt`` takes for max_sequence_length unless told otherwise.
+        segments: from a pipeline and max_sequence_length the tokenizers and lengths of `TextUnits.from_prompts`.
+    """
+
+    parts: tuple[str, ...]
+    default_length: int
+    segments: Callable[[Any, int], tuple[tuple[Any, ...], tuple[int, ...]]]
+
+
+def _stable_diffusion_3(pipe: Any, length: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    clip = tuple(tokenizer for tokenizer in (pipe.tokenizer, pipe.tokenizer_2) if tokenizer is not None)
+    t5 = None if pipe.text_encoder_3 is None else pipe.tokenizer_3
+    return (clip or None, t5), (pipe.tokenizer_max_length, length)
+
+
+_TEXT_AXES = {
+    "StableDiffusion3Pipeline": _TextAxis(
+        ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder_3", "tokenizer_max_length"), 256, _stable_diffusion_3
+    ),
+    "FluxPipeline": _TextAxis(("tokenizer_2",), 512, lambda pipe, length: ((pipe.tokenizer_2,), (length,))),
+}
 
 
 def stands_in(prompt: str, unit: str) -> bool:

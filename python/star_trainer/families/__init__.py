@@ -9,10 +9,11 @@ from typing import Any
 from star_trainer.config import ConfigError
 from star_trainer.config.paths import TINY_PIPELINE, folder_or_name
 from star_trainer.families.family import Family, Shapes
+from star_trainer.families.flux import Flux
 from star_trainer.families.sd3 import StableDiffusion3
 
 # By the name of the pipeline's class.
-FAMILIES: dict[str, Family] = {family.pipeline_class: family for family in (StableDiffusion3(),)}
+FAMILIES: dict[str, Family] = {family.pipeline_class: family for family in (StableDiffusion3(), Flux())}
 
 
 def pipeline_source(name: str, key: str = "model.pipeline") -> str:

@@ -1,6 +1,11 @@
-"""Sizes of latents, which the families share."""
+"""Sizes of latents, how they are packed into tokens, and the pixels that they stand for, which families share."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from star_trainer.config import ConfigError, Model
 
@@ -24,3 +29,19 @@ def latent_size(config: Model, default: int, vae_scale: int) -> tuple[int, int]:
         return default, default
     height, width = config.size
     return height // vae_scale, width // vae_scale
+
+
+def pack(latents: Tensor, patch: int = 2) -> Tensor:
+    """Tokens [B, h·w, C·patch²] of latents [B, C, H, W], row by row, of each the channel, its row and its column."""
+    return pixel_unshuffle(latents, patch).flatten(2).mT.contiguous()
+
+
+def unpack(tokens: Tensor, grid: tuple[int, int], patch: int = 2) -> Tensor:
+    """Latents [B, C, H, W] of tokens [B, h·w, C·patch²] on a grid (h, w)."""
+    return pixel_shuffle(tokens.mT.unflatten(2, grid), patch)
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] by an autoencoder whose latents are shifted and scaled."""
+    unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    return (vae.decode(unscaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)

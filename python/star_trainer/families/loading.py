@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def load_whole(kind: Any, source: str, **options: Any) -> Any:
@@ -23,6 +28,8 @@ def load_whole(kind: Any, source: str, **options: Any) -> Any:
             raise ValueError(f"expected a model of the type {expected.model_type}, got {found}")
     try:
         model, loading = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    except OSError as error:
+        raise OSError(f"its {part}: {error}" if part else str(error)) from error
     except RuntimeError as error:
         # Weights of other shapes than the configuration has.
         raise ValueError(str(error)) from error
@@ -45,3 +52,37 @@ def read_config(kind: Any, source: str, part: str) -> Any:
     if not content:
         raise OSError(f"its {part} has no config.json")
     return kind.from_dict(content)
+
+
+def parts_of(pipeline: Any, source: str) -> set[str]:
+    """The parts that a pipeline of a class of diffusers has: some may have been left out."""
+    index = pipeline.load_config(source)
+    return {part for part, kind in index.items() if isinstance(kind, (list, tuple)) and all(kind)}
+
+
+def load_parts(kinds: Mapping[str, Any], source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[str, Any]:
+    """A pipeline's models by part, each whole: the pipeline itself would only warn of missing weights, and go on with
+    random ones.
+
+    Raises:
+        OSError, ValueError: as `load_whole`.
+    """
+    return {
+        part: load_whole(kind, source, subfolder=part, torch_dtype=vae_dtype if part == "vae" else dtype)
+        for part, kind in kinds.items()
+    }
+
+
+def save_lora(pipeline: Any, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write LoRA weights of the transformer as a pipeline of a class of diffusers writes them."""
+    pipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
+
+
+def read_lora(pipeline: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_lora` wrote, or another in a format that the pipeline's class knows.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    layers, *_, metadata = pipeline.lora_state_dict(source, use_safetensors=True, return_lora_metadata=True)
+    return layers, metadata or {}

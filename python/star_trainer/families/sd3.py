@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,42 +20,11 @@ from star_trainer.families.conditioning import (
     guided_by_two_predictions,
 )
 from star_trainer.families.family import Shapes, TextAxis
-from star_trainer.families.latents import check_resolution, latent_size
-from star_trainer.families.loading import load_whole, read_config
+from star_trainer.families.flow_schedule import check_euler, flow_schedule
+from star_trainer.families.latents import check_resolution, decoded, latent_size
+from star_trainer.families.loading import load_parts, parts_of, read_config, read_lora, save_lora
+from star_trainer.families.shapes import AUTOENCODER_16, CLIP_BIG_G, CLIP_L, T5_XXL
 
-_CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-}
-_CLIP_BIG_G = _CLIP_L | {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-}
-_T5_XXL = {
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_heads": 64,
-    "num_layers": 24,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-}
-_AUTOENCODER = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 _SD35_MEDIUM = {
     "sample_size": 128,
     "patch_size": 2,
@@ -76,21 +43,21 @@ _SD35_MEDIUM = {
 
 _SD3_MEDIUM = _SD35_MEDIUM | {"pos_embed_max_size": 192, "dual_attention_layers": [], "qk_norm": None}
 _TEXT_ENCODERS: dict[str, dict[str, Any]] = {
-    "text_encoder": _CLIP_L,
-    "text_encoder_2": _CLIP_BIG_G,
-    "text_encoder_3": _T5_XXL,
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_BIG_G,
+    "text_encoder_3": T5_XXL,
 }
 
 # The shapes of published pipelines, by name on the model hub and part, for machines without their files or a network.
 _PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": {
         "transformer": _SD3_MEDIUM,
-        "vae": _AUTOENCODER,
+        "vae": AUTOENCODER_16,
         **_TEXT_ENCODERS,
     },
     "stabilityai/stable-diffusion-3.5-medium": {
         "transformer": _SD35_MEDIUM,
-        "vae": _AUTOENCODER,
+        "vae": AUTOENCODER_16,
         **_TEXT_ENCODERS,
     },
 }
@@ -125,40 +92,18 @@ class StableDiffusion3:
             "text_encoder_2": CLIPTextModelWithProjection,
             "text_encoder_3": T5EncoderModel,
         }
-        present = self._parts(source)
-        # The pipeline itself would only warn of missing weights, and go on with random ones.
-        parts = {
-            part: load_whole(kind, source, subfolder=part, torch_dtype=vae_dtype if part == "vae" else dtype)
-            for part, kind in kinds.items()
-            if part in present
-        }
+        present = parts_of(StableDiffusion3Pipeline, source)
+        kinds = {part: kind for part, kind in kinds.items() if part in present}
+        parts = load_parts(kinds, source, dtype, vae_dtype)
         # Those that are left out have to be said as well.
         optional = (*self.encoder_parts, "tokenizer", "tokenizer_2", "tokenizer_3")
         parts |= {part: None for part in optional if part not in present}
         pipeline = StableDiffusion3Pipeline.from_pretrained(source, **parts, torch_dtype=dtype, use_safetensors=True)
-        self._check_scheduler(pipeline.scheduler)
+        check_euler(pipeline.scheduler)
         return pipeline
 
-    @staticmethod
-    def _parts(source: str) -> set[str]:
-        """The parts that the pipeline has: one of its text encoders may have been left out."""
-        from diffusers import StableDiffusion3Pipeline
-
-        index = StableDiffusion3Pipeline.load_config(source)
-        return {part for part, kind in index.items() if isinstance(kind, (list, tuple)) and all(kind)}
-
-    @staticmethod
-    def _check_scheduler(scheduler: Any) -> None:
-        """Refuse one whose steps are others than Euler's between the noise levels that it sets."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
-            raise ValueError(f"expected the scheduler FlowMatchEulerDiscreteScheduler, got {type(scheduler).__name__}")
-        if scheduler.config.get("stochastic_sampling"):
-            raise ValueError("expected a scheduler without stochastic_sampling, which draws noise of its own")
-
     def shapes(self, source: str) -> Shapes:
-        from diffusers import AutoencoderKL
+        from diffusers import AutoencoderKL, StableDiffusion3Pipeline
         from transformers import CLIPTextConfig, T5Config
 
         classes = {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "text_encoder_3": T5Config}
@@ -169,7 +114,7 @@ class StableDiffusion3:
             "transformer": self.model_class.load_config(source, subfolder="transformer"),
             "vae": AutoencoderKL.load_config(source, subfolder="vae"),
         }
-        present = self._parts(source)
+        present = parts_of(StableDiffusion3Pipeline, source)
         return found | {part: read_config(kind, source, part) for part, kind in classes.items() if part in present}
 
     def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
@@ -247,17 +192,7 @@ class StableDiffusion3:
     def schedule(
         self, pipeline: Any, config: Model, steps: int, grid: tuple[int, int], device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        scheduler = copy.deepcopy(pipeline.scheduler)
-        options: dict[str, Any] = {"num_inference_steps": steps}
-        if config.levels == "even":
-            options = {"sigmas": np.linspace(1.0, 1.0 / steps, steps)}
-        if scheduler.config.get("use_dynamic_shifting"):
-            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
-            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            options["mu"] = calculate_shift(grid[0] * grid[1], *(scheduler.config[name] for name in names))
-        scheduler.set_timesteps(device=device, **options)
-        return scheduler.sigmas.to(device), scheduler.timesteps.to(device)
+        return flow_schedule(pipeline.scheduler, steps, grid[0] * grid[1], device, even=config.levels == "even")
 
     def timesteps_at(self, pipeline: Any, levels: Tensor) -> Tensor:
         return levels * pipeline.scheduler.config.num_train_timesteps
@@ -310,21 +245,14 @@ class StableDiffusion3:
         return None if guidance is None or not guidance.in_one_pass else slice(batch, None)
 
     def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
-        vae = pipeline.vae if decoder is None else decoder
-        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-        return (vae.decode(unscaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        return decoded(pipeline.vae if decoder is None else decoder, latents)
 
     def save_adapter(self, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
         from diffusers import StableDiffusion3Pipeline
 
-        StableDiffusion3Pipeline.save_lora_weights(
-            folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
-        )
+        save_lora(StableDiffusion3Pipeline, folder, layers, metadata)
 
     def read_adapter(self, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         from diffusers import StableDiffusion3Pipeline
 
-        layers, metadata = StableDiffusion3Pipeline.lora_state_dict(
-            source, use_safetensors=True, return_lora_metadata=True
-        )
-        return layers, metadata or {}
+        return read_lora(StableDiffusion3Pipeline, source)

@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests.tiny_models import tiny_clip_tokenizer, tiny_t5_tokenizer, tiny_transformer
 
@@ -122,6 +128,16 @@ def t5_encoder(tokenizer: Any, width: int) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
+def packed(latents: Tensor) -> Tensor:
+    """[1, C, H, W] as FLUX.1's pipeline, and those after it, pack them."""
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def unpacked(tokens: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """And back."""
+    return FluxPipeline._unpack_latents(tokens, shape[1], shape[2], 1)
+
+
 def stable_diffusion_3() -> Any:
     clip, t5 = tiny_clip_tokenizer(model_max_length=20), tiny_t5_tokenizer()
     return StableDiffusion3Pipeline(
@@ -137,11 +153,34 @@ def stable_diffusion_3() -> Any:
     )
 
 
+def flux(**config: Any) -> Any:
+    clip, t5 = tiny_clip_tokenizer(model_max_length=20), tiny_t5_tokenizer()
+    sizes = {"in_channels": 16, "joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6)}
+    blocks = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(**{**sizes, **blocks, "guidance_embeds": True, **config}),
+        vae=autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_image_seq_len=300),
+        tokenizer=clip,
+        tokenizer_2=t5,
+        text_encoder=CLIPTextModel(clip_config(clip, 20)),
+        text_encoder_2=t5_encoder(t5, 24),
+    )
+
+
 PIPELINES = {
     "sd3": SmallPipeline(
         stable_diffusion_3,
         resolutions=((32, 48), (48, 24), (32, 36)),
         guidance_scale=3.5,
+        options={"max_sequence_length": LENGTH},
+    ),
+    "flux": SmallPipeline(
+        flux,
+        resolutions=((32, 48), (48, 24), (32, 36)),
+        guidance_scale=3.5,
+        packed=packed,
+        unpacked=unpacked,
         options={"max_sequence_length": LENGTH},
     ),
 }

@@ -17,6 +17,7 @@ def text_column_pass(
     unit_weights: Tensor | None = None,
     *,
     num_image_tokens: int,
+    text_first: bool = False,
     mass: Tensor | None = None,
     rows: tuple[int, int] | None = None,
     **_: object,
@@ -30,10 +31,10 @@ def text_column_pass(
         return functional.scaled_dot_product_attention(query, key, value), None
     out, log_sum_exp = flash_with_log_sum_exp(query, key, value)
     first, end = rows or (0, len(query))
-    image = num_image_tokens
-    logits = query[first:end, :, :image] @ key[first:end, :, image:].mT  # [rows, heads, image, text]
+    image, text = _places(query.shape[2], num_image_tokens, text_first)
+    logits = query[first:end, :, image] @ key[first:end, :, text].mT  # [rows, heads, image, text]
     logits = logits.float().mul_(query.shape[-1] ** -0.5)
-    probabilities = logits.sub_(log_sum_exp[first:end, :, :image, None]).exp_()
+    probabilities = logits.sub_(log_sum_exp[first:end, :, image, None]).exp_()
     return out, _add(mass, probabilities.mean(1) @ unit_weights.float())
 
 
@@ -56,6 +57,7 @@ def materialised(
     unit_weights: Tensor | None = None,
     *,
     num_image_tokens: int,
+    text_first: bool = False,
     mass: Tensor | None = None,
     rows: tuple[int, int] | None = None,
     **_: object,
@@ -68,10 +70,18 @@ def materialised(
     if unit_weights is None:
         return functional.scaled_dot_product_attention(query, key, value), None
     first, end = rows or (0, len(query))
-    image = num_image_tokens
+    image, text = _places(query.shape[2], num_image_tokens, text_first)
     probabilities = ((query @ key.mT) * query.shape[-1] ** -0.5).softmax(-1)
-    captured = probabilities[first:end, :, :image, image:].mean(1).float() @ unit_weights.float()
+    captured = probabilities[first:end, :, image, text].mean(1).float() @ unit_weights.float()
     return probabilities @ value, _add(mass, captured)
+
+
+def _places(num_tokens: int, num_image_tokens: int, text_first: bool) -> tuple[slice, slice]:
+    """Those of the image tokens and of the text tokens."""
+    num_text = num_tokens - num_image_tokens
+    if text_first:
+        return slice(num_text, None), slice(num_text)
+    return slice(num_image_tokens), slice(num_image_tokens, None)
 
 
 def _add(mass: Tensor | None, captured: Tensor) -> Tensor:

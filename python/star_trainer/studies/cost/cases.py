@@ -160,13 +160,38 @@ def _random_reward(images: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
 
 @contextmanager
 def attention_of(variant: str) -> Iterator[None]:
-    """Within this context recorded attention is computed as in `variant`, whichever function of the trainer records."""
-    fused = recorder.joint_attention
-    recorder.joint_attention = _UNFUSED.get(variant, fused)
+    """Within this context recorded attention is computed as in `variant`, whichever function of the trainer records.
+
+    Models whose attention is the user's backend in diffusers give that up for the unfused ones.
+    """
+    if variant not in _UNFUSED:
+        yield
+        return
+    fused, kind = recorder.joint_attention, cast(Any, recorder.AttentionRecorder)
+    recorder.joint_attention, kind._attend = _UNFUSED[variant], _attend_without_own
     try:
         yield
     finally:
-        recorder.joint_attention = fused
+        recorder.joint_attention, kind._attend = fused, _attend
+
+
+_attend = recorder.AttentionRecorder._attend
+
+
+def _attend_without_own(
+    self: recorder.AttentionRecorder,
+    attend: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_image_tokens: int | None,
+    text_first: bool,
+    text_lengths: Tensor | None,
+    own: Any,
+) -> Tensor:
+    if num_image_tokens is None and self._unit_weights is not None:
+        num_image_tokens = query.shape[2] - self._unit_weights.shape[1]
+    return _attend(self, attend, query, key, value, num_image_tokens, text_first, text_lengths, None)
 
 
 def roll_out(case: Case, arm: Arm, steps: int) -> Callable[[], Trajectory]:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import star_kernels as sk
+from star_kernels.attention import sdpa
 from star_kernels.attention.reference import num_text_keys
 from star_trainer.algorithms.policy_gradient import Batch, plan_steps, step_loss, take
 from star_trainer.algorithms.rollout import Rollout
@@ -63,6 +64,13 @@ def attention_backward_flops(grad_out: Shape, query: Shape, key: Shape, *_: Any,
     return 10 * batch * heads * queries * key[2] * head_dim
 
 
+@register_flop_formula(torch.ops.star_kernels.attention_mass)
+def attention_mass_flops(query: Shape, key: Shape, unit_weights: Shape, *_: Any, **__: Any) -> int:
+    """The logits of image and text tokens, of size image x text x D per head, and their product with the weights."""
+    rows, heads, queries, head_dim = query
+    return 2 * rows * heads * queries * key[2] * (head_dim + unit_weights[2])
+
+
 @contextmanager
 def _flash_attention() -> Iterator[None]:
     """Within this context SDPA is the operator that it runs on a device: on meta it falls apart into products.
@@ -70,12 +78,17 @@ def _flash_attention() -> Iterator[None]:
     One product would be missing: flash attention computes the logits once more in the backward pass.
     """
     functional: Any = torch.nn.functional
-    original = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = lambda *arguments, **_: flash_with_log_sum_exp(*arguments[:3])[0]
+    original, preferred = functional.scaled_dot_product_attention, sdpa.kernel_for
+
+    def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return flash_with_log_sum_exp(query, key, value)[0]
+
+    functional.scaled_dot_product_attention = flash
+    sdpa.kernel_for = lambda *_: "flash"
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = original
+        functional.scaled_dot_product_attention, sdpa.kernel_for = original, preferred
 
 
 def count(call: Callable[[], object]) -> int:
