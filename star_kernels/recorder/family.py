@@ -16,11 +16,14 @@ class Layer(NamedTuple):
         attention: the module that attends. Its ``processor`` does the work, called with the module first, and
             ``set_processor`` puts another in its place, as in diffusers.
         block: the module that gradient checkpointing runs again as a whole, which has no other layer in it.
+        text: where the attention cannot tell text from image, a module that the model calls in each pass with the text
+            tokens [B, N_text, D] alone, so that units of another length do not cut the sequence at the wrong place.
     """
 
     name: str
     attention: Any
     block: nn.Module
+    text: nn.Module | None = None
 
 
 class OwnAttention(Protocol):

@@ -14,9 +14,10 @@ checkpointing: str | None = "_gradient_checkpointing_func"
 
 def layers(model: Any) -> list[Layer]:
     """The attention of each dual block, then of each single block, in which text and image are one sequence."""
+    texts = {"transformer_blocks": None, "single_transformer_blocks": model.context_embedder}
     return [
-        Layer(f"{blocks}.{i}.attn", block.attn, block)
-        for blocks in ("transformer_blocks", "single_transformer_blocks")
+        Layer(f"{blocks}.{i}.attn", block.attn, block, text)
+        for blocks, text in texts.items()
         for i, block in enumerate(getattr(model, blocks))
     ]
 

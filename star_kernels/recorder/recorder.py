@@ -136,6 +136,11 @@ class AttentionRecorder:
             self._in_recorded_pass = self._passes == self._record_pass
             self._passes += 1
 
+    def _check_text(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Before a `Layer.text` runs."""
+        if self._record_pass is None or self._in_recorded_pass:
+            self._check_num_text_tokens(args[0].shape[1])
+
     def _attend(
         self,
         attend: _Attend,
@@ -208,12 +213,17 @@ class AttentionRecorder:
                 f"units: expected weights for fewer than the {query.shape[2]} text and image tokens of this forward "
                 f"pass, got {num_text_tokens}"
             )
-        if num_image_tokens is not None and num_text_tokens != query.shape[2] - num_image_tokens:
-            raise ValueError(
-                f"units: expected weights for the {query.shape[2] - num_image_tokens} text tokens of this forward "
-                f"pass, got {num_text_tokens}; make them with the tokenizers and lengths that encode the prompts"
-            )
+        if num_image_tokens is not None:
+            self._check_num_text_tokens(query.shape[2] - num_image_tokens)
         return self._move(unit_weights, query.device)
+
+    def _check_num_text_tokens(self, expected: int) -> None:
+        assert self._unit_weights is not None, "recorded"
+        if self._unit_weights.shape[1] != expected:
+            raise ValueError(
+                f"units: expected weights for the {expected} text tokens of this forward pass, got "
+                f"{self._unit_weights.shape[1]}; make them with the tokenizers and lengths that encode the prompts"
+            )
 
     def _move(self, unit_weights: Tensor, device: torch.device) -> Tensor:
         if unit_weights.device != device:
@@ -329,7 +339,11 @@ def record_attention(
         _being_recorded.add(model)
         for each in recorded:
             each.layer.attention.set_processor(each.capturing)
-        with _keep_processors(model, family.checkpointing, recorded), _count_passes(model, recorder):
+        with (
+            _keep_processors(model, family.checkpointing, recorded),
+            _count_passes(model, recorder),
+            _watch_text(recorded, recorder),
+        ):
             yield recorder
     finally:
         for each in recorded:
@@ -445,6 +459,19 @@ def _count_passes(model: nn.Module, recorder: AttentionRecorder) -> Iterator[Non
         yield
     finally:
         hook.remove()
+
+
+@contextlib.contextmanager
+def _watch_text(recorded: list[_Recorded], recorder: AttentionRecorder) -> Iterator[None]:
+    """Within this context units must be as long as the text that the model is given, where no layer can say so."""
+    modules = {id(each.layer.text): each.layer.text for each in recorded}
+    watched = [] if recorder._unit_weights is None else [module for module in modules.values() if module is not None]
+    hooks = [module.register_forward_pre_hook(recorder._check_text) for module in watched]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _runs_in_backward() -> bool:

@@ -12,6 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models import attention_dispatch
 from diffusers.models.transformers import transformer_flux
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -83,7 +84,7 @@ def exact_masses(model: Any, weights: Tensor, direction: str = "image_to_text", 
     """Per layer the mass from a softmax in float64, of the model's own queries and keys, of the last rows."""
     with dispatched(model) as tensors, torch.no_grad():
         model(**arguments)
-    assert len(tensors) == BLOCKS
+    assert len(tensors) == len(model.transformer_blocks) + len(model.single_transformer_blocks)
     masses = []
     for query, key in tensors:
         probabilities = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1)[-len(weights) :]
@@ -204,8 +205,6 @@ def test_rows_record_the_conditional_half_of_a_guidance_batch(model: Any, backen
 
 
 def test_lora_is_recorded_and_its_gradients_are_those_without_recording() -> None:
-    from peft import LoraConfig
-
     model = flux()
     names = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     model.add_adapter(LoraConfig(r=4, target_modules=names, init_lora_weights=False))
@@ -286,19 +285,27 @@ def test_blocks_compiled_one_by_one_need_as_many_graphs_as_without_recording(bac
     assert recording.implementation == f"diffusers:{backend}"
 
 
-def test_units_of_another_length_are_named_where_a_block_has_text_of_its_own(model: Any) -> None:
-    message = f"^units: expected weights for the {TEXT} text tokens.*got 5"
-    with record_attention(model, unit_weights()[:, :5]), pytest.raises(ValueError, match=message):
-        model(**inputs())
-
-
-@pytest.mark.parametrize("tokens", [TEXT + IMAGE, TEXT + IMAGE + 1])
-def test_units_that_leave_no_image_token_are_named_where_a_block_cannot_tell_text_from_image(
-    model: Any, tokens: int
+@pytest.mark.parametrize("layers", [None, [DUAL], [BLOCKS - 1]], ids=str)
+@pytest.mark.parametrize("tokens", [TEXT - 2, TEXT + 1, TEXT + IMAGE, TEXT + IMAGE + 1])
+def test_units_of_another_length_are_named_though_a_single_block_cannot_tell_text_from_image(
+    layers: list[int] | None, tokens: int
 ) -> None:
-    message = f"^units: expected .*{TEXT + IMAGE} text and image tokens.*got {tokens}"
-    with record_attention(model, torch.ones(2, tokens, UNITS), layers=[DUAL]), pytest.raises(ValueError, match=message):
+    message = f"^units: expected weights for the {TEXT} text tokens.*got {tokens};"
+    units = torch.ones(2, tokens, UNITS)
+    for model in (flux(), get_peft_model(flux(), LoraConfig(target_modules=["to_q", "context_embedder"]))):
+        with record_attention(model, units, layers=layers), pytest.raises(ValueError, match=message):
+            model(**inputs())
+
+
+@torch.no_grad()
+def test_a_model_of_single_blocks_alone_is_recorded() -> None:
+    model = flux(num_layers=0)
+    with record_attention(model, unit_weights(), record_pass=1) as recording:
+        # Only the pass that is recorded has to fit.
+        longer = {"encoder_hidden_states": torch.ones(2, TEXT + 2, 12), "txt_ids": torch.zeros(TEXT + 2, 3)}
+        model(**inputs() | longer)
         model(**inputs())
+    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs()))
 
 
 def test_what_recording_cannot_follow_is_an_error_that_names_it(model: Any) -> None:
