@@ -15,6 +15,7 @@ import star_kernels as sk
 from star_trainer.config import Allocation, TrainerError
 from star_trainer.families.conditioning import Conditioning
 from star_trainer.families.devices import send
+from star_trainer.families.noising import Noising
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 
@@ -97,8 +98,8 @@ def denoise(
 
     With one generator per sample a sample does not depend on what else is in the batch, either.
 
-    The steps in `noisy` (by default all) are of `kind`, the others Euler's. `initial` [B, C, H, W] takes the
-    place of the noise that denoising starts from.
+    The steps in `noisy` (by default all) are of `kind`, the others those of the pipeline, without noise. `initial`
+    [B, C, H, W] takes the place of the noise that denoising starts from.
 
     With `units` the transformer's attention is recorded and each step gets its allocation map; where guidance takes a
     second prediction, both run in one call, as in diffusers' pipelines, and the conditional half is recorded.
@@ -113,7 +114,7 @@ def denoise(
 
     guidance = policy.guidance(batch, guidance_scale, in_one_pass=True)
     kinds = [kind if noisy is None or step in noisy else "ode" for step in range(steps)]
-    coefficients = _coefficients(kinds, sigmas.cpu(), eta, device)
+    coefficients = _coefficients(policy.family.noising, kinds, sigmas.cpu(), eta, device)
     # All that the steps take from the host crosses before them: a copy in between would wait for the device.
     draws = [draw() for _ in range((initial is None) + sum(row.stochastic for row in coefficients))]
     noise = iter(send(torch.stack(draws), device) if draws else ())
@@ -183,12 +184,12 @@ def with_last(maps: Tensor) -> Tensor:
 
 
 def _coefficients(
-    kinds: Sequence[str], levels: Tensor, eta: float, device: torch.device
+    noising: Noising, kinds: Sequence[str], levels: Tensor, eta: float, device: torch.device
 ) -> list[sk.TransitionCoefficients]:
     """Those of all steps between noise levels [T+1], computed where the levels are and sent in one piece."""
     second = levels[1]
     rows = [
-        sk.transition_coefficients(kind, now, after, eta=eta, sigma_max=second)
+        noising.step(kind, now, after, eta=eta, second=second)
         for kind, now, after in zip(kinds, levels[:-1], levels[1:], strict=True)
     ]
     # [T, 4, 1]; a step without a rate of noise has its std in that place, which nobody reads.

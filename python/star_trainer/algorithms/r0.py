@@ -326,14 +326,14 @@ def _prepare(
     initial = draw()
     low, high = config.r0.eta
     shares = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    # A step of this kind takes the sine of eta's right angles for the share of new noise.
-    eta = torch.asin(low + (high - low) * shares) * (2 / math.pi)
+    shares = low + (high - low) * shares
+    noising = policy.family.noising
     coefficients, noise = [], []
     for step in range(steps):
-        row = sk.transition_coefficients("cps", levels[step], levels[step + 1], eta=eta)
+        row = noising.renoised(levels[step], levels[step + 1], shares)
         coefficients.append(row.to(device))
         noise.append(draw().to(device) if row.stochastic else None)
-    to_image = [sk.transition_coefficients("ode", level, 0.0).to(device) for level in levels[:-1]]
+    to_image = [noising.to_clean(level).to(device) for level in levels[:-1]]
     conditioning = policy.encode([prompt.text for prompt in prompts])
     generator = _Generator(policy, conditioning, timesteps, coefficients, to_image, noise, config.backend)
     return generator, initial.to(device)
@@ -477,20 +477,20 @@ def _guidance(
 ) -> Tensor:
     """Where the first model, as an implicit classifier of prompt against no prompt, would move clean latents.
 
-    At a random noise level t the difference of its two predictions of the clean latents, −t·(v_c − v_u), points along
-    the gradient of log p(prompt | latents). It acts on the latents themselves, at full resolution, while rewards see
-    what their models make of an image.
+    At a random noise level t the difference of its two predictions of the clean latents, −t·(v_c − v_u) of velocities,
+    points along the gradient of log p(prompt | latents). It acts on the latents themselves, at full resolution, while
+    rewards see what their models make of an image.
     """
-    batch, device = len(clean), clean.device
+    batch, device, noising = len(clean), clean.device, policy.family.noising
     low, high = _GUIDANCE_LEVELS
-    level = torch.cat([low + (high - low) * torch.rand(1, generator=each) for each in generators]).to(device)
+    sigma = torch.cat([low + (high - low) * torch.rand(1, generator=each) for each in generators]).to(device)
+    level = noising.level_of(sigma)
     noise = randn_tensor(clean.shape, generator=generators, device=torch.device("cpu")).to(device)
-    levels = level.view(-1, 1, 1, 1)
-    noisy = (1 - levels) * clean.detach() + levels * noise
+    noisy = noising.mixed(clean.detach(), noise, level)
     timesteps = policy.family.timesteps_at(policy.pipeline, level)
     conditional = policy.reference_velocity(noisy, timesteps, generator.conditioning)
     unconditional = policy.reference_velocity(noisy, timesteps, policy.encode([""]).repeat(batch))
-    direction = -levels * (conditional - unconditional).float()
+    direction = noising.to_clean(level).velocity_scale.view(-1, 1, 1, 1) * (conditional - unconditional).float()
     if config.r0.normalize_gradients:
         length = direction.flatten(1).norm(dim=1).clamp(min=_SMALLEST_NORM)
         direction = direction * (reward_gradient.flatten(1).norm(dim=1) / length).view(-1, 1, 1, 1)

@@ -176,7 +176,9 @@ class RolloutConfig(Section):
     samples: Positive = Field(8, description="samples per prompt: the size of a group")
     batch_size: Positive = Field(64, description="samples per forward pass")
     steps: Positive = Field(10, description="denoising steps; with r0 those of its generator, 4 if not said")
-    sampler: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    sampler: Literal["flow_sde", "dance_sde", "cps", "ddim"] = Field(
+        "flow_sde", description="ddim for models that predict noise, one of the others for those that predict velocity"
+    )
     eta: float = Field(0.7, gt=0.0, description="noise level of the sampler")
     sde_steps: Positive | None = Field(
         None,
@@ -530,8 +532,8 @@ class Config(Section):
         if self.train.updates > trained:
             raise ValueError(f"train.updates: expected at most the {trained} samples of an iteration")
         compares = not self.trains_by_reward_gradient
-        if compares and self.rollout.sampler == "cps" and self.rollout.eta > 1.0:
-            raise ValueError("rollout.eta: expected at most 1 for the sampler cps")
+        if compares and self.rollout.sampler in ("cps", "ddim") and self.rollout.eta > 1.0:
+            raise ValueError(f"rollout.eta: expected at most 1 for the sampler {self.rollout.sampler}")
         if compares and self.rollout.sampler == "cps" and self.rollout.steps < 2:
             raise ValueError("rollout.steps: expected at least 2 for the sampler cps, whose last step has no noise")
         if compares and self.rollout.sampler == "flow_sde" and self.rollout.steps < 2:
@@ -539,9 +541,10 @@ class Config(Section):
         if (self.rollout.sde_steps or 0) > self.rollout.steps:
             raise ValueError(f"rollout.sde_steps: expected at most the {self.rollout.steps} of rollout.steps")
         self._check_window()
-        if self.train.kl_scale == "std_dev" and self.rollout.sampler == "cps":
+        if self.train.kl_scale == "std_dev" and self.rollout.sampler in ("cps", "ddim"):
             raise ValueError(
-                "train.kl_scale: expected 'variance' or 'velocity' for the sampler cps, which has no noise rate"
+                f"train.kl_scale: expected 'variance' or 'velocity' for the sampler {self.rollout.sampler}, which has "
+                "no noise rate"
             )
         self._check_objective()
         if compares and self.rollout.samples < 2:

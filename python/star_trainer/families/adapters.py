@@ -20,7 +20,6 @@ from star_trainer.families.family import Family
 
 # What `PeftModel.save_pretrained` writes, and the prefix that it gives to names.
 _PEFT_CONFIG, _PEFT_WEIGHTS, _PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-_DIFFUSERS_PREFIX = "transformer."
 # What of a configuration of peft decides which layers have what adapter.
 _SHAPING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
             "layers_to_transform", "layers_pattern", "use_rslora", "use_dora", "lora_bias")  # fmt: skip
@@ -60,8 +59,9 @@ def read_adapter(source: str, family: Family, key: str) -> SavedAdapter:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{origin} cannot be loaded: {error}") from error
-    said = {name.removeprefix(_DIFFUSERS_PREFIX): value for name, value in metadata.items()}
-    return SavedAdapter(_within(layers, _DIFFUSERS_PREFIX, origin), said, origin)
+    prefix = f"{family.model_part}."
+    said = {name.removeprefix(prefix): value for name, value in metadata.items()}
+    return SavedAdapter(_within(layers, prefix, origin), said, origin)
 
 
 def _within(tensors: dict[str, Tensor], prefix: str, origin: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 import star_kernels as sk
 from star_trainer.config import Model
 from star_trainer.families.conditioning import Conditioning, Guidance, GuidanceKind, Prediction, VelocityFunction
+from star_trainer.families.noising import Noising
 
 # The configuration of each part of a pipeline, by the part's name.
 Shapes = Mapping[str, Any]
@@ -30,8 +31,9 @@ class TextAxis:
 class Family(Protocol):
     """All that depends on the kind of pipeline; nothing else in the trainer names a class of one.
 
-    `pipeline` is the loaded pipeline, `model` its transformer, `shape` that one's configuration, `vae_scale` the pixels
-    of a latent position's side, and `config` the section ``model``. Latents are [B, C, H, W] everywhere: a family that
+    `pipeline` is the loaded pipeline, `model` its transformer (or U-Net, which is called a transformer everywhere),
+    `shape` that one's configuration, `vae_scale` the pixels of a latent position's side, and `config` the section
+    ``model``. Latents are [B, C, H, W] everywhere: a family that
     packs them does so within `velocity`.
     """
 
@@ -42,6 +44,14 @@ class Family(Protocol):
     @property
     def published(self) -> Mapping[str, Shapes]:
         """Shapes of published pipelines by name on the hub, for machines that have neither files nor a network."""
+
+    @property
+    def model_part(self) -> str:
+        """The pipeline's part that is trained, and the prefix of its names in diffusers' adapters."""
+
+    @property
+    def noising(self) -> Noising:
+        """What noise levels and predictions mean: `noising.FLOW` or `noising.DIFFUSION`."""
 
     @property
     def encoder_parts(self) -> Sequence[str]:
@@ -142,4 +152,4 @@ class Family(Protocol):
         """Write LoRA weights so that the pipeline's `load_lora_weights` reads them."""
 
     def read_adapter(self, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `save_adapter` wrote, names with ``transformer.`` before them; OSError or ValueError without one."""
+        """What `save_adapter` wrote, names behind `model_part` and a dot; OSError or ValueError without one."""

@@ -16,6 +16,7 @@ from star_trainer.families.family import Shapes, TextAxis
 from star_trainer.families.flow_schedule import check_euler, flow_schedule
 from star_trainer.families.latents import check_resolution, decoded, latent_size, pack, unpack
 from star_trainer.families.loading import load_parts, read_config, read_lora, save_lora
+from star_trainer.families.noising import FLOW
 from star_trainer.families.shapes import AUTOENCODER_16, CLIP_L, T5_XXL
 
 # The side of a token in latent positions, and of the pipeline's own latents.
@@ -47,6 +48,8 @@ class Flux:
 
     pipeline_class = "FluxPipeline"
     published: Mapping[str, Shapes] = _PUBLISHED
+    model_part = "transformer"
+    noising = FLOW
     encoder_parts = ("text_encoder", "text_encoder_2")
     # Those of Flow-GRPO's training script: the attention of all blocks, and the dual blocks' feed-forward layers.
     lora_targets = (

@@ -256,12 +256,18 @@ def check_against_model(config: Config, family: Family, shape: Any, vae_scale: i
     """What of a configuration only the transformer's configuration and the autoencoder's scale can tell.
 
     Raises:
-        ConfigError: a resolution, a layer, a guidance scale or a clip range that does not suit them.
+        ConfigError: a resolution, a layer, a guidance scale, a sampler or a clip range that does not suit them.
     """
     family.check(config.model, shape, vae_scale)
     for key, scale in (("rollout", config.rollout.guidance_scale), ("evaluation", config.evaluation.guidance_scale)):
         if scale > 1.0 and family.guidance_kind(shape) is None:
             raise ConfigError(f"{key}.guidance_scale: expected 1 for a model without guidance, got {scale}")
+    samplers = family.noising.samplers
+    if not config.trains_by_reward_gradient and config.rollout.sampler not in samplers:
+        raise ConfigError(
+            f"rollout.sampler: expected {' or '.join(samplers)} for a {family.pipeline_class}, "
+            f"got {config.rollout.sampler}"
+        )
     blocks = family.num_layers(shape)
     if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
         raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
@@ -298,7 +304,8 @@ def load_pipeline(config: Model) -> Any:
 def freeze(pipeline: Any) -> None:
     """Ready a pipeline for sampling: no gradients, no dropout, no progress bar."""
     pipeline.set_progress_bar_config(disable=True)
-    for part in ("vae", *family_of(pipeline).encoder_parts, "transformer"):
+    family = family_of(pipeline)
+    for part in ("vae", *family.encoder_parts, family.model_part):
         module = getattr(pipeline, part)
         if module is not None:
             module.requires_grad_(False)
@@ -318,13 +325,14 @@ def load_policy(config: Model, *, keep_reference: bool = False, pipeline: Any = 
             layer.
     """
     pipeline = load_pipeline(config) if pipeline is None else pipeline
-    transformer = pipeline.transformer
+    family = family_of(pipeline)
+    transformer = getattr(pipeline, family.model_part)
     frozen_copy = None
     if config.lora is None:
         frozen_copy = copy.deepcopy(transformer) if keep_reference else None
         transformer.requires_grad_(True)
     else:
-        add_adapter(transformer, config, family_of(pipeline))
+        add_adapter(transformer, config, family)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -23,6 +23,7 @@ from star_trainer.families.family import Shapes, TextAxis
 from star_trainer.families.flow_schedule import check_euler, flow_schedule
 from star_trainer.families.latents import check_resolution, decoded, latent_size
 from star_trainer.families.loading import load_parts, parts_of, read_config, read_lora, save_lora
+from star_trainer.families.noising import FLOW
 from star_trainer.families.shapes import AUTOENCODER_16, CLIP_BIG_G, CLIP_L, T5_XXL
 
 _SD35_MEDIUM = {
@@ -68,6 +69,8 @@ class StableDiffusion3:
 
     pipeline_class = "StableDiffusion3Pipeline"
     published: Mapping[str, Shapes] = _PUBLISHED
+    model_part = "transformer"
+    noising = FLOW
     encoder_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
     # Of the joint attention alone: the image-only attention of dual blocks is attn2.
     lora_targets = (

@@ -15,12 +15,12 @@ from star_trainer.run.state import TrainingState
 
 
 def export(state: TrainingState, folder: Path) -> None:
-    """Save LoRA weights for `load_lora_weights` in ``adapter/``, or the whole transformer in ``transformer/``.
+    """Save LoRA weights for `load_lora_weights` in ``adapter/``, or the whole model in ``transformer/`` (or ``unet/``).
 
     They are the policy's present ones. Every process must call it; the main one writes.
     """
     whole = state.policy.config.lora is None
-    export_to(state, folder / ("transformer" if whole else "adapter"))
+    export_to(state, folder / (state.policy.family.model_part if whole else "adapter"))
 
 
 def export_to(state: TrainingState, path: Path) -> None:

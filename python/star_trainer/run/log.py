@@ -128,8 +128,9 @@ class RunLog:
         pictures.plot_curves(self.history, self.folder / "curves.png")
         draw_comparison(texts, base, evaluation, held_out.shown, self.folder / "before_after.png")
         if maps is not None:
-            sigmas = state.policy.schedule(state.config.rollout.steps)[0][:-1].tolist()
-            pictures.allocation_sheet(texts, *maps, sigmas, self.folder / "allocation_maps.png")
+            levels = state.policy.schedule(state.config.rollout.steps)[0][:-1].tolist()
+            path, symbol = self.folder / "allocation_maps.png", state.policy.family.noising.symbol
+            pictures.allocation_sheet(texts, *maps, levels, path, symbol=symbol)
         self._send_pictures(evaluation.images, None if maps is None else maps[1])
 
     def _record_evaluation(self, held_out: HeldOut, evaluation: Evaluation) -> None:

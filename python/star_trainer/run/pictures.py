@@ -135,7 +135,13 @@ def before_after_sheet(
 
 
 def allocation_sheet(
-    prompts: Sequence[str], images: np.ndarray, weights: np.ndarray, sigmas: Sequence[float], path: Path
+    prompts: Sequence[str],
+    images: np.ndarray,
+    weights: np.ndarray,
+    sigmas: Sequence[float],
+    path: Path,
+    *,
+    symbol: str = "σ",
 ) -> None:
     """Draw, per prompt, the image and the allocation map of each denoising step blended over it, into a PNG.
 
@@ -147,6 +153,7 @@ def allocation_sheet(
         weights: [N, T, h, w], the maps of docs/method.md, section 4; what is not finite is drawn in grey.
         sigmas: T noise levels, the titles of the columns.
         path: the file to write, whole or not at all.
+        symbol: of the noise levels.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -181,7 +188,7 @@ def allocation_sheet(
     bottom = max(top - 2 * _GAP, header + 2 * line + 120)
     sheet = Image.new("RGB", (bar_left + bar_width + _MARGIN, bottom + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(["image", *(f"σ {sigmas[step]:.2f}" for step in steps)]):
+    for column, title in enumerate(["image", *(f"{symbol} {sigmas[step]:.2f}" for step in steps)]):
         draw.text((_MARGIN + column * (wide + _GAP), _MARGIN), title, fill=_INK, font=bold)
     for i, (caption, tile) in enumerate(zip(captions, tiles, strict=True)):
         for number, part in enumerate(reversed(caption), start=1):

@@ -84,7 +84,7 @@ def _export_checkpoint(run: Path, iteration: int, out: Path) -> None:
     weights = found.tensors["average"]
     if model.lora is None:
         # A transformer has more than what is trained, such as embedded positions: that is the pipeline's own.
-        options = {"subfolder": "transformer", "torch_dtype": getattr(torch, model.dtype)}
+        options = {"subfolder": family.model_part, "torch_dtype": getattr(torch, model.dtype)}
         transformer = load_whole(family.model_class, pipeline_source(model.pipeline), **options)
         weights = transformer.state_dict() | weights
     else:

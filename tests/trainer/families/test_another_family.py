@@ -24,6 +24,7 @@ from star_trainer.config import Model, load_config
 from star_trainer.dry_run import plan
 from star_trainer.families.conditioning import Conditioning, Guidance, GuidanceKind, Prediction, VelocityFunction
 from star_trainer.families.family import Shapes, TextAxis
+from star_trainer.families.noising import FLOW
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -88,6 +89,8 @@ class TextFirst:
 
     pipeline_class = "TextFirstPipeline"
     published: Mapping[str, Shapes] = {}
+    model_part = "transformer"
+    noising = FLOW
     encoder_parts = ()
     lora_targets = ("to_qkv", "to_out")
     model_class = TextFirstTransformer

@@ -162,7 +162,9 @@ def _update(case: Case, arm: Arm) -> int:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, device="meta")
 
-    row = sk.transition_coefficients(section.sampler, torch.tensor([0.8]), torch.tensor([0.7]), eta=section.eta)
+    noising = policy.family.noising
+    levels = (noising.level_of(torch.tensor([sigma])) for sigma in (0.8, 0.7))
+    row = noising.step(section.sampler, *levels, eta=section.eta)
     log_prob = empty(1, samples, height, width)
     weights = empty(1, samples, *policy.grid) if state.config.uses_maps else None
     velocity = empty(1, samples, channels, height, width) if state.config.needs_old_velocity else None

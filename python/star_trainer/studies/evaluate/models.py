@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +30,7 @@ def connect(config: Config) -> Accelerator:
 def load_base(config: Config) -> Policy:
     """The pipeline as it is."""
     pipeline = load_pipeline(config.model)
-    return _ready(Policy(pipeline, pipeline.transformer, config.model), config)
+    return _ready(Policy(pipeline, _model(pipeline), config.model), config)
 
 
 def load_adapted(config: Config, source: str, key: str) -> tuple[Policy, str]:
@@ -47,7 +48,7 @@ def load_adapted(config: Config, source: str, key: str) -> tuple[Policy, str]:
     pipeline = load_pipeline(config.model)
     try:
         if (Path(source) / _WHOLE).is_file():
-            base = pipeline.transformer
+            base = _model(pipeline)
             trained = type(base).from_pretrained(source, torch_dtype=base.dtype, use_safetensors=True)
             whole = config.model.model_copy(update={"lora": None})
             policy = Policy(pipeline, trained.requires_grad_(False).eval(), whole, base)
@@ -55,9 +56,10 @@ def load_adapted(config: Config, source: str, key: str) -> tuple[Policy, str]:
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ConfigError(f"{key}: {source} cannot be loaded: {error}") from error
     saved = read_adapter(source, family_of(pipeline), key)
-    add_saved_adapter(pipeline.transformer, saved)
+    model = _model(pipeline)
+    add_saved_adapter(model, saved)
     section = config.model.model_copy(update={"lora": config.model.lora or Lora()})
-    policy = Policy(pipeline, pipeline.transformer.requires_grad_(False).eval(), section)
+    policy = Policy(pipeline, model.requires_grad_(False).eval(), section)
     return _ready(policy, config), _digest(saved.layers)
 
 
@@ -78,6 +80,10 @@ def load_trained(config: Config, run: Path) -> tuple[Policy, str]:
     for name, parameter in parameters.items():
         parameter.data = average[name].to(parameter.dtype)
     return _ready(policy, config), _digest(average)
+
+
+def _model(pipeline: Any) -> Any:
+    return getattr(pipeline, family_of(pipeline).model_part)
 
 
 def _ready(policy: Policy, config: Config) -> Policy:
