@@ -2,8 +2,8 @@
 
 PyTorch calls them "cudnn", "flash" (on the CPU and on AMD too, where it stands for AOTriton or AITER) and "efficient".
 They are called as ``scaled_dot_product_attention`` calls them, by the operators of these names, so that Inductor, a
-FLOP counter and a checkpointing policy see what they know. None of them masks keys without a bias: texts of unequal
-length are a call per row, with the row's tokens alone.
+FLOP counter and a checkpointing policy see what they know. None of them masks keys without a bias, which a model of its
+own may ask for; `joint_attention` has texts of unequal length in a call per row, with the row's tokens alone.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ _NAMES = {1: "flash", 2: "efficient", 3: "cudnn"}
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def kernel_for(query: Tensor, num_keys: int) -> str | None:
+def kernel_for(query: Tensor, num_keys: int, masked: bool = False) -> str | None:
     """The kernel that ``scaled_dot_product_attention`` prefers for tensors like `query`, None if none of these.
+
+    With `masked` for a call with a mask of its keys.
 
     PyTorch is asked: it knows the device, its own version and what the user has switched off (``sdpa_kernel``). It is
     asked about two tokens that require a gradient, so that batch, gradient mode and lengths have no say; cuDNN refuses
     a single key.
     """
     # A head dimension that torch.compile left open becomes a constant here.
-    return _kernel_for(query.device, query.dtype, index(query.shape[3]), 1 if num_keys == 1 else 2)
+    return _kernel_for(query.device, query.dtype, index(query.shape[3]), 1 if num_keys == 1 else 2, masked)
 
 
 @constant_in_graphs
-def _kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int) -> str | None:
+def _kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int, masked: bool) -> str | None:
     settings = (
         torch.backends.cuda.cudnn_sdp_enabled(),
         torch.backends.cuda.flash_sdp_enabled(),
@@ -46,15 +48,18 @@ def _kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int, num_key
         torch.are_deterministic_algorithms_enabled(),
         *torch._C._get_sdp_priority_order(),
     )
-    return _ask(device, dtype, head_dim, num_keys, settings)
+    return _ask(device, dtype, head_dim, num_keys, masked, settings)
 
 
 @functools.cache
-def _ask(device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int, settings: object) -> str | None:
+def _ask(
+    device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int, masked: bool, settings: object
+) -> str | None:
     with torch.enable_grad():
         query = torch.empty(1, 1, 2, head_dim, dtype=dtype, device=device, requires_grad=True)
         key = _readable(query)[:, :, :num_keys]
-        return _NAMES.get(torch._fused_sdp_choice(_readable(query), key, key))
+        mask = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=device) if masked else None
+        return _NAMES.get(torch._fused_sdp_choice(_readable(query), key, key, mask))
 
 
 def backward_kernel_for(query: Tensor) -> str | None:
@@ -85,21 +90,37 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def attention(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out and log-sum-exp [B, heads, N], with the kernel's own backward pass."""
+def attention(
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out and log-sum-exp [B, heads, N], with the kernel's own backward pass.
+
+    `key_mask` [B, N_keys] bool is True where a key takes part, as in a mask of ``scaled_dot_product_attention``. Flash
+    attention takes none on a GPU.
+    """
     num_queries, head_dim = query.shape[2:]
     query, key, value = _readable(query), _readable(key), _readable(value)
+    bias = None if key_mask is None else _bias(key_mask, query)
     if query.device.type == "cpu":
-        return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+        return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
     if kernel == "flash":
         out, log_sum_exp, *_ = torch._scaled_dot_product_flash_attention(query, key, value, scale=scale)
     elif kernel == "efficient":  # pads the rows of log-sum-exps
-        out, log_sum_exp, *_ = torch._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)
+        if bias is not None:  # and reads a bias in 16 numbers
+            bias = pad(bias, (0, -bias.shape[3] % 16))[..., : bias.shape[3]]
+            bias = bias.expand(*query.shape[:3], -1)
+        out, log_sum_exp, *_ = torch._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)
         log_sum_exp = log_sum_exp[..., :num_queries]
     else:  # adds an axis to them
-        out, log_sum_exp, *_ = torch._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)
+        out, log_sum_exp, *_ = torch._scaled_dot_product_cudnn_attention(query, key, value, bias, True, scale=scale)
         log_sum_exp = log_sum_exp.flatten(2)
     return out if out.shape[3] == head_dim else out[..., :head_dim], log_sum_exp
+
+
+def _bias(key_mask: Tensor, query: Tensor) -> Tensor:
+    """What is added to the logits, [B, 1, 1, N_keys]: the form that ``scaled_dot_product_attention`` gives a mask."""
+    bias = torch.zeros_like(key_mask, dtype=query.dtype).masked_fill(key_mask.logical_not(), -torch.inf)
+    return bias[:, None, None]
 
 
 def backward(

@@ -7,6 +7,7 @@ import functools
 import types
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from star_kernels.attention import sdpa
@@ -32,12 +33,16 @@ _PYTORCH = {
 }
 
 
-def recording_processor(layer: Layer, expected: type, attend: Attend, *, text_first: bool) -> Any:
+def recording_processor(
+    layer: Layer, expected: type, attend: Attend, *, text_first: bool, masks_text: bool = False
+) -> Any:
     """What does the work of the layer's processor, which calls the dispatcher once, its attention by `attend`.
 
     It runs that processor's own code, in which the name ``dispatch_attention_fn`` means something else here: the model
     gives what it gives in this version of diffusers, bit for bit. The text are the tokens of ``encoder_hidden_states``;
     a layer that is called without them, as FLUX's single blocks, has as many as the units.
+
+    With `masks_text` the code may hand a mask of keys to the dispatcher, and any other layer's is an error.
 
     Raises:
         TypeError: the processor is not of the class `expected`.
@@ -46,14 +51,15 @@ def recording_processor(layer: Layer, expected: type, attend: Attend, *, text_fi
     own = check_processor(layer, expected)
     if own._parallel_config is not None:
         raise ValueError(f"{layer.name}: expected no context parallelism where attention is recorded, got it enabled")
-    return _recording_class(expected)(own, attend, text_first)
+    return _recording_class(expected)(own, attend, text_first, masks_text)
 
 
 class _RecordingProcessor:
-    def __init__(self, own: Any, attend: Attend, text_first: bool) -> None:
+    def __init__(self, own: Any, attend: Attend, text_first: bool, masks_text: bool) -> None:
         self.own = own
         self.attend = attend
         self.text_first = text_first
+        self.masks_text = masks_text
 
     # Where model.set_attention_backend looks and writes, within a recording too.
     @property
@@ -91,12 +97,35 @@ def _recording_class(kind: type) -> type:
 
 
 def _attend_instead(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *, backend: _Call, parallel_config: None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    backend: _Call,
+    parallel_config: None,
 ) -> Tensor:
     """What the code calls for ``dispatch_attention_fn``, [B, N, heads, D] to the same."""
-    if attn_mask is not None:
+    if attn_mask is not None and not backend.processor.masks_text:
         raise ValueError(f"attention_mask: expected None in a layer that is recorded, got {type(attn_mask).__name__}")
-    return backend.attend(query, key, value)
+    return backend.attend(query, key, value, attn_mask=attn_mask)
+
+
+def _key_mask(attn_mask: Tensor, batch: int, num_keys: int) -> Tensor:
+    """[B, N] bool of a mask that says for each row which keys take part.
+
+    Raises:
+        ValueError: a mask of pairs, of heads, or of numbers that are added to the logits.
+    """
+    shapes = (batch, num_keys), (batch, 1, 1, num_keys)
+    if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) not in shapes:
+        raise ValueError(
+            f"attention_mask: expected a bool mask of keys {shapes[0]} in a layer that is recorded, got "
+            f"{attn_mask.dtype} {tuple(attn_mask.shape)}"
+        )
+    return attn_mask.view(batch, num_keys)
 
 
 class _Call:
@@ -109,18 +138,22 @@ class _Call:
         self.dispatch = dispatch
         self.num_text_tokens = num_text_tokens
         self.tensors: tuple[Tensor, ...] = ()
+        self.attn_mask: Tensor | None = None
+        self.key_mask: Tensor | None = None
 
     @property
     def _attention_backend(self) -> _Call:
         return self
 
-    def attend(self, *tensors: Tensor) -> Tensor:
-        self.tensors = tensors
-        num_tokens = tensors[0].shape[1]
+    def attend(self, *tensors: Tensor, attn_mask: Tensor | None) -> Tensor:
+        self.tensors, self.attn_mask = tensors, attn_mask
+        batch, num_tokens = tensors[0].shape[:2]
+        self.key_mask = None if attn_mask is None else _key_mask(attn_mask, batch, num_tokens)
         out = self.processor.attend(
             *(tensor.transpose(1, 2) for tensor in tensors),
             num_image_tokens=None if self.num_text_tokens is None else num_tokens - self.num_text_tokens,
             text_first=self.processor.text_first,
+            key_mask=self.key_mask,
             own=self,
         )
         return out.transpose(1, 2)
@@ -143,12 +176,13 @@ class _Call:
             if backend == "_native_cudnn":  # as diffusers hands them to it
                 query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
             with _allowing(_PYTORCH[backend]):
-                kernel = sdpa.kernel_for(query, query.shape[2])
+                kernel = sdpa.kernel_for(query, query.shape[2], masked=self.key_mask is not None)
             if kernel is not None:
-                return sdpa.attention(kernel, query, key, value, query.shape[3] ** -0.5)
+                return sdpa.attention(kernel, query, key, value, query.shape[3] ** -0.5, self.key_mask)
         option, tokens_first = _LOG_SUM_EXP.get(backend, (None, False)) if wants_log_sum_exp else (None, False)
         result = self.dispatch(
             *self.tensors,
+            attn_mask=self.attn_mask,
             backend=self.processor._attention_backend,
             attention_kwargs=None if option is None else {option: True},
         )

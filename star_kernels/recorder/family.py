@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -24,6 +24,22 @@ class Layer(NamedTuple):
     attention: Any
     block: nn.Module
     text: nn.Module | None = None
+
+
+class Sequence(NamedTuple):
+    """Where text stands in one forward pass of a model whose layers cannot tell it from the image, which is first.
+
+    Attributes:
+        num_image_tokens: the first tokens of each row.
+        text_begin: where the text of each row begins; what is between takes part and is no unit's.
+        num_tokens: of the longest row.
+        captions: the number of text tokens that each row was given.
+    """
+
+    num_image_tokens: int
+    text_begin: int
+    num_tokens: int
+    captions: list[int]
 
 
 class OwnAttention(Protocol):
@@ -50,13 +66,16 @@ class Attend(Protocol):
         num_image_tokens: int | None,
         text_first: bool,
         text_lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
         own: OwnAttention | None = None,
     ) -> Tensor:
         """The attention's output [B, heads, N, D] for query, key and value of that shape, see `joint_attention`.
 
         `num_image_tokens` of the N tokens are the image's, in one piece; the text stands before them with `text_first`
-        and else behind. A layer that cannot tell them apart says None: then as many are text as the units have tokens.
-        With `own`, that computes the output, and the mass comes from beside it.
+        and else behind. A layer that cannot tell them apart says None: then `FollowsPasses` has told, or as many are
+        text as the units have tokens. With `own`, that computes the output, and the mass comes from beside it; the keys
+        that take part in it are those of `key_mask` [B, N] bool, where there is one: all of the image, and of a row's
+        text the first ones.
         """
 
 
@@ -79,6 +98,18 @@ class Family(Protocol):
 
         Raises:
             TypeError: the layer's own processor, which the message names, is not the one whose work this does.
+        """
+
+
+@runtime_checkable
+class FollowsPasses(Protocol):
+    """A `Family` that tells of each forward pass what its layers cannot."""
+
+    def sequence(self, model: Any, *args: Any, **kwargs: Any) -> Sequence:
+        """Of a call of `model` with these arguments.
+
+        Raises:
+            ValueError: a call that cannot be recorded.
         """
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from star_kernels._checks import check_choice, check_tensor
 from star_kernels.attention import (
@@ -18,13 +19,19 @@ from star_kernels.attention import (
     joint_attention,
     mass_beside,
 )
-from star_kernels.recorder import flux, sd3
-from star_kernels.recorder.family import Family, Layer, OwnAttention
+from star_kernels.recorder import flux, qwen_image, sd3, z_image
+from star_kernels.recorder.family import Family, FollowsPasses, Layer, OwnAttention, Sequence
 from star_kernels.text_units import TextUnits
 
 # The family of a model, by the name of the model's class or of one that it derives from.
-FAMILIES: dict[str, Family] = {sd3.MODEL: sd3, flux.MODEL: flux}
+FAMILIES: dict[str, Family] = {
+    sd3.MODEL: sd3,
+    flux.MODEL: flux,
+    qwen_image.MODEL: qwen_image,
+    z_image.MODEL: z_image,
+}
 
+_SAME_ENCODING = "make them with the tokenizers and lengths that encode the prompts"
 _being_recorded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -74,6 +81,9 @@ class AttentionRecorder:
         self._record_pass = record_pass
         self._passes = 0
         self._in_recorded_pass = False
+        # Of a family that follows passes: this one's image tokens, and the unit weights at their places behind them.
+        self._num_image_tokens: int | None = None
+        self._placed: Tensor | None = None
 
     @property
     def implementation(self) -> str | None:
@@ -141,6 +151,22 @@ class AttentionRecorder:
         if self._record_pass is None or self._in_recorded_pass:
             self._check_num_text_tokens(args[0].shape[1])
 
+    def _begin_sequence(self, sequence: Sequence) -> None:
+        self._num_image_tokens, self._placed = sequence.num_image_tokens, None
+        if self._unit_weights is None or (self._record_pass is not None and not self._in_recorded_pass):
+            return
+        first, end = self._row_range(len(sequence.captions), len(self._unit_weights))
+        longest, found = max(sequence.captions[first:end]), self._unit_weights.shape[1]
+        if found < longest:
+            raise ValueError(
+                f"units: expected weights for the {longest} text tokens of this forward pass's longest recorded row, "
+                f"got {found}; {_SAME_ENCODING}"
+            )
+        kept = self._unit_weights[:, : sequence.num_tokens - sequence.text_begin]
+        before = sequence.text_begin - sequence.num_image_tokens
+        behind = sequence.num_tokens - sequence.text_begin - kept.shape[1]
+        self._placed = pad(kept, (0, 0, before, behind))
+
     def _attend(
         self,
         attend: _Attend,
@@ -150,6 +176,7 @@ class AttentionRecorder:
         num_image_tokens: int | None,
         text_first: bool,
         text_lengths: Tensor | None,
+        key_mask: Tensor | None,
         own: OwnAttention | None,
     ) -> Tensor:
         """Attention of one joint block, [B, heads, N, D] to the same; its mass becomes the layer's in this step.
@@ -158,6 +185,8 @@ class AttentionRecorder:
         belongs to a step that is over or has this layer already. What autograd saves does not depend on that.
         """
         capture, unit_weights, rows = attend.capture, None, None
+        if num_image_tokens is None:
+            num_image_tokens = self._num_image_tokens
         if self._records(attend):
             unit_weights = self._unit_weights_for(query, num_image_tokens)
             rows = self._row_range(query.shape[0], len(unit_weights))
@@ -183,7 +212,9 @@ class AttentionRecorder:
                 )
             out, log_sum_exp = own(rows is not None)
             if unit_weights is not None and rows is not None:
-                options["num_image_tokens"] = num_image_tokens or query.shape[2] - unit_weights.shape[1]
+                options["num_image_tokens"] = num_image = num_image_tokens or query.shape[2] - unit_weights.shape[1]
+                if key_mask is not None:
+                    text_lengths = _text_lengths(key_mask, num_image, text_first)
                 mass = _mass(query, key, value, unit_weights, log_sum_exp, slice(*rows), text_lengths, **options)
             capture.ran = own.name
         if unit_weights is not None:
@@ -205,6 +236,8 @@ class AttentionRecorder:
         return True
 
     def _unit_weights_for(self, query: Tensor, num_image_tokens: int | None) -> Tensor:
+        if self._placed is not None:
+            return self._placed.to(query.device)
         unit_weights = self._unit_weights
         assert unit_weights is not None, "recorded"
         num_text_tokens = unit_weights.shape[1]
@@ -222,7 +255,7 @@ class AttentionRecorder:
         if self._unit_weights.shape[1] != expected:
             raise ValueError(
                 f"units: expected weights for the {expected} text tokens of this forward pass, got "
-                f"{self._unit_weights.shape[1]}; make them with the tokenizers and lengths that encode the prompts"
+                f"{self._unit_weights.shape[1]}; {_SAME_ENCODING}"
             )
 
     def _move(self, unit_weights: Tensor, device: torch.device) -> Tensor:
@@ -290,7 +323,8 @@ def record_attention(
         transformer: a model of a class in `FAMILIES`, with or without adapters, or a PeftModel, DistributedDataParallel
             or torch.compile wrapper around one.
         units: the prompts' TextUnits, or unit weights [rows, N_text, K], for as many batch rows as are recorded and as
-            many text tokens as ``encoder_hidden_states`` has. Moved to the transformer's device.
+            many text tokens as ``encoder_hidden_states`` has; for Z-Image for at least as many as the longest recorded
+            prompt has. Moved to the transformer's device.
             With None nothing is recorded, any number of forward passes is allowed, and the attention of `layers` is
             computed as it is when they are recorded: so that a policy update sees the very values of its rollout.
         layers: indices of the blocks to record, by default all; FLUX's single blocks count on after the dual ones.
@@ -343,6 +377,7 @@ def record_attention(
             _keep_processors(model, family.checkpointing, recorded),
             _count_passes(model, recorder),
             _watch_text(recorded, recorder),
+            _follow_passes(model, family, recorder),
         ):
             yield recorder
     finally:
@@ -368,9 +403,11 @@ class _Attend:
         num_image_tokens: int | None,
         text_first: bool,
         text_lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
         own: OwnAttention | None = None,
     ) -> Tensor:
-        return self.recorder._attend(self, query, key, value, num_image_tokens, text_first, text_lengths, own)
+        tensors = query, key, value
+        return self.recorder._attend(self, *tensors, num_image_tokens, text_first, text_lengths, key_mask, own)
 
 
 def _mass(
@@ -389,6 +426,19 @@ def _mass(
     query, key, value = query.detach()[rows], key.detach()[rows], value.detach()[rows]
     text_lengths = None if text_lengths is None else text_lengths[rows]
     return joint_attention(query, key, value, unit_weights, text_lengths=text_lengths, **options)[1]
+
+
+def _text_lengths(key_mask: Tensor, num_image_tokens: int, text_first: bool) -> Tensor:
+    """How many of a row's text keys take part, [B], of those that do in all [B, N]; looked at on the CPU only."""
+    lengths = key_mask.sum(1) - num_image_tokens
+    if key_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        text = key_mask[:, :-num_image_tokens] if text_first else key_mask[:, num_image_tokens:]
+        if not torch.equal(text, torch.arange(text.shape[1]) < lengths[:, None]):
+            raise ValueError(
+                "attention_mask: expected all image tokens and the first text tokens of a row to take part in a layer "
+                "that is recorded, got a mask with gaps"
+            )
+    return lengths
 
 
 class _Recorded(NamedTuple):
@@ -472,6 +522,23 @@ def _watch_text(recorded: list[_Recorded], recorder: AttentionRecorder) -> Itera
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def _follow_passes(model: nn.Module, family: Family, recorder: AttentionRecorder) -> Iterator[None]:
+    """Within this context the recorder knows where text stands in each pass, of families whose layers cannot tell."""
+    if not isinstance(family, FollowsPasses):
+        yield
+        return
+
+    def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorder._begin_sequence(family.sequence(model, *args, **kwargs))
+
+    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _runs_in_backward() -> bool:

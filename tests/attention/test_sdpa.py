@@ -142,7 +142,8 @@ def test_auto_is_what_the_table_says_of_the_tensors(monkeypatch: pytest.MonkeyPa
 def test_pytorch_is_asked_the_same_whatever_batch_gradient_mode_and_length(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def choose(query: Tensor, key: Tensor, value: Tensor) -> int:
+    def choose(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> int:
+        assert mask is None
         asked.append((query.shape, key.shape, query.requires_grad, torch.is_grad_enabled()))
         return SDPBackend.CUDNN_ATTENTION.value
 
