@@ -187,11 +187,16 @@ def _attend_without_own(
     num_image_tokens: int | None,
     text_first: bool,
     text_lengths: Tensor | None,
+    key_mask: Tensor | None,
     own: Any,
 ) -> Tensor:
+    if num_image_tokens is None:
+        num_image_tokens = self._num_image_tokens
     if num_image_tokens is None and self._unit_weights is not None:
         num_image_tokens = query.shape[2] - self._unit_weights.shape[1]
-    return _attend(self, attend, query, key, value, num_image_tokens, text_first, text_lengths, None)
+    if key_mask is not None and num_image_tokens is not None:
+        text_lengths = recorder._text_lengths(key_mask, num_image_tokens, text_first)
+    return _attend(self, attend, query, key, value, num_image_tokens, text_first, text_lengths, None, None)
 
 
 def roll_out(case: Case, arm: Arm, steps: int) -> Callable[[], Trajectory]:
