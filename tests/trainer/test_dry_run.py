@@ -110,6 +110,13 @@ def test_sd35_medium_is_known_without_its_files() -> None:
     assert found.latent == (16, 64, 64)
 
 
+def test_sd35_large_is_known_without_its_files() -> None:
+    found = plan(load_config("sd35m_geneval", ["model.pipeline=stabilityai/stable-diffusion-3.5-large"]))
+    # As published: 8.1 billion. All attention of 38 blocks but the last one's text output has an adapter.
+    assert found.parameters["transformer"] == pytest.approx(8.06e9, rel=0.005)
+    assert found.trainable == 32 * 2 * 2432 * (38 * 8 - 1) and found.latent == (16, 64, 64)
+
+
 def test_the_benchmark_on_a_gpu_measures_the_same_transformer() -> None:
     # It has a copy, because it runs where the trainer's packages are not installed.
     known = StableDiffusion3.published[SD35_MEDIUM]["transformer"]

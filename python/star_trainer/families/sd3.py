@@ -42,6 +42,13 @@ _SD35_MEDIUM = {
     "qk_norm": "rms_norm",
 }
 
+_SD35_LARGE = _SD35_MEDIUM | {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "dual_attention_layers": [],
+}
 _SD3_MEDIUM = _SD35_MEDIUM | {"pos_embed_max_size": 192, "dual_attention_layers": [], "qk_norm": None}
 _TEXT_ENCODERS: dict[str, dict[str, Any]] = {
     "text_encoder": CLIP_L,
@@ -58,6 +65,11 @@ _PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     },
     "stabilityai/stable-diffusion-3.5-medium": {
         "transformer": _SD35_MEDIUM,
+        "vae": AUTOENCODER_16,
+        **_TEXT_ENCODERS,
+    },
+    "stabilityai/stable-diffusion-3.5-large": {
+        "transformer": _SD35_LARGE,
         "vae": AUTOENCODER_16,
         **_TEXT_ENCODERS,
     },
