@@ -122,7 +122,7 @@ def _policy_gradient_calls(config: Config, samples: int, guided: bool) -> dict[s
         forward += 2 if guided else 1
     rollout_batches = math.ceil(samples / config.rollout.batch_size)
     return {
-        "rollout_calls": rollout_batches * config.rollout.steps,
+        "rollout_calls": rollout_batches * config.rollout.steps * (2 if guided else 1),
         "update_calls": batches * trained_steps * forward,
         "backward_calls": batches * trained_steps,
         "reward_calls": rollout_batches * len(config.reward.terms),

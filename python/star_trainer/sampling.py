@@ -13,7 +13,7 @@ from torch import Tensor
 
 import star_kernels as sk
 from star_trainer.config import Allocation, TrainerError
-from star_trainer.families.conditioning import Conditioning
+from star_trainer.families.conditioning import Conditioning, recorded_pass
 from star_trainer.families.devices import send
 from star_trainer.families.noising import Noising
 from star_trainer.families.policy import Policy
@@ -33,7 +33,8 @@ class Trajectory:
 
     latents [T+1, B, C, H, W]; log_prob [S, B, H, W] of the S steps with noise, which follow each other, or None;
     weights [T, B, h, w], or None if attention was not recorded; coefficients of the T steps, one row each; velocity
-    [S, B, C, H, W] of the steps with noise, guidance applied, or None if it was not kept.
+    [S, B, C, H, W] of the steps with noise, guidance applied, or None if it was not kept; attention what computed that
+    of the recorded layers (`AttentionRecorder.implementation`), or None.
     """
 
     latents: Tensor
@@ -41,6 +42,7 @@ class Trajectory:
     weights: Tensor | None
     coefficients: list[sk.TransitionCoefficients]
     velocity: Tensor | None = None
+    attention: str | None = None
 
     @property
     def first_noisy(self) -> int:
@@ -101,8 +103,8 @@ def denoise(
     The steps in `noisy` (by default all) are of `kind`, the others those of the pipeline, without noise. `initial`
     [B, C, H, W] takes the place of the noise that denoising starts from.
 
-    With `units` the transformer's attention is recorded and each step gets its allocation map; where guidance takes a
-    second prediction, both run in one call, as in diffusers' pipelines, and the conditional half is recorded.
+    With `units` the transformer's attention is recorded and each step gets its allocation map. Where guidance takes a
+    second prediction, each has a call of its own, as in training, and the conditional one is recorded.
 
     `keep_velocity` keeps what was predicted at the steps with noise.
     """
@@ -112,7 +114,7 @@ def denoise(
     def draw() -> Tensor:
         return randn_tensor((batch, *shape), generator=generator, device=torch.device("cpu"))
 
-    guidance = policy.guidance(batch, guidance_scale, in_one_pass=True)
+    guidance = policy.guidance(batch, guidance_scale)
     kinds = [kind if noisy is None or step in noisy else "ode" for step in range(steps)]
     coefficients = _coefficients(policy.family.noising, kinds, sigmas.cpu(), eta, device)
     # All that the steps take from the host crosses before them: a copy in between would wait for the device.
@@ -120,13 +122,11 @@ def denoise(
     noise = iter(send(torch.stack(draws), device) if draws else ())
     latents = [next(noise) if initial is None else send(initial, device)]
     log_probs, weights, velocities = [], [], []
-    layers = None if allocation is None else allocation.layers
-    rows = policy.family.conditional_rows(batch, guidance)
-    recording = (
-        nullcontext()
-        if units is None
-        else sk.record_attention(policy.transformer, units, layers=layers, rows=rows, backend=backend)
-    )
+    recording: Any = nullcontext()
+    if units is not None:
+        assert allocation is not None, "maps are made as the allocation section says"
+        options = {"backend": backend, "record_pass": recorded_pass(guidance), **allocation.recorded}
+        recording = sk.record_attention(policy.transformer, units, **options)
     with recording as recorder:
         for step in range(steps):
             current = latents[-1]
@@ -147,7 +147,7 @@ def denoise(
                 if keep_velocity:
                     velocities.append(prediction.guided)
             if recorder is not None:
-                assert allocation is not None, "maps are made as the allocation section says"
+                assert allocation is not None, "recorded"
                 weights.append(
                     sk.allocation_map(
                         recorder.mass,
@@ -170,6 +170,7 @@ def denoise(
         maps,
         coefficients,
         torch.stack(velocities) if velocities else None,
+        None if recorder is None else recorder.implementation,
     )
 
 

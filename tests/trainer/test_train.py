@@ -284,17 +284,21 @@ LATER_STEP = ["rollout.sde_steps=null", "rollout.sde_window={size: 1, range: [1,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
-@pytest.mark.parametrize("method", ["uniform", "star"])
+@pytest.mark.parametrize("method, implementation", [("uniform", "auto"), ("star", "auto"), ("star", "sdpa")])
 def test_training_passes_see_the_very_log_probs_of_the_rollout(
-    method: str, guidance: float, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, implementation: str, guidance: float, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same_batches = ["rollout.batch_size=4", "train.batch_size=4", "train.iterations=1", "allocation.layers=[0, 2]"]
     later = LATER_STEP if guidance > 1.0 else []
     recipe = [f"model.dtype={dtype}", f"rollout.guidance_scale={guidance}", "model.gradient_checkpointing=true"]
-    run(tmp_path, f"method={method}", *same_batches, *recipe, *later)
+    run(tmp_path, f"method={method}", f"allocation.implementation={implementation}", *same_batches, *recipe, *later)
     (record,) = iterations(tmp_path)
     assert record["train/log_ratio_mean"] == record["train/log_ratio_max"] == 0.0
-    assert "log-ratio" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "log-ratio" not in said
+    attention = {"auto": "fused", "sdpa": "sdpa:flash"}[implementation] if method == "star" else None
+    assert ("attention of the recorded layers:" in said) == (attention is not None)
+    assert attention is None or f"attention of the recorded layers: {attention}\n" in said
 
 
 @pytest.mark.parametrize("kind", ["rollout", "recompute"])

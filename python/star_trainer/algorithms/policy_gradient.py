@@ -74,7 +74,8 @@ def policy_gradient_iteration(
     start = time.perf_counter()
     metrics = update(state, rollout, advantages, iteration)
     rollout.seconds["update"] = time.perf_counter() - start
-    return Iteration(sum_of(config.reward, each), rollout.seconds, metrics, advantages.dropped)
+    attention = rollout.trajectory.attention
+    return Iteration(sum_of(config.reward, each), rollout.seconds, metrics, advantages.dropped, attention)
 
 
 def update(state: TrainingState, rollout: Rollout, advantages: Advantages, iteration: int) -> dict[str, float]:
@@ -233,7 +234,7 @@ def take(state: TrainingState, batch: Batch, rows: np.ndarray) -> Samples:
         coefficients=trajectory.coefficients,
         plans=batch.plans,
         conditioning=rollout.conditioning[send(torch.from_numpy(rollout.groups[rows]), device)],
-        guidance=policy.guidance(len(rows), state.config.rollout.guidance_scale, in_one_pass=False),
+        guidance=policy.guidance(len(rows), state.config.rollout.guidance_scale),
     )
 
 
@@ -350,8 +351,7 @@ def attention_of_the_rollout(state: TrainingState) -> Iterator[None]:
     if not config.uses_maps:
         yield
         return
-    layers = config.allocation.layers
-    with sk.record_attention(state.policy.transformer, None, layers=layers, backend=config.backend):
+    with sk.record_attention(state.policy.transformer, None, backend=config.backend, **config.allocation.recorded):
         yield
 
 

@@ -348,7 +348,7 @@ def _sample(
     recording: Any = nullcontext()
     if config.r0.allocate:
         units = text_units(policy, prompts)
-        recording = sk.record_attention(policy.transformer, units, layers=allocation.layers, backend=config.backend)
+        recording = sk.record_attention(policy.transformer, units, backend=config.backend, **allocation.recorded)
     with recording as recorder:
         for step in range(generator.steps):
             trajectory.latents.append(latents)

@@ -341,6 +341,11 @@ class Allocation(Section):
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, min_length=1, description="transformer blocks that are recorded, or null for all"
     )
+    implementation: Literal["auto", "fused", "sdpa"] = Field(
+        "auto",
+        description="attention of the recorded layers, in rollout and update alike: the library's kernel, PyTorch's "
+        "with the mass from beside it, or the faster of the two; auto alone where a backend of diffusers computes it",
+    )
     map: Literal["step", "geometric"] = Field(
         "step", description="each step's own map, or its geometric mean with that of the last step"
     )
@@ -350,10 +355,15 @@ class Allocation(Section):
         "to the sampler's noise s, or to (s/b)^2",
     )
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The arguments of `star_kernels.record_attention` that say what attends, and where it is recorded."""
+        return {"layers": self.layers, "implementation": self.implementation}
+
     def options(self, step: int) -> dict[str, Any]:
         """The arguments of `star_kernels.allocation_map` at a step."""
         strength = self.strength[min(step, len(self.strength) - 1)]
-        return self.model_dump(exclude={"layers", "map", "temporal"}) | {"strength": strength}
+        return self.model_dump(exclude={"layers", "implementation", "map", "temporal"}) | {"strength": strength}
 
 
 class Train(Section):

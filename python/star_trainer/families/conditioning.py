@@ -61,13 +61,17 @@ GuidanceKind = Literal["two_predictions", "embedded"]
 class Guidance:
     """Guidance of B samples: its scale, and for two predictions the conditioning of the empty prompt for each of them.
 
-    in_one_pass: both predictions come from one call on 2·B rows, the unconditional ones first, as diffusers' pipelines
-    make it; otherwise from two, of which the unconditional one carries no gradient.
+    Two predictions come from two calls, the first without a prompt and without gradient: a rollout and its update then
+    multiply matrices of the same shapes. One call of 2·B rows, which diffusers' pipelines make, may round otherwise.
     """
 
     scale: float
     empty: Conditioning | None
-    in_one_pass: bool
+
+    @property
+    def passes(self) -> int:
+        """Calls of the model for a prediction; the last one sees the prompts."""
+        return 1 if self.empty is None else 2
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class Prediction:
         return self.unconditional + self.scale * (self.velocity - self.unconditional)
 
 
+def recorded_pass(guidance: Guidance | None) -> int | None:
+    """Which of a step's calls of the model has the attention that maps are made of; None where there is one."""
+    return None if guidance is None or guidance.passes == 1 else guidance.passes - 1
+
+
 # One call of the model: latents [B, C, H, W], timestep (0-d, or [B]) and conditioning to the velocity [B, C, H, W].
 VelocityFunction = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
@@ -96,10 +105,6 @@ def guided_by_two_predictions(
     """Classifier-free guidance, of families whose model knows nothing of the scale."""
     if guidance is None or guidance.empty is None:
         return Prediction(velocity(latents, timestep, conditioning))
-    if guidance.in_one_pass:
-        both = Conditioning.joined([guidance.empty, conditioning])
-        unconditional, conditional = velocity(torch.cat([latents, latents]), timestep, both).chunk(2)
-        return Prediction(conditional, unconditional, guidance.scale)
     with torch.no_grad():
         unconditional = velocity(latents, timestep, guidance.empty)
     return Prediction(velocity(latents, timestep, conditioning), unconditional, guidance.scale)

@@ -140,10 +140,7 @@ class Family(Protocol):
         conditioning: Conditioning,
         guidance: Guidance | None,
     ) -> Prediction:
-        """What sampling and training use, from as many calls of `velocity` as guidance takes."""
-
-    def conditional_rows(self, batch: int, guidance: Guidance | None) -> slice | None:
-        """The rows of the call that see the prompts, or None for all: those whose attention is recorded."""
+        """What sampling and training use, from `guidance.passes` calls of `velocity`, the last with the prompts."""
 
     def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], differentiably, by the pipeline's decoder or (not None) another."""

@@ -215,9 +215,6 @@ class Flux:
             conditioning = Conditioning({**conditioning.tensors, "guidance": scales})
         return Prediction(velocity(latents, timestep, conditioning))
 
-    def conditional_rows(self, batch: int, guidance: Guidance | None) -> slice | None:
-        return None
-
     def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
         return decoded(pipeline.vae if decoder is None else decoder, latents)
 

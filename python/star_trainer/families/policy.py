@@ -125,12 +125,12 @@ class Policy:
         """The units of prompts on the model's text tokens."""
         return self.family.text_units(self.pipeline, self.config, texts, units).to(self.device)
 
-    def guidance(self, batch: int, scale: float, *, in_one_pass: bool) -> Guidance | None:
+    def guidance(self, batch: int, scale: float) -> Guidance | None:
         """Guidance of `batch` samples; None where the scale is 1, at which it does nothing."""
         if scale <= 1.0:
             return None
         empty = self.encode([""]).repeat(batch) if self.takes_two_predictions(scale) else None
-        return Guidance(scale, empty, in_one_pass)
+        return Guidance(scale, empty)
 
     def takes_two_predictions(self, scale: float) -> bool:
         """Whether guidance of that scale asks the model once more, for the empty prompt."""

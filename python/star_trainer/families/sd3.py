@@ -256,9 +256,6 @@ class StableDiffusion3:
     ) -> Prediction:
         return guided_by_two_predictions(velocity, latents, timestep, conditioning, guidance)
 
-    def conditional_rows(self, batch: int, guidance: Guidance | None) -> slice | None:
-        return None if guidance is None or not guidance.in_one_pass else slice(batch, None)
-
     def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
         return decoded(pipeline.vae if decoder is None else decoder, latents)
 

@@ -27,12 +27,14 @@ class Iteration:
     """What an iteration gives: rewards [B] of all processes' samples, and this process's seconds and metrics by name.
 
     `without_spread` is the share of groups whose samples cannot be told apart; None where they are not compared.
+    `attention` is what computed that of the recorded layers; None where none was recorded.
     """
 
     rewards: np.ndarray
     seconds: dict[str, float]
     metrics: dict[str, float]
     without_spread: float | None = None
+    attention: str | None = None
 
 
 class RunLog:
@@ -44,6 +46,7 @@ class RunLog:
         self.folder = Path(config.run.folder)
         self.history: list[dict[str, float]] = []
         self._units_said = self._rules_said = False
+        self._attention: str | None = None
         self._main = state.accelerator.is_main_process
         if self._main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +181,9 @@ class RunLog:
         was still sampling. It says that the reward was not waited for, not that it was free: on the GPU of the
         sampling, or on its cores, it makes `seconds/rollout` longer.
         """
+        if done.attention not in (None, self._attention):
+            self._attention = done.attention
+            self.say(f"attention of the recorded layers: {done.attention}")
         rewards, seconds, metrics = done.rewards, done.seconds, done.metrics
         groups = rewards.reshape(-1, self.state.config.rollout.samples)
         compared = {} if done.without_spread is None else {"reward/groups_without_spread": done.without_spread}

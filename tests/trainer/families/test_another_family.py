@@ -178,9 +178,6 @@ class TextFirst:
     ) -> Prediction:
         return Prediction(velocity(latents, timestep, conditioning))
 
-    def conditional_rows(self, batch: int, guidance: Guidance | None) -> slice | None:
-        return None
-
     def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
         return (pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 

@@ -20,6 +20,7 @@ from star_kernels.attention import sdpa
 from star_kernels.attention.reference import num_text_keys
 from star_trainer.algorithms.policy_gradient import Batch, plan_steps, step_loss, take
 from star_trainer.algorithms.rollout import Rollout
+from star_trainer.families.conditioning import recorded_pass
 from star_trainer.sampling import Trajectory, text_units
 from star_trainer.studies.cost.attention import flash_with_log_sum_exp
 from star_trainer.studies.cost.cases import UNIFORM, Arm, Case, attention_of, one_pass
@@ -136,7 +137,7 @@ def _rollout_step(case: Case, arm: Arm) -> int:
     rows = torch.arange(case.rollout_batch) // config.rollout.samples
     prompts = case.prompts[: int(rows[-1]) + 1]
     conditioning = policy.encode([prompt.text for prompt in prompts])[rows]
-    guidance = policy.guidance(len(rows), config.rollout.guidance_scale, in_one_pass=True)
+    guidance = policy.guidance(len(rows), config.rollout.guidance_scale)
     latents = torch.empty(len(rows), *policy.latent_shape, device="meta")
     timestep = torch.empty((), device="meta")
 
@@ -145,8 +146,8 @@ def _rollout_step(case: Case, arm: Arm) -> int:
         if not config.uses_maps:
             policy.predict(latents, timestep, conditioning, guidance)
             return
-        units, captured = text_units(policy, prompts)[rows], policy.family.conditional_rows(len(rows), guidance)
-        options: dict[str, Any] = {"layers": config.allocation.layers, "rows": captured, "backend": config.backend}
+        units = text_units(policy, prompts)[rows]
+        options = {"backend": config.backend, "record_pass": recorded_pass(guidance), **config.allocation.recorded}
         with attention_of(arm.variant), sk.record_attention(policy.transformer, units, **options):
             policy.predict(latents, timestep, conditioning, guidance)
 

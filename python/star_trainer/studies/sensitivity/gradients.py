@@ -306,7 +306,7 @@ def other_weights(state: TrainingState, rollout: Rollout, allocations: Mapping[s
     """The maps [S, B, h, w] of a rollout with other allocation settings, up to the last step S with noise.
 
     Up to the last of all where a map asks for that one's. The model runs again on the rollout's latents, once for each
-    choice of layers.
+    choice of layers and implementation.
     """
     config, policy, trajectory = state.config, state.policy, rollout.trajectory
     samples, size = len(rollout.rewards), rollout.group_size
@@ -315,13 +315,14 @@ def other_weights(state: TrainingState, rollout: Rollout, allocations: Mapping[s
         steps = len(trajectory.coefficients)
     maps = {name: torch.empty(steps, samples, *policy.grid, device=policy.device) for name in allocations}
     units = text_units(policy, rollout.prompts[::size])
-    by_layers: dict[tuple[int, ...] | None, dict[str, Allocation]] = {}
+    by_recording: dict[str, dict[str, Allocation]] = {}
     for name, allocation in allocations.items():
-        by_layers.setdefault(tuple(allocation.layers) if allocation.layers else None, {})[name] = allocation
-    for layers, own in by_layers.items():
+        by_recording.setdefault(str(allocation.recorded), {})[name] = allocation
+    for own in by_recording.values():
+        recorded = next(iter(own.values())).recorded
         for rows in torch.arange(samples).split(config.rollout.batch_size):
             with sk.record_attention(
-                policy.transformer, units[rows // size], layers=layers, backend=config.backend
+                policy.transformer, units[rows // size], backend=config.backend, **recorded
             ) as recorder:
                 for step in range(steps):
                     latents = trajectory.latents[step, rows].to(policy.device)
