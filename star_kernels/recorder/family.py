@@ -18,12 +18,16 @@ class Layer(NamedTuple):
         block: the module that gradient checkpointing runs again as a whole, which has no other layer in it.
         text: where the attention cannot tell text from image, a module that the model calls in each pass with the text
             tokens [B, N_text, D] alone, so that units of another length do not cut the sequence at the wrong place.
+        caller: where layers attend at several resolutions, the module that calls `block`, with its image's features
+            [B, C, h, w] as first argument, and that has the function for checkpointing. By default both is the model,
+            and all layers have one grid.
     """
 
     name: str
     attention: Any
     block: nn.Module
     text: nn.Module | None = None
+    caller: nn.Module | None = None
 
 
 class Sequence(NamedTuple):
@@ -72,10 +76,10 @@ class Attend(Protocol):
         """The attention's output [B, heads, N, D] for query, key and value of that shape, see `joint_attention`.
 
         `num_image_tokens` of the N tokens are the image's, in one piece; the text stands before them with `text_first`
-        and else behind. A layer that cannot tell them apart says None: then `FollowsPasses` has told, or as many are
-        text as the units have tokens. With `own`, that computes the output, and the mass comes from beside it; the keys
-        that take part in it are those of `key_mask` [B, N] bool, where there is one: all of the image, and of a row's
-        text the first ones.
+        and else behind. With all N of them key and value are the text's alone, of any length. A layer that cannot tell
+        text from image says None: then `FollowsPasses` has told, or as many tokens are text as the units have. With
+        `own`, that computes the output, and the mass comes from beside it; the keys that take part in it are those of
+        `key_mask` [B, N] bool, where there is one: all of the image, and of a row's text the first ones.
         """
 
 
@@ -84,7 +88,8 @@ class Family(Protocol):
 
     @property
     def checkpointing(self) -> str | None:
-        """The model's attribute with the function that it calls as ``f(layer.block, *args)`` to checkpoint a block.
+        """The attribute of the model, or of a layer's caller, with the function that this calls as
+        ``f(layer.block, *args)`` to checkpoint a block.
 
         The attribute may be None, as in diffusers while checkpointing is off. Without such an attribute (the name is
         None) a block that runs again is recognised while the recording lasts, and no longer.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 from star_kernels._checks import check_choice, check_tensor
 from star_kernels.attention import (
@@ -19,7 +20,8 @@ from star_kernels.attention import (
     joint_attention,
     mass_beside,
 )
-from star_kernels.recorder import flux, qwen_image, sd3, z_image
+from star_kernels.attention.reference import num_text_keys
+from star_kernels.recorder import flux, qwen_image, sd3, unet, z_image
 from star_kernels.recorder.family import Family, FollowsPasses, Layer, OwnAttention, Sequence
 from star_kernels.text_units import TextUnits
 
@@ -29,6 +31,7 @@ FAMILIES: dict[str, Family] = {
     flux.MODEL: flux,
     qwen_image.MODEL: qwen_image,
     z_image.MODEL: z_image,
+    unet.MODEL: unet,
 }
 
 _SAME_ENCODING = "make them with the tokenizers and lengths that encode the prompts"
@@ -46,6 +49,8 @@ class _Capture:
     def __init__(self, name: str) -> None:
         self.name = name
         self.mass: Tensor | None = None
+        # Rows and columns of its image tokens, where layers attend at several resolutions.
+        self.grid: tuple[int, int] | None = None
         # Of the last call: the name of the model's own attention, or what chooses an implementation of the library's.
         self.ran: str | tuple[torch.device, torch.dtype, int, int] | None = None
 
@@ -106,7 +111,9 @@ class AttentionRecorder:
     def mass(self) -> Tensor:
         """The current step's mass [rows, image tokens, K] float32, the mean over the recorded layers that ran.
 
-        Image tokens stand in the order of the transformer's patches, row by row. The tensor carries no gradient.
+        Image tokens stand in the order of the transformer's patches, row by row. Where layers attend at several
+        resolutions each is brought to `grid`, the finest of them: a token has the mass of the coarser one that it lies
+        in. The tensor carries no gradient.
 
         Raises:
             RuntimeError: the transformer has not run in this step, or not up to the pass that is recorded, or there
@@ -114,7 +121,7 @@ class AttentionRecorder:
         """
         if self._unit_weights is None:
             raise RuntimeError("mass: expected units to record, got units=None, which only runs the same attention")
-        masses = [capture.mass for capture in self._captures if capture.mass is not None]
+        masses = [(capture.mass, capture.grid) for capture in self._captures if capture.mass is not None]
         if not masses and self._record_pass is not None:
             raise RuntimeError(
                 f"mass: expected recorded layers to run in forward pass {self._record_pass} of this step "
@@ -122,7 +129,14 @@ class AttentionRecorder:
             )
         if not masses:
             raise RuntimeError("mass: expected a forward pass of the recorded transformer in this step, got none yet")
-        return sum(masses[1:], masses[0]) / len(masses)
+        first, *others = (_on_grid(mass, grid, self.grid) for mass, grid in masses)
+        return sum(others, first) / len(masses)
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the image tokens of `mass`, where layers attend at several resolutions; else None."""
+        grids = [capture.grid for capture in self._captures if capture.mass is not None and capture.grid is not None]
+        return max(grids, key=math.prod, default=None)
 
     def next_step(self) -> None:
         """Append the current step's mass to `history` and begin the next step.
@@ -188,7 +202,7 @@ class AttentionRecorder:
         if num_image_tokens is None:
             num_image_tokens = self._num_image_tokens
         if self._records(attend):
-            unit_weights = self._unit_weights_for(query, num_image_tokens)
+            unit_weights = self._unit_weights_for(query, key, num_image_tokens)
             rows = self._row_range(query.shape[0], len(unit_weights))
         options: dict[str, Any] = {"text_first": text_first, "direction": self._direction, "backend": self._backend}
         if own is None:
@@ -235,7 +249,7 @@ class AttentionRecorder:
             )
         return True
 
-    def _unit_weights_for(self, query: Tensor, num_image_tokens: int | None) -> Tensor:
+    def _unit_weights_for(self, query: Tensor, key: Tensor, num_image_tokens: int | None) -> Tensor:
         if self._placed is not None:
             return self._placed.to(query.device)
         unit_weights = self._unit_weights
@@ -247,7 +261,7 @@ class AttentionRecorder:
                 f"pass, got {num_text_tokens}"
             )
         if num_image_tokens is not None:
-            self._check_num_text_tokens(query.shape[2] - num_image_tokens)
+            self._check_num_text_tokens(num_text_keys(query.shape[2], key.shape[2], num_image_tokens))
         return self._move(unit_weights, query.device)
 
     def _check_num_text_tokens(self, expected: int) -> None:
@@ -284,7 +298,7 @@ def record_attention(
     transformer: nn.Module,
     units: TextUnits | Tensor | None,
     *,
-    layers: Iterable[int] | None = None,
+    layers: Iterable[int | str] | None = None,
     rows: slice | tuple[int, int] | None = None,
     direction: Literal["image_to_text", "text_to_image"] = "image_to_text",
     implementation: Literal["auto", "fused", "sdpa"] = "auto",
@@ -327,7 +341,9 @@ def record_attention(
             prompt has. Moved to the transformer's device.
             With None nothing is recorded, any number of forward passes is allowed, and the attention of `layers` is
             computed as it is when they are recorded: so that a policy update sees the very values of its rollout.
-        layers: indices of the blocks to record, by default all; FLUX's single blocks count on after the dual ones.
+        layers: indices of the blocks to record, or their names, by default all; FLUX's single blocks count on after the
+            dual ones, and a U-Net's cross-attention counts down, through the middle and up. A name is that of a layer,
+            as in messages, or of a module that has layers in it: ``mid_block``, ``up_blocks.1``.
         rows: the batch rows to record, a slice or (first, end), by default all. Diffusers' pipelines put the
             unconditional half first under guidance: ``rows=slice(batch // 2, None)``.
         direction: ``image_to_text`` or ``text_to_image``, see `joint_attention`.
@@ -350,7 +366,7 @@ def record_attention(
     """
     model, family = _unwrap(transformer)
     found = family.layers(model)
-    chosen = _check_layers(layers, len(found))
+    chosen = _check_layers(layers, [layer.name for layer in found])
     captures = [_Capture(found[i].name) for i in chosen]
     recorder = AttentionRecorder(
         None if units is None else _unit_weights(units),
@@ -374,11 +390,17 @@ def record_attention(
         for each in recorded:
             each.layer.attention.set_processor(each.capturing)
         with (
-            _keep_processors(model, family.checkpointing, recorded),
+            contextlib.ExitStack() as callers,
             _count_passes(model, recorder),
             _watch_text(recorded, recorder),
             _follow_passes(model, family, recorder),
         ):
+            for caller, called in _by_caller(recorded):
+                callers.enter_context(
+                    _keep_processors(model if caller is None else caller, family.checkpointing, called)
+                )
+                if caller is not None and units is not None:
+                    callers.enter_context(_note_grid(caller, called))
             yield recorder
     finally:
         for each in recorded:
@@ -445,6 +467,7 @@ class _Recorded(NamedTuple):
     """A layer with its own processor and those that record it: when it runs, and when it runs again."""
 
     layer: Layer
+    capture: _Capture
     own: Any
     capturing: Any
     recomputing: Any
@@ -454,12 +477,44 @@ def _recorded(family: Family, layer: Layer, recorder: AttentionRecorder, capture
     capturing, recomputing = (
         family.processor(layer, _Attend(recorder, capture, recomputing)) for recomputing in (False, True)
     )
-    return _Recorded(layer, layer.attention.processor, capturing, recomputing)
+    return _Recorded(layer, capture, layer.attention.processor, capturing, recomputing)
+
+
+def _by_caller(recorded: list[_Recorded]) -> list[tuple[nn.Module | None, list[_Recorded]]]:
+    """The modules that call recorded blocks, None for the model, each with the layers of these."""
+    groups: dict[int, tuple[nn.Module | None, list[_Recorded]]] = {}
+    for each in recorded:
+        groups.setdefault(id(each.layer.caller), (each.layer.caller, []))[1].append(each)
+    return list(groups.values())
+
+
+@contextlib.contextmanager
+def _note_grid(caller: nn.Module, recorded: list[_Recorded]) -> Iterator[None]:
+    """Within this context the captures of a caller's layers know their rows and columns of image tokens."""
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        features: Tensor = args[0] if args else kwargs["hidden_states"]
+        for each in recorded:
+            each.capture.grid = features.shape[2], features.shape[3]
+
+    hook = caller.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _on_grid(mass: Tensor, grid: tuple[int, int] | None, finest: tuple[int, int] | None) -> Tensor:
+    """A layer's mass [rows, h·w, K] on a grid that is at least as fine as its own."""
+    if grid is None or finest is None or grid == finest:
+        return mass
+    return interpolate(mass.mT.unflatten(2, grid), finest, mode="nearest").flatten(2).mT
 
 
 @contextlib.contextmanager
 def _keep_processors(model: Any, checkpointing: str | None, recorded: list[_Recorded]) -> Iterator[None]:
-    """Within this context checkpointing keeps a block's recording processor for when the block runs again.
+    """Within this context checkpointing by `model`, the blocks' caller, keeps a block's recording processor for when
+    the block runs again.
 
     That may be when the recording is over and the block has its own processor back, which saves other tensors for
     autograd than the forward pass did. The processor of the second run is one that says so, because a compiled block
@@ -578,17 +633,26 @@ def _compact(unit_weights: Tensor) -> Tensor:
     return compact if torch.equal(compact.float(), unit_weights) else unit_weights
 
 
-def _check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
+def _check_layers(layers: Iterable[int | str] | None, names: list[str]) -> list[int]:
     if layers is None:
-        return list(range(num_layers))
+        return list(range(len(names)))
     if not isinstance(layers, Iterable) or isinstance(layers, str):
         raise TypeError(f"layers: expected indices of transformer blocks, got {type(layers).__name__}")
-    chosen = list(layers)
-    for layer in chosen:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TypeError(f"layers: expected ints, got {layer!r}")
-        if not 0 <= layer < num_layers:
-            raise ValueError(f"layers: expected indices from 0 to {num_layers - 1}, got {layer}")
+    chosen: list[int] = []
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, (int, str)):
+            raise TypeError(f"layers: expected ints or names, got {layer!r}")
+        if isinstance(layer, str):
+            inside = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{layer}.")]
+            if not inside:
+                raise ValueError(
+                    f"layers: expected names of layers or of modules with some, as {names[0]}, got {layer!r}"
+                )
+            chosen += inside
+        elif 0 <= layer < len(names):
+            chosen.append(layer)
+        else:
+            raise ValueError(f"layers: expected indices from 0 to {len(names) - 1}, got {layer}")
     if not chosen:
         raise ValueError("layers: expected at least one index, got none")
     return sorted(set(chosen))
