@@ -2,8 +2,8 @@
 
 `recorder.py` records, whatever the model. What it must know of a family of models stands in a file of its own, found
 through `FAMILIES` by the name of the model's class: `sd3.py` for diffusers' SD3Transformer2DModel, `flux.py` for
-FluxTransformer2DModel, `unet.py` for UNet2DConditionModel. `dispatcher.py` serves families whose attention goes through
-diffusers' dispatcher.
+FluxTransformer2DModel, `unet.py` for UNet2DConditionModel, and so on. `dispatcher.py` serves families whose attention
+goes through diffusers' dispatcher.
 """
 
 from star_kernels.recorder.family import Attend as Attend

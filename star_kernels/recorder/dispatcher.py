@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -79,19 +80,14 @@ def _recording_class(kind: type) -> type:
     del names["__name__"]  # with it torch.compile would guard the names of diffusers' module
     replay = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
 
+    takes_text = "encoder_hidden_states" in inspect.signature(code).parameters
+
     # diffusers reads the names of the parameters, and passes only what they name.
     @functools.wraps(code)
-    def call(
-        self: _RecordingProcessor,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        num_text_tokens = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        itself = _Call(self, dispatch, num_text_tokens)
-        return replay(itself, attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+    def call(self: _RecordingProcessor, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        text = kwargs.get("encoder_hidden_states", args[0] if args else None) if takes_text else None
+        itself = _Call(self, dispatch, None if text is None else text.shape[1])
+        return replay(itself, attn, hidden_states, *args, **kwargs)
 
     return type(f"Recording{kind.__name__}", (_RecordingProcessor,), {"__call__": call})
 

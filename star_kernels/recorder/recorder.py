@@ -21,7 +21,7 @@ from star_kernels.attention import (
     mass_beside,
 )
 from star_kernels.attention.reference import num_text_keys
-from star_kernels.recorder import flux, qwen_image, sd3, unet, z_image
+from star_kernels.recorder import flux, flux2, qwen_image, sd3, unet, z_image
 from star_kernels.recorder.family import Family, FollowsPasses, Layer, OwnAttention, Sequence
 from star_kernels.text_units import TextUnits
 
@@ -29,6 +29,7 @@ from star_kernels.text_units import TextUnits
 FAMILIES: dict[str, Family] = {
     sd3.MODEL: sd3,
     flux.MODEL: flux,
+    flux2.MODEL: flux2,
     qwen_image.MODEL: qwen_image,
     z_image.MODEL: z_image,
     unet.MODEL: unet,

@@ -1,4 +1,4 @@
-"""record_attention in FLUX.1: the backend set in diffusers computes the output, and the mass is that of a softmax."""
+"""record_attention in FLUX.1 and FLUX.2: diffusers' backend computes the output, and the mass is that of a softmax."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from diffusers.models import attention_dispatch
-from diffusers.models.transformers import transformer_flux
+from diffusers.models.transformers import transformer_flux, transformer_flux2
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -23,11 +23,18 @@ BLOCKS = DUAL + SINGLE
 Registry = attention_dispatch._AttentionBackendRegistry
 
 
-def flux(**config: Any) -> Any:
+CLASSES = [FluxTransformer2DModel, Flux2Transformer2DModel]
+
+
+def flux(kind: type = FluxTransformer2DModel, **config: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {"in_channels": 4, "joint_attention_dim": 12, "pooled_projection_dim": 10, "axes_dims_rope": (4, 6, 6)}
+    sizes = {"in_channels": 4, "joint_attention_dim": 12, "axes_dims_rope": (4, 6, 6)}
+    if kind is Flux2Transformer2DModel:
+        sizes |= {"axes_dims_rope": (4, 4, 4, 4)}
+    else:
+        sizes |= {"pooled_projection_dim": 10}
     layers = {"num_layers": DUAL, "num_single_layers": SINGLE, "attention_head_dim": 16, "num_attention_heads": 2}
-    model = FluxTransformer2DModel(**{**sizes, **layers, **config})
+    model = kind(**{**sizes, **layers, **config})
     # Norm weights of one would hide a norm that is left out, or applied to the wrong tensor.
     for name, parameter in model.named_parameters():
         if ".norm_" in name:
@@ -35,9 +42,14 @@ def flux(**config: Any) -> Any:
     return model
 
 
+@pytest.fixture(params=CLASSES)
+def kind(request: pytest.FixtureRequest) -> type:
+    return request.param
+
+
 @pytest.fixture
-def model() -> Any:
-    return flux().requires_grad_(False)
+def model(kind: type) -> Any:
+    return flux(kind).requires_grad_(False)
 
 
 @pytest.fixture(autouse=True)
@@ -46,20 +58,23 @@ def backend_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Registry, "_active_backend", Registry._active_backend)
 
 
-def inputs(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    return {
-        "hidden_states": normal(batch, IMAGE, 4),
-        "encoder_hidden_states": normal(batch, TEXT, 12),
-        "pooled_projections": normal(batch, 10),
+def inputs(model: Any, batch: int = 2, text: int = TEXT) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    inner = getattr(model, "base_model", model)
+    of_two = isinstance(getattr(inner, "model", inner), Flux2Transformer2DModel)
+    named = {
+        "hidden_states": torch.randn(batch, IMAGE, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 12, generator=generator),
+        "pooled_projections": torch.randn(batch, 10, generator=generator),
         "timestep": torch.full((batch,), 0.5),
         "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(5.0)),
-        "txt_ids": torch.zeros(TEXT, 3),
+        "txt_ids": torch.zeros(text, 3),
     }
+    if of_two:
+        named["guidance"] = named.pop("pooled_projections")[:, 0]
+        named["img_ids"] = torch.nn.functional.pad(named["img_ids"], (0, 1))
+        named["txt_ids"] = torch.cartesian_prod(*[torch.zeros(1)] * 3, torch.arange(float(text)))
+    return named
 
 
 def unit_weights(rows: int = 2) -> Tensor:
@@ -76,7 +91,8 @@ def dispatched(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
         return attention_dispatch.dispatch_attention_fn(query, key, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer_flux, "dispatch_attention_fn", spy)
+        for module in (transformer_flux, transformer_flux2):
+            patch.setattr(module, "dispatch_attention_fn", spy)
         yield tensors
 
 
@@ -118,12 +134,12 @@ def by_context(model: Any, backend: str) -> contextlib.AbstractContextManager[No
 def test_the_backend_that_is_set_gives_the_output_bit_for_bit_and_the_mass_is_that_of_a_softmax(
     model: Any, monkeypatch: pytest.MonkeyPatch, setting: Any, backend: str, where: str
 ) -> None:
-    native = model(**inputs()).sample
+    native = model(**inputs(model)).sample
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "_active_backend", Registry._active_backend)
         other = copy.deepcopy(model)
         with setting(other, backend):
-            expected = other(**inputs()).sample
+            expected = other(**inputs(model)).sample
     own = list(model.attn_processors.values())
     if backend != "_native_math":
         monkeypatch.setattr(recorder, "joint_attention", None)  # a pass of our own would call it
@@ -133,10 +149,10 @@ def test_the_backend_that_is_set_gives_the_output_bit_for_bit_and_the_mass_is_th
         recording = stack.enter_context(record_attention(model, unit_weights()))
         if where == "within":
             stack.enter_context(setting(model, backend))
-        output = model(**inputs()).sample
+        output = model(**inputs(model)).sample
     assert torch.equal(output, expected) and torch.equal(output, native) == (backend != "_native_math")
     assert recording.implementation == f"diffusers:{backend}"
-    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs()))
+    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs(model)))
     assert all(a is b for a, b in zip(model.attn_processors.values(), own, strict=True))
 
 
@@ -150,8 +166,8 @@ def assert_masses(mass: Tensor, exact: list[Tensor]) -> None:
 def test_text_to_image_mass_is_that_of_a_softmax(model: Any, backend: str) -> None:
     direction = "text_to_image"
     with by_context(model, backend), record_attention(model, unit_weights(), direction=direction) as recording:
-        model(**inputs())
-    assert_masses(recording.mass, exact_masses(model, unit_weights(), direction, **inputs()))
+        model(**inputs(model))
+    assert_masses(recording.mass, exact_masses(model, unit_weights(), direction, **inputs(model)))
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
@@ -178,11 +194,11 @@ def test_the_log_sum_exp_that_a_backend_gives_is_read_as_it_lays_it_out(
     for kernel in attention_dispatch._HUB_KERNELS_REGISTRY.values():
         monkeypatch.setattr(kernel, "kernel_fn", flash_attention)
     by_processors(model, backend)
-    expected = model(**inputs()).sample
-    masses = exact_masses(model, unit_weights(), **inputs())
+    expected = model(**inputs(model)).sample
+    masses = exact_masses(model, unit_weights(), **inputs(model))
     monkeypatch.setattr(recorder, "joint_attention", None)
     with record_attention(model, unit_weights()) as recording:
-        output = model(**inputs()).sample
+        output = model(**inputs(model)).sample
     assert torch.equal(output, expected) and recording.implementation == f"diffusers:{backend}"
     assert_masses(recording.mass, masses)
 
@@ -191,8 +207,8 @@ def test_the_log_sum_exp_that_a_backend_gives_is_read_as_it_lays_it_out(
 @torch.no_grad()
 def test_layers_count_the_dual_blocks_and_then_the_single_ones(model: Any, layers: list[int]) -> None:
     with record_attention(model, unit_weights(), layers=layers) as recording:
-        model(**inputs())
-    masses = exact_masses(model, unit_weights(), **inputs())
+        model(**inputs(model))
+    masses = exact_masses(model, unit_weights(), **inputs(model))
     assert_masses(recording.mass, [masses[layer] for layer in layers])
 
 
@@ -200,34 +216,36 @@ def test_layers_count_the_dual_blocks_and_then_the_single_ones(model: Any, layer
 @torch.no_grad()
 def test_rows_record_the_conditional_half_of_a_guidance_batch(model: Any, backend: str) -> None:
     with by_context(model, backend), record_attention(model, unit_weights(), rows=slice(2, None)) as recording:
-        model(**inputs(batch=4))
-    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs(batch=4)))
+        model(**inputs(model, batch=4))
+    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs(model, batch=4)))
 
 
-def test_lora_is_recorded_and_its_gradients_are_those_without_recording() -> None:
-    model = flux()
+def test_lora_is_recorded_and_its_gradients_are_those_without_recording(kind: type) -> None:
+    model = flux(kind)
     names = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    if kind is Flux2Transformer2DModel:
+        names += ["to_qkv_mlp_proj", "single_transformer_blocks.0.attn.to_out"]
     model.add_adapter(LoraConfig(r=4, target_modules=names, init_lora_weights=False))
     expected, gradients = output_and_gradients(model)
     with record_attention(model, unit_weights()) as recording:
         output, recorded = output_and_gradients(model)
     assert torch.equal(output, expected) and len(gradients) >= 2 * len(names)
     assert all(torch.equal(recorded[name], gradient) for name, gradient in gradients.items())
-    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs()))
+    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs(model)))
 
 
 @torch.no_grad()
 def test_fused_projections_are_recorded(model: Any) -> None:
     model.fuse_qkv_projections()
-    expected = model(**inputs()).sample
+    expected = model(**inputs(model)).sample
     with record_attention(model, unit_weights()) as recording:
-        output = model(**inputs()).sample
+        output = model(**inputs(model)).sample
     assert torch.equal(output, expected)
-    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs()))
+    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs(model)))
 
 
 def output_and_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    output = model(**inputs()).sample
+    output = model(**inputs(model)).sample
     output.square().mean().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
@@ -237,14 +255,14 @@ def output_and_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("backend", ["native", "_native_math"])
 @pytest.mark.parametrize("when", ["in the step", "after next_step", "after the recording"])
 def test_blocks_that_checkpointing_runs_again_give_the_gradients_without_and_are_not_counted_twice(
-    backend: str, when: str
+    kind: type, backend: str, when: str
 ) -> None:
-    model = flux()
+    model = flux(kind)
     by_processors(model, backend)
     _, gradients = output_and_gradients(model)
     model.enable_gradient_checkpointing()
     with record_attention(model, unit_weights()) as recording:
-        loss = model(**inputs()).sample.square().mean()
+        loss = model(**inputs(model)).sample.square().mean()
         if when == "in the step":
             loss.backward()
         recording.next_step()
@@ -254,20 +272,20 @@ def test_blocks_that_checkpointing_runs_again_give_the_gradients_without_and_are
                 _ = recording.mass
     if when == "after the recording":
         loss.backward()
-    assert_masses(recording.history[0], exact_masses(model, unit_weights(), **inputs()))
+    assert_masses(recording.history[0], exact_masses(model, unit_weights(), **inputs(model)))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, gradients[name]) if name in gradients else parameter.grad is None
 
 
-@pytest.mark.parametrize("backend", ["native", "_native_math"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("_native_math", marks=pytest.mark.exhaustive)])
 @torch.no_grad()
-def test_blocks_compiled_one_by_one_need_as_many_graphs_as_without_recording(backend: str) -> None:
+def test_blocks_compiled_one_by_one_need_as_many_graphs_as_without_recording(kind: type, backend: str) -> None:
     """With fullgraph, torch refuses the ninth graph of a block's code."""
-    model = flux(num_layers=9, num_single_layers=9).requires_grad_(False)
+    model = flux(kind, num_layers=9, num_single_layers=9).requires_grad_(False)
     by_processors(model, backend)
-    plain = model(**inputs()).sample
+    plain = model(**inputs(model)).sample
     with record_attention(model, unit_weights()) as expected:
-        model(**inputs())
+        model(**inputs(model))
 
     def compiled(context: Any) -> tuple[int, Any]:
         torch._dynamo.reset()
@@ -275,7 +293,7 @@ def test_blocks_compiled_one_by_one_need_as_many_graphs_as_without_recording(bac
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.compile(backend=counter, fullgraph=True)
         with context as recording:
-            assert torch.equal(model(**inputs()).sample, plain)
+            assert torch.equal(model(**inputs(model)).sample, plain)
         return counter.frame_count, recording
 
     without, _ = compiled(contextlib.nullcontext())
@@ -288,38 +306,42 @@ def test_blocks_compiled_one_by_one_need_as_many_graphs_as_without_recording(bac
 @pytest.mark.parametrize("layers", [None, [DUAL], [BLOCKS - 1]], ids=str)
 @pytest.mark.parametrize("tokens", [TEXT - 2, TEXT + 1, TEXT + IMAGE, TEXT + IMAGE + 1])
 def test_units_of_another_length_are_named_though_a_single_block_cannot_tell_text_from_image(
-    layers: list[int] | None, tokens: int
+    kind: type, layers: list[int] | None, tokens: int
 ) -> None:
     message = f"^units: expected weights for the {TEXT} text tokens.*got {tokens};"
     units = torch.ones(2, tokens, UNITS)
-    for model in (flux(), get_peft_model(flux(), LoraConfig(target_modules=["to_q", "context_embedder"]))):
+    for model in (flux(kind), get_peft_model(flux(kind), LoraConfig(target_modules=["to_q", "context_embedder"]))):
         with record_attention(model, units, layers=layers), pytest.raises(ValueError, match=message):
-            model(**inputs())
+            model(**inputs(model))
 
 
 @torch.no_grad()
-def test_a_model_of_single_blocks_alone_is_recorded() -> None:
-    model = flux(num_layers=0)
+def test_a_model_of_single_blocks_alone_is_recorded(kind: type) -> None:
+    model = flux(kind, num_layers=0)
     with record_attention(model, unit_weights(), record_pass=1) as recording:
-        # Only the pass that is recorded has to fit.
-        longer = {"encoder_hidden_states": torch.ones(2, TEXT + 2, 12), "txt_ids": torch.zeros(TEXT + 2, 3)}
-        model(**inputs() | longer)
-        model(**inputs())
-    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs()))
+        model(**inputs(model, text=TEXT + 2))  # only the pass that is recorded has to fit
+        model(**inputs(model))
+    assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs(model)))
 
 
 def test_what_recording_cannot_follow_is_an_error_that_names_it(model: Any) -> None:
     with record_attention(model, unit_weights()), pytest.raises(ValueError, match="^attention_mask: expected None"):
-        model(**inputs(), joint_attention_kwargs={"attention_mask": torch.ones(2, TEXT + IMAGE, dtype=torch.bool)})
+        model(**inputs(model), joint_attention_kwargs={"attention_mask": torch.ones(2, TEXT + IMAGE, dtype=torch.bool)})
     with (
         record_attention(model, None, implementation="sdpa"),
         pytest.raises(ValueError, match="^implementation: .*native"),
     ):
-        model(**inputs())
-    ip = transformer_flux.FluxIPAdapterAttnProcessor(32, 12)
-    model.transformer_blocks[1].attn.set_processor(ip)
-    with pytest.raises(TypeError, match=r"^transformer_blocks\.1\.attn.*got FluxIPAdapterAttnProcessor"):
-        record_attention(model, unit_weights()).__enter__()
+        model(**inputs(model))
     model.single_transformer_blocks[0].attn.processor._parallel_config = object()
     with pytest.raises(ValueError, match=r"^single_transformer_blocks\.0\.attn.*context parallel"):
         record_attention(model, unit_weights(), layers=[DUAL]).__enter__()
+    of_others = {
+        "transformer_blocks.1": transformer_flux.FluxIPAdapterAttnProcessor(32, 12),
+        "single_transformer_blocks.1": transformer_flux.FluxAttnProcessor(),
+    }
+    if isinstance(model, FluxTransformer2DModel):
+        del of_others["single_transformer_blocks.1"]
+    for name, other in of_others.items():
+        model.get_submodule(f"{name}.attn").set_processor(other)
+        with pytest.raises(TypeError, match=rf"^{name}\.attn.*got {type(other).__name__}"):
+            record_attention(model, unit_weights(), layers=[1 if name.startswith("tr") else DUAL + 1]).__enter__()
