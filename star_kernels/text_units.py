@@ -70,6 +70,7 @@ class TextUnits:
         *,
         tokenizers: Any,
         max_lengths: Sequence[int] | None = None,
+        template: tuple[str, str] = ("", ""),
         normalize: bool = False,
     ) -> TextUnits:
         """Find each prompt's units in its text and mark their tokens.
@@ -93,6 +94,8 @@ class TextUnits:
             max_lengths: the lengths that the prompts are padded and cut to, one per tokenizer, or one per group of
                 tokenizers that share positions. By default the tokenizer's model_max_length, but at most 256, which is
                 the SD3 pipeline's default for T5.
+            template: what the pipeline writes before and after a prompt, as a chat template does; its tokens belong to
+                no unit (see `chat_template`).
             normalize: divide each unit's weights by the number of its tokens.
 
         Raises:
@@ -103,11 +106,14 @@ class TextUnits:
         prompts = _check_prompts(prompts)
         pieces = _check_units(units, len(prompts))
         segments = _segments(tokenizers, max_lengths)
+        before, after = _check_template(template)
 
+        # In characters of the text that the tokenizers are given.
         spans = [
-            [_occurrences(text, unit) for unit in prompt_units]
-            for text, prompt_units in zip(map(_fold, prompts), pieces, strict=True)
+            [[(begin + len(before), end + len(before)) for begin, end in _occurrences(text, unit)] for unit in units_of]
+            for text, units_of in zip(map(_fold, prompts), pieces, strict=True)
         ]
+        prompts = [before + prompt + after for prompt in prompts]
         num_units = max(1, *map(len, pieces))
         weights = torch.zeros(len(prompts), sum(length for _, length in segments), num_units)
         start = 0
@@ -148,6 +154,7 @@ class TextUnits:
                                     T5 (256), which stay (as zero embeddings, without units) in a pipeline without its
                                     third text encoder
         FluxPipeline                `max_sequence_length` positions of T5 (512)
+        Flux2KleinPipeline          `max_sequence_length` positions of Qwen3 (512), its chat template around the prompt
         =========================== ==================================================================================
 
         Args:
@@ -168,7 +175,9 @@ class TextUnits:
             )
         length = axis.default_length if max_sequence_length is None else max_sequence_length
         tokenizers, max_lengths = axis.segments(pipe, length)
-        return cls.from_prompts(prompts, units, tokenizers=tokenizers, max_lengths=max_lengths, normalize=normalize)
+        template = ("", "") if axis.template is None else axis.template(pipe.tokenizer)
+        options: dict[str, Any] = {"max_lengths": max_lengths, "template": template, "normalize": normalize}
+        return cls.from_prompts(prompts, units, tokenizers=tokenizers, **options)
 
     def __len__(self) -> int:
         """The number of prompts, B."""
@@ -210,11 +219,35 @@ class _TextAxis(NamedTuple):
         parts: attributes of the pipeline that are needed.
         default_length: what ``encode_prompt`` takes for max_sequence_length unless told otherwise.
         segments: from a pipeline and max_sequence_length the tokenizers and lengths of `TextUnits.from_prompts`.
+        template: from its tokenizer what it writes before and after a prompt, if anything.
     """
 
     parts: tuple[str, ...]
     default_length: int
     segments: Callable[[Any, int], tuple[tuple[Any, ...], tuple[int, ...]]]
+    template: Callable[[Any], tuple[str, str]] | None = None
+
+
+def chat_template(render: Callable[[str], str]) -> tuple[str, str]:
+    """What a chat template writes before and after a prompt, the argument `template` of `TextUnits.from_prompts`.
+
+    Args:
+        render: the template, from a prompt to the text that is tokenized.
+
+    Raises:
+        ValueError: the text does not have the prompt once, as it is.
+    """
+    place = "the place of the prompt"
+    parts = render(place).split(place)
+    if len(parts) != 2:
+        raise ValueError(f"template: expected the prompt to stand once in the text, got it {len(parts) - 1} times")
+    return parts[0], parts[1]
+
+
+def flux2_klein_template(tokenizer: Any) -> tuple[str, str]:
+    """`chat_template` of Flux2KleinPipeline: the user's turn, and an answer without thoughts that begins."""
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    return chat_template(lambda prompt: tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options))
 
 
 def _stable_diffusion_3(pipe: Any, length: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -228,6 +261,9 @@ _TEXT_AXES = {
         ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder_3", "tokenizer_max_length"), 256, _stable_diffusion_3
     ),
     "FluxPipeline": _TextAxis(("tokenizer_2",), 512, lambda pipe, length: ((pipe.tokenizer_2,), (length,))),
+    "Flux2KleinPipeline": _TextAxis(
+        ("tokenizer",), 512, lambda pipe, length: ((pipe.tokenizer,), (length,)), flux2_klein_template
+    ),
 }
 
 
@@ -267,6 +303,12 @@ def _check_units(units: Sequence[Sequence[str | Sequence[str]]], num_prompts: in
             unit_pieces.append(list(pieces))
         checked.append(unit_pieces)
     return checked
+
+
+def _check_template(template: tuple[str, str]) -> tuple[str, str]:
+    if not isinstance(template, (tuple, list)) or len(template) != 2 or not all(isinstance(t, str) for t in template):
+        raise TypeError(f"template: expected two strings, those before and after a prompt, got {template!r}")
+    return template[0], template[1]
 
 
 def _segments(tokenizers: Any, max_lengths: Sequence[int] | None) -> list[tuple[list[Any], int]]:

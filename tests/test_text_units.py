@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from star_kernels.text_units import TextUnits
+from star_kernels.text_units import TextUnits, chat_template
 from tests import tiny_models
 
 CLIP = tiny_models.tiny_clip_tokenizer()
@@ -252,6 +252,24 @@ def test_from_pipeline_builds_the_text_axis_of_encode_prompt(with_t5):
     else:
         assert embeddings[:, 77:].abs().sum() == 0 and units.weights[:, 77:].sum() == 0
     assert TextUnits.from_pipeline(pipe, prompts, [[], []]).weights.shape[1] == 77 + 256
+
+
+def test_what_a_template_writes_around_a_prompt_belongs_to_no_unit():
+    before, after = chat_template(lambda prompt: f"a dog below: {prompt} a dog")
+    units = TextUnits.from_prompts(
+        ["a dog", ""], [["dog"], []], tokenizers=CLIP, max_lengths=[20], template=(before, after)
+    )
+    text = f"{before}a dog{after}"
+    assert marked_text(CLIP, text, units.weights[0, :, 0], 20) == "dog" and text.count("dog") == 3
+    ids = CLIP(text, padding="max_length", max_length=20)["input_ids"]
+    (place,) = units.weights[0, :, 0].nonzero().flatten().tolist()
+    assert ids[:place].count(ids[place]) == 1 and ids[place + 1 :].count(ids[place]) == 1
+    for template in ("{}", ("a",), ("a", 1)):
+        with pytest.raises(TypeError, match="^template"):
+            TextUnits.from_prompts(["a"], [[]], tokenizers=CLIP, template=template)
+    for render in (str.upper, lambda prompt: 2 * prompt):
+        with pytest.raises(ValueError, match="^template: expected the prompt to stand once"):
+            chat_template(render)
 
 
 def test_rows_repeats_and_devices():

@@ -26,6 +26,7 @@ class TextAxis:
     tokenizers: Any
     max_lengths: tuple[int, ...]
     description: str
+    template: tuple[str, str] = ("", "")
 
 
 class Family(Protocol):

@@ -135,6 +135,7 @@ def _align(prompts: Sequence[Prompt], extractions: Sequence[Extraction], axis: T
             [extraction.units for extraction in extractions],
             tokenizers=axis.tokenizers,
             max_lengths=axis.max_lengths,
+            template=axis.template,
         )
     except ValueError as error:
         raise ConfigError(f"--max-sequence-length: {error}") from error
