@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
+from star_kernels import backends
 from star_kernels._checks import check_choice, check_tensor
 from star_kernels.attention import (
     DIRECTIONS,
@@ -360,9 +361,9 @@ def record_attention(
     Raises:
         TypeError: `transformer` is none of the above; `units`, `layers`, `rows` or `record_pass` of the wrong type; a
             block has another attention processor than the one whose work the recorder does in its family.
-        ValueError: layers, rows or record_pass out of range, an unknown direction or implementation, a model under
-            context parallelism. The forward pass raises it where `units` do not fit its batch rows or text tokens, or
-            `implementation` not the model.
+        ValueError: layers, rows or record_pass out of range, an unknown direction, implementation or backend, a model
+            under context parallelism. The forward pass raises it where `units` do not fit its batch rows or text
+            tokens, or `implementation` not the model.
         RuntimeError: `transformer` is being recorded already; a second forward pass in one step.
     """
     model, family = _unwrap(transformer)
@@ -375,7 +376,7 @@ def record_attention(
         _check_rows(rows),
         check_choice("direction", direction, DIRECTIONS),  # type: ignore[arg-type]
         check_choice("implementation", implementation, IMPLEMENTATIONS),  # type: ignore[arg-type]
-        backend,
+        check_choice("backend", backend, ("auto", *backends.NAMES)),
         _check_record_pass(record_pass),
         captures,
     )

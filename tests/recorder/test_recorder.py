@@ -753,6 +753,8 @@ def test_fused_projections_are_an_error_that_says_how_to_undo_them(untrained):
         (ValueError, "rows", {"rows": slice(0, 4, 2)}),
         (ValueError, "direction", {"direction": "text"}),
         (ValueError, "implementation", {"implementation": "flash"}),
+        (ValueError, "backend", {"backend": "fast"}),
+        (ValueError, "backend", {"units": None, "backend": "fast"}),
         (TypeError, "record_pass", {"record_pass": True}),
         (TypeError, "record_pass", {"record_pass": 0.0}),
         (ValueError, "record_pass", {"record_pass": -1}),
@@ -766,11 +768,6 @@ def test_bad_arguments_are_named(untrained, error, name, arguments):
 
 def test_a_negative_unit_weight_is_named(untrained):
     with pytest.raises(ValueError, match="unit_weights"), record_attention(untrained, -unit_weights()):
-        untrained(**inputs())
-
-
-def test_an_unknown_backend_is_named(untrained):
-    with pytest.raises(ValueError, match="backend"), record_attention(untrained, unit_weights(), backend="fast"):
         untrained(**inputs())
 
 
