@@ -155,6 +155,9 @@ class TextUnits:
                                     third text encoder
         FluxPipeline                `max_sequence_length` positions of T5 (512)
         Flux2KleinPipeline          `max_sequence_length` positions of Qwen3 (512), its chat template around the prompt
+        StableDiffusionPipeline     ``pipe.tokenizer.model_max_length`` CLIP positions (77), whatever
+                                    `max_sequence_length`
+        StableDiffusionXLPipeline   the same, which both tokenizers share
         =========================== ==================================================================================
 
         Args:
@@ -256,10 +259,18 @@ def _stable_diffusion_3(pipe: Any, length: int) -> tuple[tuple[Any, ...], tuple[
     return (clip or None, t5), (pipe.tokenizer_max_length, length)
 
 
+def _stable_diffusion(pipe: Any, length: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    clip = [getattr(pipe, part, None) for part in ("tokenizer", "tokenizer_2")]
+    present = tuple(tokenizer for tokenizer in clip if tokenizer is not None)
+    return (present,), (present[0].model_max_length,)
+
+
 _TEXT_AXES = {
     "StableDiffusion3Pipeline": _TextAxis(
         ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder_3", "tokenizer_max_length"), 256, _stable_diffusion_3
     ),
+    "StableDiffusionPipeline": _TextAxis(("tokenizer",), 77, _stable_diffusion),
+    "StableDiffusionXLPipeline": _TextAxis(("tokenizer", "tokenizer_2"), 77, _stable_diffusion),
     "FluxPipeline": _TextAxis(("tokenizer_2",), 512, lambda pipe, length: ((pipe.tokenizer_2,), (length,))),
     "Flux2KleinPipeline": _TextAxis(
         ("tokenizer",), 512, lambda pipe, length: ((pipe.tokenizer,), (length,)), flux2_klein_template

@@ -11,9 +11,12 @@ from star_trainer.config.paths import TINY_PIPELINE, folder_or_name
 from star_trainer.families.family import Family, Shapes
 from star_trainer.families.flux import Flux
 from star_trainer.families.sd3 import StableDiffusion3
+from star_trainer.families.unet import StableDiffusion, StableDiffusionXL
 
 # By the name of the pipeline's class.
-FAMILIES: dict[str, Family] = {family.pipeline_class: family for family in (StableDiffusion3(), Flux())}
+FAMILIES: dict[str, Family] = {
+    family.pipeline_class: family for family in (StableDiffusion3(), Flux(), StableDiffusion(), StableDiffusionXL())
+}
 
 
 def pipeline_source(name: str, key: str = "model.pipeline") -> str:

@@ -73,9 +73,12 @@ def load_parts(kinds: Mapping[str, Any], source: str, dtype: torch.dtype, vae_dt
     }
 
 
-def save_lora(pipeline: Any, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write LoRA weights of the transformer as a pipeline of a class of diffusers writes them."""
-    pipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
+def save_lora(
+    pipeline: Any, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any], part: str = "transformer"
+) -> None:
+    """Write LoRA weights of a part as a pipeline of a class of diffusers writes them."""
+    options = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+    pipeline.save_lora_weights(folder, **options)
 
 
 def read_lora(pipeline: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -38,3 +38,7 @@ AUTOENCODER_16: dict[str, Any] = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+# Of Stable Diffusion 1 and XL.
+AUTOENCODER_4 = {
+    name: value for name, value in AUTOENCODER_16.items() if name not in ("use_quant_conv", "use_post_quant_conv")
+} | {"latent_channels": 4}

@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PNDMScheduler,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -34,6 +40,7 @@ class SmallPipeline:
         guidance_scale: one that the model takes, or 1 for a model without guidance.
         packed: how the pipeline wants latents [1, C, H, W] that it is handed.
         unpacked: latents [1, C, H, W] of what it gives for ``output_type="latent"``, and the trainer's latent shape.
+        prepared: the pipeline as it samples what the trainer trains.
         options: what its call wants beside what all take.
         settings: what training it wants beside what all take.
         r0: whether rewards can be back-propagated through it.
@@ -44,6 +51,7 @@ class SmallPipeline:
     guidance_scale: float = 1.0
     packed: Callable[[Tensor], Tensor] = lambda latents: latents
     unpacked: Callable[[Tensor, tuple[int, int, int]], Tensor] = lambda latents, shape: latents
+    prepared: Callable[[Any], Any] = lambda pipeline: pipeline
     options: dict[str, Any] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
     r0: bool = True
@@ -78,7 +86,7 @@ class SmallPipeline:
     ) -> Any:
         options = {"height": size[0], "width": size[1], "num_inference_steps": steps, **self.options}
         options |= {"guidance_scale": guidance_scale, "output_type": output_type}
-        return pipeline(prompt, latents=self.packed(noise), **options).images
+        return self.prepared(pipeline)(prompt, latents=self.packed(noise), **options).images
 
 
 def autoencoder(blocks: int = 3, **config: Any) -> AutoencoderKL:
@@ -168,6 +176,79 @@ def flux(**config: Any) -> Any:
     )
 
 
+# Of the schedulers that Stable Diffusion is published with, which do not read all of it.
+NOISE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+
+
+def unet(**config: Any) -> UNet2DConditionModel:
+    """Of Stable Diffusion's kind: attention to the text at the resolution of latents, and at half of it."""
+    return UNet2DConditionModel(
+        **{
+            "sample_size": 16,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "attention_head_dim": 2,
+            "cross_attention_dim": 20,
+            **config,
+        }
+    )
+
+
+def stable_diffusion() -> Any:
+    """With the scheduler that Stable Diffusion 1.5 is published with, which is not the one that it is trained with."""
+    clip = tiny_clip_tokenizer(model_max_length=20)
+    return StableDiffusionPipeline(
+        unet=unet(),
+        vae=autoencoder(shift_factor=None),
+        scheduler=PNDMScheduler.from_config(NOISE),
+        tokenizer=clip,
+        text_encoder=CLIPTextModel(clip_config(clip, 20)),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl() -> Any:
+    """Whose latents are halved before they attend to the text."""
+    clip = tiny_clip_tokenizer(model_max_length=20)
+    return StableDiffusionXLPipeline(
+        unet=unet(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=12 + 6 * 4,
+        ),
+        vae=autoencoder(shift_factor=None),
+        scheduler=EulerDiscreteScheduler.from_config(NOISE, timestep_spacing="leading"),
+        tokenizer=clip,
+        tokenizer_2=clip,
+        text_encoder=CLIPTextModel(clip_config(clip, 8)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(clip, 12)),
+    )
+
+
+def with_ddim(pipeline: Any) -> Any:
+    """Whatever scheduler it is published with."""
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
 PIPELINES = {
     "sd3": SmallPipeline(
         stable_diffusion_3,
@@ -182,5 +263,19 @@ PIPELINES = {
         packed=packed,
         unpacked=unpacked,
         options={"max_sequence_length": LENGTH},
+    ),
+    "sd15": SmallPipeline(
+        stable_diffusion,
+        resolutions=((32, 48), (48, 24), (32, 36)),
+        guidance_scale=3.5,
+        prepared=with_ddim,
+        settings=("rollout.sampler=ddim", "rollout.eta=1.0"),
+    ),
+    "sdxl": SmallPipeline(
+        stable_diffusion_xl,
+        resolutions=((32, 48), (48, 24), (32, 36)),
+        guidance_scale=3.5,
+        prepared=with_ddim,
+        settings=("rollout.sampler=ddim", "rollout.eta=1.0"),
     ),
 }

@@ -31,7 +31,7 @@ def text_column_pass(
         return functional.scaled_dot_product_attention(query, key, value), None
     out, log_sum_exp = flash_with_log_sum_exp(query, key, value)
     first, end = rows or (0, len(query))
-    image, text = _places(query.shape[2], num_image_tokens, text_first)
+    image, text = _places(query, key, num_image_tokens, text_first)
     logits = query[first:end, :, image] @ key[first:end, :, text].mT  # [rows, heads, image, text]
     logits = logits.float().mul_(query.shape[-1] ** -0.5)
     probabilities = logits.sub_(log_sum_exp[first:end, :, image, None]).exp_()
@@ -70,18 +70,20 @@ def materialised(
     if unit_weights is None:
         return functional.scaled_dot_product_attention(query, key, value), None
     first, end = rows or (0, len(query))
-    image, text = _places(query.shape[2], num_image_tokens, text_first)
+    image, text = _places(query, key, num_image_tokens, text_first)
     probabilities = ((query @ key.mT) * query.shape[-1] ** -0.5).softmax(-1)
     captured = probabilities[first:end, :, image, text].mean(1).float() @ unit_weights.float()
     return probabilities @ value, _add(mass, captured)
 
 
-def _places(num_tokens: int, num_image_tokens: int, text_first: bool) -> tuple[slice, slice]:
-    """Those of the image tokens and of the text tokens."""
-    num_text = num_tokens - num_image_tokens
+def _places(query: Tensor, key: Tensor, num_image_tokens: int, text_first: bool) -> tuple[slice, slice]:
+    """Those of the image tokens among the queries, and of the text tokens among the keys."""
+    num_text = query.shape[2] - num_image_tokens
+    if num_text == 0:
+        return slice(None), slice(None)
     if text_first:
         return slice(num_text, None), slice(num_text)
-    return slice(num_image_tokens), slice(num_image_tokens, None)
+    return slice(num_image_tokens), slice(num_image_tokens, key.shape[2])
 
 
 def _add(mass: Tensor | None, captured: Tensor) -> Tensor:
