@@ -21,7 +21,7 @@ OLDEST_TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all bench lint docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -45,6 +45,9 @@ lint: $(VENV)/.built-dev ## Check style, formatting, types and which room import
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: $(VENV)/.installed-dev ## Build the site from docs/ into build/site; what is not as it should be is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 clean: ## Remove what was built and installed; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info star_kernels/_C*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

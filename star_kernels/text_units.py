@@ -162,7 +162,9 @@ class TextUnits:
 
         Args:
             pipe: the pipeline, for its tokenizers and for which text encoders it has.
-            prompts, units, normalize: see `from_prompts`.
+            prompts: see `from_prompts`.
+            units: see `from_prompts`.
+            normalize: see `from_prompts`.
             max_sequence_length: what ``encode_prompt`` or the pipeline is called with, by default as there.
 
         Raises:

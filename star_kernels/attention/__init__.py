@@ -57,8 +57,8 @@ def joint_attention(
 
     Args:
         query: [B, heads, N, D], float32, bfloat16, float16 or float64, any strides.
-        key, value: [B, heads, N_keys, D], dtype and device of `query`. N_keys = N unless all queries are image tokens.
-            Under ``torch.autocast`` the three are cast as ``scaled_dot_product_attention`` casts them.
+        key: [B, heads, N_keys, D], dtype and device of `query`. N_keys = N unless all queries are image tokens.
+        value: like `key`. Under ``torch.autocast`` the three are cast as ``scaled_dot_product_attention`` casts them.
         unit_weights: U, [rows, N_text, K], any of the same dtypes, finite and >= 0, or None to capture nothing. The
             values are checked on the CPU only: on a GPU the check would have to wait for the device.
         num_image_tokens: how many of the N queries are image tokens, 1 to N.
