@@ -7,6 +7,7 @@ from star_kernels.attention.mass import attention_mass as attention_mass
 from star_kernels.backends import available_backends as available_backends
 from star_kernels.policy_loss import PolicyLoss as PolicyLoss
 from star_kernels.policy_loss import policy_loss as policy_loss
+from star_kernels.policy_loss import position_clip_range as position_clip_range
 from star_kernels.recorder import AttentionRecorder as AttentionRecorder
 from star_kernels.recorder import record_attention as record_attention
 from star_kernels.text_units import TextUnits as TextUnits

@@ -15,8 +15,9 @@ from .._gaussian import TransitionCoefficients
 from .._operators import apply_of, is_traced
 from . import cpu, reference
 from .checks import checked, with_rows
+from .clip_range import position_clip_range
 
-__all__ = ["PolicyLoss", "policy_loss"]
+__all__ = ["PolicyLoss", "policy_loss", "position_clip_range"]
 
 KERNELS = ("triton", "cpu")
 _PIECE = 2**16  # entries of a gradient that are scaled at a time
@@ -97,8 +98,8 @@ def policy_loss(
         objective: ``clip``, ``none``, ``guard`` or ``dppo``.
         old_velocity: velocity in the rollout (guidance already applied), same shape as `velocity`; needed by guard and
             dppo. With it the divergence is reported under every objective.
-        clip_range: ε, or (ε_low, ε_high), each in [0, 1); an image's is multiplied by ω, a position's is as given. Not
-            used by none and dppo.
+        clip_range: ε, or (ε_low, ε_high), each in [0, 1); an image's is multiplied by ω, a position's is as given
+            (`position_clip_range` makes it from an image's). Not used by none and dppo.
         divergence_limit: of dppo, at least 0; not used by the others.
         granularity: ``position`` or ``image``.
         reference_velocity: final velocity of the reference model (guidance already applied), same shape as `velocity`.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_number, check_tensor
 from .._gaussian import check_coefficients, check_guidance
+from .clip_range import check_clip_range
 from .reference import OBJECTIVES, Inputs
 
 GRANULARITIES = ("position", "image")
@@ -57,7 +58,7 @@ def checked(inputs: Inputs) -> Inputs:
         limit = check_number("divergence_limit", limit, low=0.0)
     elif objective == "dppo":
         raise ValueError("divergence_limit: expected a number of at least 0 because objective is 'dppo', got None")
-    clip_range = _check_clip_range(inputs.clip_range)
+    clip_range = check_clip_range("clip_range", inputs.clip_range)
     check_choice("granularity", inputs.granularity, GRANULARITIES)
     check_choice("kl_scale", inputs.kl_scale, KL_SCALES)
     kl_weight = check_number("kl_weight", inputs.kl_weight, low=0.0)
@@ -75,13 +76,3 @@ def checked(inputs: Inputs) -> Inputs:
         kl_weight=kl_weight,
         guidance_scale=guidance,
     )
-
-
-def _check_clip_range(clip_range: object) -> tuple[float, float]:
-    if not isinstance(clip_range, (tuple, list)):
-        bound = check_number("clip_range", clip_range, low=0.0, high=1.0, high_open=True)
-        return bound, bound
-    if len(clip_range) != 2:
-        raise ValueError(f"clip_range: expected a number or (low, high), got {len(clip_range)} numbers")
-    low, high = (check_number("clip_range", bound, low=0.0, high=1.0, high_open=True) for bound in clip_range)
-    return low, high

@@ -400,9 +400,8 @@ def plan_steps(
     config, trained = state.config, [coefficients[step] for step in steps]
     limit = config.train.clip_range
     if config.granularity == "position":
-        # An image's log-ratio averages H*W times as many numbers, so that its spread is sqrt(H*W) times smaller.
         _, height, width = state.policy.latent_shape
-        limit *= math.sqrt(height * width)
+        limit = sk.position_clip_range(limit, height, width)
     weights, spreads = [1.0] * len(steps), [1.0] * len(steps)
     if config.allocation.temporal != "none":
         weights = sk.temporal_weights(trained, kind=config.allocation.temporal).tolist()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import star_kernels as sk
+from star_kernels.policy_loss.clip_range import position_factor
 from star_trainer.config import Config, ConfigError, Model
 from star_trainer.config.paths import folder_or_name
 from star_trainer.families import family_named, family_of, pipeline_source
@@ -273,7 +274,7 @@ def check_against_model(config: Config, family: Family, shape: Any, vae_scale: i
         raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
     _, height, width = family.latent_shape(config.model, shape, vae_scale)
     # A position's range is so many times the image's, and a step's at most so many times their mean.
-    factor = (height * width) ** 0.5 if config.granularity == "position" else 1.0
+    factor = position_factor(height, width) if config.granularity == "position" else 1.0
     factor *= config.rollout.noisy_steps if config.train.clip_range_by_step == "spread" else 1
     if not config.trains_by_reward_gradient and config.train.clip_range * factor >= 1.0:
         raise ConfigError(
