@@ -6,7 +6,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +71,7 @@ class TextUnits:
         tokenizers: Any,
         max_lengths: Sequence[int] | None = None,
         template: tuple[str, str] = ("", ""),
+        dropped: int = 0,
         normalize: bool = False,
     ) -> TextUnits:
         """Find each prompt's units in its text and mark their tokens.
@@ -96,6 +97,8 @@ class TextUnits:
                 the SD3 pipeline's default for T5.
             template: what the pipeline writes before and after a prompt, as a chat template does; its tokens belong to
                 no unit (see `chat_template`).
+            dropped: how many of the first tokens, which the template makes, have no position on the text axis; the
+                lengths are those of what follows.
             normalize: divide each unit's weights by the number of its tokens.
 
         Raises:
@@ -107,6 +110,8 @@ class TextUnits:
         pieces = _check_units(units, len(prompts))
         segments = _segments(tokenizers, max_lengths)
         before, after = _check_template(template)
+        if isinstance(dropped, bool) or not isinstance(dropped, int) or dropped < 0:
+            raise ValueError(f"dropped: expected a number of tokens, got {dropped!r}")
 
         # In characters of the text that the tokenizers are given.
         spans = [
@@ -119,9 +124,10 @@ class TextUnits:
         start = 0
         for sharers, length in segments:
             for tokenizer in sharers:
-                for row, token_spans in enumerate(_token_spans(tokenizer, prompts, length)):
+                for row, token_spans in enumerate(_token_spans(tokenizer, prompts, length + dropped)):
+                    kept = [(place - dropped, span) for place, span in token_spans if place >= dropped]
                     for column, unit_spans in enumerate(spans[row]):
-                        positions = [start + i for i, span in token_spans if _overlaps(span, unit_spans)]
+                        positions = [start + place for place, span in kept if _overlaps(span, unit_spans)]
                         weights[row, positions, column] = 1.0
             start += length
 
@@ -158,6 +164,10 @@ class TextUnits:
         StableDiffusionPipeline     ``pipe.tokenizer.model_max_length`` CLIP positions (77), whatever
                                     `max_sequence_length`
         StableDiffusionXLPipeline   the same, which both tokenizers share
+        QwenImagePipeline           as many as the longest of `prompts` has behind the dropped part of the pipeline's
+                                    template, at most `max_sequence_length` (1024)
+        ZImagePipeline              as many as the longest of `prompts` has with the tokenizer's chat template around
+                                    it, at most `max_sequence_length` (512)
         =========================== ==================================================================================
 
         Args:
@@ -178,11 +188,14 @@ class TextUnits:
                 f"pipe: expected one of {', '.join(_TEXT_AXES)}, got {type(pipe).__name__} without "
                 f"{', '.join(lacking)}; for other pipelines call from_prompts with the tokenizers of the text axis"
             )
-        length = axis.default_length if max_sequence_length is None else max_sequence_length
-        tokenizers, max_lengths = axis.segments(pipe, length)
-        template = ("", "") if axis.template is None else axis.template(pipe.tokenizer)
-        options: dict[str, Any] = {"max_lengths": max_lengths, "template": template, "normalize": normalize}
-        return cls.from_prompts(prompts, units, tokenizers=tokenizers, **options)
+        options = axis.options(pipe, axis.default_length if max_sequence_length is None else max_sequence_length)
+        found = cls.from_prompts(prompts, units, **options, normalize=normalize)
+        if not axis.pads_to_longest:
+            return found
+        (before, after), most = options["template"], found.weights.shape[1] + options["dropped"]
+        texts = [before + prompt + after for prompt in prompts]
+        encoded = options["tokenizers"][0](texts, max_length=most, truncation=True)["input_ids"]
+        return replace(found, weights=found.weights[:, : max(map(len, encoded)) - options["dropped"]].contiguous())
 
     def __len__(self) -> int:
         """The number of prompts, B."""
@@ -224,13 +237,23 @@ class _TextAxis(NamedTuple):
         parts: attributes of the pipeline that are needed.
         default_length: what ``encode_prompt`` takes for max_sequence_length unless told otherwise.
         segments: from a pipeline and max_sequence_length the tokenizers and lengths of `TextUnits.from_prompts`.
-        template: from its tokenizer what it writes before and after a prompt, if anything.
+        template: what it writes before and after a prompt, if anything.
+        dropped: how many of the first tokens it leaves out.
+        pads_to_longest: a batch has as many positions as its longest prompt, of one tokenizer.
     """
 
     parts: tuple[str, ...]
     default_length: int
     segments: Callable[[Any, int], tuple[tuple[Any, ...], tuple[int, ...]]]
-    template: Callable[[Any], tuple[str, str]] | None = None
+    template: Callable[[Any], tuple[str, str]] = lambda pipe: ("", "")
+    dropped: Callable[[Any], int] = lambda pipe: 0
+    pads_to_longest: bool = False
+
+    def options(self, pipe: Any, length: int) -> dict[str, Any]:
+        """Arguments of `TextUnits.from_prompts`."""
+        tokenizers, max_lengths = self.segments(pipe, length)
+        sequence = {"template": self.template(pipe), "dropped": self.dropped(pipe)}
+        return {"tokenizers": tokenizers, "max_lengths": max_lengths, **sequence}
 
 
 def chat_template(render: Callable[[str], str]) -> tuple[str, str]:
@@ -255,6 +278,16 @@ def flux2_klein_template(tokenizer: Any) -> tuple[str, str]:
     return chat_template(lambda prompt: tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options))
 
 
+def z_image_template(tokenizer: Any) -> tuple[str, str]:
+    """`chat_template` of ZImagePipeline: the user's turn, and an answer that begins, with thoughts or without."""
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+    return chat_template(lambda prompt: tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options))
+
+
+def _one_tokenizer(pipe: Any, length: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    return (pipe.tokenizer,), (length,)
+
+
 def _stable_diffusion_3(pipe: Any, length: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     clip = tuple(tokenizer for tokenizer in (pipe.tokenizer, pipe.tokenizer_2) if tokenizer is not None)
     t5 = None if pipe.text_encoder_3 is None else pipe.tokenizer_3
@@ -275,9 +308,27 @@ _TEXT_AXES = {
     "StableDiffusionXLPipeline": _TextAxis(("tokenizer", "tokenizer_2"), 77, _stable_diffusion),
     "FluxPipeline": _TextAxis(("tokenizer_2",), 512, lambda pipe, length: ((pipe.tokenizer_2,), (length,))),
     "Flux2KleinPipeline": _TextAxis(
-        ("tokenizer",), 512, lambda pipe, length: ((pipe.tokenizer,), (length,)), flux2_klein_template
+        ("tokenizer",), 512, _one_tokenizer, lambda pipe: flux2_klein_template(pipe.tokenizer)
+    ),
+    "QwenImagePipeline": _TextAxis(
+        ("tokenizer", "prompt_template_encode", "prompt_template_encode_start_idx"),
+        1024,
+        _one_tokenizer,
+        lambda pipe: chat_template(pipe.prompt_template_encode.format),
+        lambda pipe: int(pipe.prompt_template_encode_start_idx),
+        pads_to_longest=True,
+    ),
+    "ZImagePipeline": _TextAxis(
+        ("tokenizer",), 512, _one_tokenizer, lambda pipe: z_image_template(pipe.tokenizer), pads_to_longest=True
     ),
 }
+
+
+def text_axis_of(pipe: Any, length: int) -> dict[str, Any]:
+    """Arguments of `TextUnits.from_prompts` for a pipeline of diffusers that `TextUnits.from_pipeline` knows, where
+    every prompt is padded and cut to `length`."""
+    name = next(kind.__name__ for kind in type(pipe).__mro__ if kind.__name__ in _TEXT_AXES)
+    return _TEXT_AXES[name].options(pipe, length)
 
 
 def stands_in(prompt: str, unit: str) -> bool:
