@@ -274,13 +274,11 @@ def chat_template(render: Callable[[str], str]) -> tuple[str, str]:
 
 def flux2_klein_template(tokenizer: Any) -> tuple[str, str]:
     """`chat_template` of Flux2KleinPipeline: the user's turn, and an answer without thoughts that begins."""
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    return chat_template(lambda prompt: tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options))
+    return _user_turn(tokenizer, thinking=False)
 
 
-def z_image_template(tokenizer: Any) -> tuple[str, str]:
-    """`chat_template` of ZImagePipeline: the user's turn, and an answer that begins, with thoughts or without."""
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+def _user_turn(tokenizer: Any, *, thinking: bool) -> tuple[str, str]:
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
     return chat_template(lambda prompt: tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options))
 
 
@@ -319,7 +317,11 @@ _TEXT_AXES = {
         pads_to_longest=True,
     ),
     "ZImagePipeline": _TextAxis(
-        ("tokenizer",), 512, _one_tokenizer, lambda pipe: z_image_template(pipe.tokenizer), pads_to_longest=True
+        ("tokenizer",),
+        512,
+        _one_tokenizer,
+        lambda pipe: _user_turn(pipe.tokenizer, thinking=True),
+        pads_to_longest=True,
     ),
 }
 

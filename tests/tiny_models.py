@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from tokenizers import normalizers
-from transformers import CLIPTokenizer, T5Tokenizer
+from tokenizers import normalizers, trainers
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CLIP_MERGES = DATA / "clip_bpe_simple_vocab_16e6.txt.gz"
@@ -63,6 +64,30 @@ def tiny_t5_tokenizer(**options: Any) -> T5Tokenizer:
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, **{"model_max_length": 512, **options})
     # T5's own vocabulary file carries sentencepiece's table of the same normal form.
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer
+
+
+# What Qwen-Image's template has before a prompt.
+QWEN_TEXT = (
+    "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of "
+    "the objects and background:\nuser\nassistant\n"
+)
+QWEN_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """A Qwen2Tokenizer of all bytes, to which the words of TEXT and of its templates are a token, as to Qwen's own."""
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=_byte_symbols(), show_progress=False)
+    backend = Qwen2Tokenizer().backend_tokenizer
+    backend.train_from_iterator([TEXT, QWEN_TEXT], trainer)
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    special = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, additional_special_tokens=special)
+    tokenizer.chat_template = QWEN_CHAT_TEMPLATE
     return tokenizer
 
 

@@ -13,6 +13,7 @@ import torch
 from star_trainer.config import Config
 from star_trainer.families import read_shapes
 from star_trainer.families.family import Family
+from star_trainer.families.latents import vae_scale
 from star_trainer.families.policy import add_adapter, check_against_model
 from star_trainer.prompts import read_prompts
 from star_trainer.rewards import check_differentiable, check_reward
@@ -70,7 +71,7 @@ def plan(config: Config, processes: int = 1) -> Plan:
     family, shapes = read_shapes(config.model.pipeline)
     with torch.device("meta"):
         transformer, vae, encoders = *family.build_models(shapes), family.build_encoders(shapes)
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    scale = vae_scale(vae)
     check_against_model(config, family, transformer.config, scale)
     frozen = {
         "transformer": _count(transformer),

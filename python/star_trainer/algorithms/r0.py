@@ -54,7 +54,7 @@ def load_supervision(config: Config, rewards: Mapping[str, DifferentiableReward]
     Raises:
         ConfigError: a small decoder that cannot be loaded, or that is for other latents.
     """
-    if config.r0.checkpointing:
+    if config.r0.checkpointing and policy.pipeline.vae._supports_gradient_checkpointing:
         policy.pipeline.vae.enable_gradient_checkpointing()
     decoder = None
     if config.r0.small_decoder is not None:

@@ -15,9 +15,13 @@ class Conditioning:
     """What a model is told of B prompts: tensors [B, ...] by name, as text tokens and a pooled vector.
 
     They are contiguous however they were made: a linear layer may round differently for a view that repeats a row.
+
+    `lengths` [B], for models that take text of unequal length, says how many of the text tokens are a prompt's. It
+    stays on the CPU wherever the tensors go: a model that is called with lists would have to wait for it elsewhere.
     """
 
     tensors: Mapping[str, Tensor]
+    lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
@@ -27,7 +31,7 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, rows: Any) -> Conditioning:
-        return self._each(lambda tensor: tensor[rows])
+        return self._each(lambda tensor: tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows])
 
     def repeat(self, batch: int) -> Conditioning:
         """Those of one prompt for `batch` samples."""
@@ -38,7 +42,7 @@ class Conditioning:
         return self._each(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def to(self, device: str | torch.device) -> Conditioning:
-        return self._each(lambda tensor: tensor.to(device))
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.lengths)
 
     @property
     def nbytes(self) -> int:
@@ -47,10 +51,13 @@ class Conditioning:
     @classmethod
     def joined(cls, parts: Sequence[Conditioning]) -> Conditioning:
         """The rows of all parts, one after the other."""
-        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        lengths = [part.lengths for part in parts if part.lengths is not None]
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        return cls(tensors, torch.cat(lengths) if lengths else None)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        return Conditioning({name: change(tensor) for name, tensor in self.tensors.items()})
+        lengths = None if self.lengths is None else change(self.lengths)
+        return Conditioning({name: change(tensor) for name, tensor in self.tensors.items()}, lengths)
 
 
 # How a guidance scale above 1 acts: by a second prediction, for the empty prompt, or as an input of the model.

@@ -27,6 +27,7 @@ class TextAxis:
     max_lengths: tuple[int, ...]
     description: str
     template: tuple[str, str] = ("", "")
+    dropped: int = 0
 
 
 class Family(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from star_trainer.config import ConfigError, Model
 
@@ -29,6 +29,17 @@ def latent_size(config: Model, default: int, vae_scale: int) -> tuple[int, int]:
         return default, default
     height, width = config.size
     return height // vae_scale, width // vae_scale
+
+
+def vae_scale(vae: Any) -> int:
+    """Pixels of a latent position's side, as the pipeline of an autoencoder has them."""
+    halvings = vae.config.get("temperal_downsample")
+    return int(2 ** (len(vae.config.block_out_channels) - 1 if halvings is None else len(halvings)))
+
+
+def padded(text: Tensor, length: int) -> Tensor:
+    """[B, N, D] with zeros behind it, [B, length, D]."""
+    return pad(text, (0, 0, 0, length - text.shape[1]))
 
 
 def pack(latents: Tensor, patch: int = 2) -> Tensor:

@@ -28,6 +28,35 @@ T5_XXL: dict[str, Any] = {
     "vocab_size": 32128,
     "feed_forward_proj": "gated-gelu",
 }
+QWEN_2_5_VL_7B: dict[str, Any] = {
+    "text_config": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+    "tie_word_embeddings": False,
+}
+QWEN_3_4B: dict[str, Any] = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
 # Of Stable Diffusion 3 and FLUX.1: an eighth of the sides, 16 channels.
 AUTOENCODER_16: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],

@@ -136,6 +136,7 @@ def _align(prompts: Sequence[Prompt], extractions: Sequence[Extraction], axis: T
             tokenizers=axis.tokenizers,
             max_lengths=axis.max_lengths,
             template=axis.template,
+            dropped=axis.dropped,
         )
     except ValueError as error:
         raise ConfigError(f"--max-sequence-length: {error}") from error

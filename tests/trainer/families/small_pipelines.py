@@ -10,21 +10,36 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
-from tests.tiny_models import tiny_clip_tokenizer, tiny_t5_tokenizer, tiny_transformer
+from tests.tiny_models import tiny_clip_tokenizer, tiny_qwen_tokenizer, tiny_t5_tokenizer, tiny_transformer
 
 # Positions of the longest encoder, as model.max_sequence_length.
 LENGTH = 24
@@ -44,6 +59,7 @@ class SmallPipeline:
         options: what its call wants beside what all take.
         settings: what training it wants beside what all take.
         r0: whether rewards can be back-propagated through it.
+        guided: what its call wants for a guidance scale, as the trainer means it.
     """
 
     build: Callable[[], Any]
@@ -55,6 +71,7 @@ class SmallPipeline:
     options: dict[str, Any] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
     r0: bool = True
+    guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
 
     def save(self, folder: Path) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -85,7 +102,7 @@ class SmallPipeline:
         output_type: str,
     ) -> Any:
         options = {"height": size[0], "width": size[1], "num_inference_steps": steps, **self.options}
-        options |= {"guidance_scale": guidance_scale, "output_type": output_type}
+        options |= {**self.guided(guidance_scale), "output_type": output_type}
         return self.prepared(pipeline)(prompt, latents=self.packed(noise), **options).images
 
 
@@ -249,6 +266,62 @@ def with_ddim(pipeline: Any) -> Any:
     return pipeline
 
 
+def qwen_image() -> Any:
+    tokenizer = tiny_qwen_tokenizer()
+    sizes = {"in_channels": 16, "out_channels": 4, "joint_attention_dim": 24, "axes_dims_rope": (4, 6, 6)}
+    text = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 1, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 24}
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.2, 2.0],
+    )
+    # Else its pictures are nearly grey, whatever the latents.
+    torch.nn.init.normal_(vae.decoder.conv_out.weight)
+    return QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(num_layers=2, attention_head_dim=16, num_attention_heads=2, **sizes),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=300, shift_terminal=0.02
+        ),
+        tokenizer=tokenizer,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+    )
+
+
+def z_image() -> Any:
+    tokenizer = tiny_qwen_tokenizer()
+    sizes = {"in_channels": 4, "dim": 32, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 24}
+    axes = {"axes_dims": [4, 6, 6], "axes_lens": [64, 16, 16]}
+    transformer = ZImageTransformer2DModel(n_layers=2, n_refiner_layers=1, **sizes, **axes)
+    for pad_token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(pad_token)
+    return ZImagePipeline(
+        transformer=transformer,
+        vae=autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=tokenizer,
+        text_encoder=Qwen3Model(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=24,
+                intermediate_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=12,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        ),
+    )
+
+
 PIPELINES = {
     "sd3": SmallPipeline(
         stable_diffusion_3,
@@ -277,5 +350,21 @@ PIPELINES = {
         guidance_scale=3.5,
         prepared=with_ddim,
         settings=("rollout.sampler=ddim", "rollout.eta=1.0"),
+    ),
+    "qwen_image": SmallPipeline(
+        qwen_image,
+        resolutions=((32, 48), (48, 24), (32, 36)),
+        guidance_scale=3.5,
+        packed=packed,
+        unpacked=unpacked,
+        options={"max_sequence_length": LENGTH},
+        guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": None if scale == 1.0 else ""},
+    ),
+    "z_image": SmallPipeline(
+        z_image,
+        resolutions=((32, 48), (48, 24), (32, 36)),
+        guidance_scale=3.5,
+        options={"max_sequence_length": LENGTH},
+        guided=lambda scale: {"guidance_scale": scale - 1.0},
     ),
 }

@@ -120,7 +120,7 @@ class Counts:
         section, latent = config.rollout, torch.empty(1, *policy.latent_shape, device="meta")
         samples = section.prompts * section.samples
         trained_steps = max(1, round(config.train.step_fraction * section.noisy_steps))
-        decode = torch.no_grad()(lambda: policy.pipeline.vae.decode(latent))
+        decode = torch.no_grad()(lambda: policy.pixels(latent))
         decoding = samples * self._once("decoding", UNIFORM, lambda: count(decode))
         sampling = samples * section.steps * self.rollout_step(arm) // self._case.rollout_batch
         prompts, of_each = self._case.update_groups
