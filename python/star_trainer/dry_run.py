@@ -14,7 +14,7 @@ from star_trainer.config import Config
 from star_trainer.families import read_shapes
 from star_trainer.families.family import Family
 from star_trainer.families.latents import vae_scale
-from star_trainer.families.policy import add_adapter, check_against_model
+from star_trainer.families.policy import add_adapter, check_against_model, check_layers
 from star_trainer.prompts import read_prompts
 from star_trainer.rewards import check_differentiable, check_reward
 from star_trainer.run.inputs import check_backend, check_prompts, check_trackers, units_not_found
@@ -73,6 +73,7 @@ def plan(config: Config, processes: int = 1) -> Plan:
         transformer, vae, encoders = *family.build_models(shapes), family.build_encoders(shapes)
     scale = vae_scale(vae)
     check_against_model(config, family, transformer.config, scale)
+    check_layers(config, transformer)
     frozen = {
         "transformer": _count(transformer),
         "autoencoder": _count(vae),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 import star_kernels as sk
 from star_trainer.config import Allocation, TrainerError
@@ -148,14 +149,7 @@ def denoise(
                     velocities.append(prediction.guided)
             if recorder is not None:
                 assert allocation is not None, "recorded"
-                weights.append(
-                    sk.allocation_map(
-                        recorder.mass,
-                        policy.grid,
-                        backend=backend,
-                        **allocation.options(step),
-                    )
-                )
+                weights.append(map_of_step(policy, recorder, allocation, step, backend))
                 recorder.discard_step()
     if not torch.isfinite(latents[-1]).all():
         bad = [i for i in range(batch) if not torch.isfinite(latents[-1][i]).all()]
@@ -172,6 +166,16 @@ def denoise(
         torch.stack(velocities) if velocities else None,
         None if recorder is None else recorder.implementation,
     )
+
+
+def map_of_step(policy: Policy, recorder: Any, allocation: Allocation, step: int, backend: str) -> Tensor:
+    """The allocation map [B, h, w] of what was recorded at a step, on the policy's grid.
+
+    Layers that are all coarser than it, of a U-Net, give one of their grid, whose places several tokens then share.
+    """
+    grid = recorder.grid or policy.grid
+    weights = sk.allocation_map(recorder.mass, grid, backend=backend, **allocation.options(step))
+    return weights if grid == policy.grid else interpolate(weights[:, None], policy.grid, mode="nearest")[:, 0]
 
 
 def with_last(maps: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from star_trainer.run.log import Iteration
 from star_trainer.run.processes import fail_together, gather, gather_array, without_synchronisation
 from star_trainer.run.randomness import numpy_stream, stream
 from star_trainer.run.state import TrainingState
-from star_trainer.sampling import NonFiniteError, text_units
+from star_trainer.sampling import NonFiniteError, map_of_step, text_units
 
 # Between these noise levels the first model guides: at the ends it sees noise alone, or nothing that it could add.
 _GUIDANCE_LEVELS = (0.1, 0.9)
@@ -358,14 +358,7 @@ def _sample(
             if recorder is None:
                 continue
             with torch.no_grad():
-                trajectory.maps.append(
-                    sk.allocation_map(
-                        recorder.mass,
-                        policy.grid,
-                        backend=config.backend,
-                        **allocation.options(step),
-                    )
-                )
+                trajectory.maps.append(map_of_step(policy, recorder, allocation, step, config.backend))
             recorder.discard_step()
     return trajectory
 

@@ -338,8 +338,11 @@ class Allocation(Section):
     combine: Literal["mean", "max"] = Field("mean", description="across the units of a prompt")
     smooth: bool = Field(False, description="3x3 binomial filter")
     clamp: tuple[float, float] | None = Field(None, description="smallest and largest weight")
-    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, min_length=1, description="transformer blocks that are recorded, or null for all"
+    layers: list[Annotated[int, Field(ge=0)] | str] | None = Field(
+        None,
+        min_length=1,
+        description="blocks that are recorded, by number or by name (such as mid_block or up_blocks.1 of a U-Net), or "
+        "null for all",
     )
     implementation: Literal["auto", "fused", "sdpa"] = Field(
         "auto",

@@ -80,6 +80,7 @@ class Policy:
             ConfigError: as of `check_against_model`.
         """
         check_against_model(config, self.family, self.model.config, self.vae_scale)
+        check_layers(config, self.model)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that are trained, by name."""
@@ -270,7 +271,7 @@ def check_against_model(config: Config, family: Family, shape: Any, vae_scale: i
             f"got {config.rollout.sampler}"
         )
     blocks = family.num_layers(shape)
-    if config.allocation.layers is not None and max(config.allocation.layers) >= blocks:
+    if any(isinstance(layer, int) and layer >= blocks for layer in config.allocation.layers or ()):
         raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
     _, height, width = family.latent_shape(config.model, shape, vae_scale)
     # A position's range is so many times the image's, and a step's at most so many times their mean.
@@ -281,6 +282,21 @@ def check_against_model(config: Config, family: Family, shape: Any, vae_scale: i
             f"train.clip_range: expected below {1.0 / factor:.4g}, which is 1/sqrt(H*W) where ratios are per position, "
             f"over the number of steps where ranges are spread over them, got {config.train.clip_range}"
         )
+
+
+def check_layers(config: Config, model: Any) -> None:
+    """Refuse names of layers that a transformer, which may be on the meta device, does not have.
+
+    Raises:
+        ConfigError: with one that it has.
+    """
+    if not any(isinstance(layer, str) for layer in config.allocation.layers or ()):
+        return
+    try:
+        with sk.record_attention(model, None, layers=config.allocation.layers):
+            pass
+    except ValueError as error:
+        raise ConfigError(f"allocation.{error}") from error
 
 
 def load_pipeline(config: Model) -> Any:

@@ -294,20 +294,69 @@ def test_sizes_are_in_the_unit_that_suits_them(capsys: pytest.CaptureFixture[str
 
 
 def test_all_presets_are_tested_here() -> None:
-    assert set(preset_names()) == {"tiny", "tiny_pickscore", "tiny_r0", "sd3m_r0", *OWN, *FLUX}
+    others = {"tiny", "tiny_pickscore", "tiny_r0", "sd3m_r0", "sd14_hps", "sd15_r0"}
+    assert set(preset_names()) == {*others, *OWN, *FLUX}
 
 
-def test_r0_starts_from_stable_diffusion_3_medium(nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = load_config("sd3m_r0")
-    assert config.method == "r0" and config.rollout.steps == config.evaluation.steps == 4
-    assert main(["sd3m_r0", "--dry-run", "--processes", "8"]) == 0
+def test_stable_diffusion_on_hps_has_the_published_settings(nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("sd14_hps")
+    # DanceGRPO's on eight GPUs: 4 prompts of 16 samples on each, steps of 8 batches of 4.
+    expected = {
+        "model.pipeline": "CompVis/stable-diffusion-v1-4",
+        "model.dtype": "bfloat16",
+        "model.tf32": True,
+        "model.lora": None,
+        "rollout.prompts": 8 * 4,
+        "rollout.samples": 16,
+        "rollout.steps": 50,
+        "rollout.sde_steps": int((50 - 1) * 1.0),
+        "rollout.sampler": "ddim",
+        "rollout.eta": 1.0,
+        "rollout.guidance_scale": 5.0,
+        "rollout.shared_noise": True,
+        "reward.terms": {"hps": 1.0},
+        "train.iterations": 300,
+        "train.updates": 8 * 4 * 16 // (8 * 8 * 4),
+        "train.batch_size": 4,
+        "train.step_fraction": 1.0,
+        "train.clip_range": 1e-4,
+        "train.kl_weight": 0.0,
+        "train.learning_rate": 1e-5,
+        "train.betas": (0.9, 0.999),
+        "train.weight_decay": 1e-4,
+        "train.max_gradient_norm": 1.0,
+        "train.advantage_std": "group",
+        "train.advantage_clip": 5.0,
+    }
+    assert {key: setting(config, key) for key in expected} == expected
+    assert main(["sd14_hps", "--dry-run", "--processes", "8"]) == 0
     printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     printed = {key: value.strip() for key, value in printed.items()}
-    # Two billion, as published.
-    assert printed["parameters, transformer"] == "2,028,328,000"
-    # Eight images in two batches, four steps, each run once to sample and once for its gradient; an image at a time.
+    assert printed["trainable parameters"] == printed["parameters, transformer"] == "859,520,964"
+    assert printed["method"] == "star, ddim, rewards hps"
+    # 49 steps of 16 batches, each a backward pass; without the prompt too, and once more for the old log-probs.
+    assert printed["model calls, update"].startswith(f"{49 * 16 * 4:,} on each of 8 processes, {49 * 16:,} of")
+    assert not list(nowhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "transformer", "rewarded"),
+    # As published; an image at a time, and four.
+    [("sd3m_r0", "2,028,328,000", 8), ("sd15_r0", "859,520,964", 2)],
+)
+def test_r0_starts_from_the_papers_models(
+    name: str, transformer: str, rewarded: int, nowhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(name)
+    assert config.method == "r0" and config.rollout.steps == config.evaluation.steps == 4
+    assert config.model.levels == "even"
+    assert main([name, "--dry-run", "--processes", "8"]) == 0
+    printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    printed = {key: value.strip() for key, value in printed.items()}
+    assert printed["parameters, transformer"] == transformer
+    # Eight images in two batches, four steps, each run once to sample and once for its gradient.
     assert printed["model calls, rollout"].startswith("8 of up to 4 samples on each of 8")
     assert printed["model calls, update"].startswith("8 on each of 8 processes, 8")
     assert list(config.reward.terms) == ["hps", "image_reward", "clip_score"]
-    assert printed["reward calls"] == "24 on each of 8 processes"
+    assert printed["reward calls"] == f"{3 * rewarded} on each of 8 processes"
     assert not list(nowhere.iterdir())

@@ -37,7 +37,7 @@ from star_trainer.run.inputs import PromptSource
 from star_trainer.run.processes import full_tensor
 from star_trainer.run.randomness import numpy_stream
 from star_trainer.run.state import TrainingState
-from star_trainer.sampling import text_units, with_last
+from star_trainer.sampling import map_of_step, text_units, with_last
 from star_trainer.worlds.scenes.oracle import true_maps
 
 # Iterations of the rollouts' random numbers that no training reaches, so that no batch was trained on.
@@ -328,9 +328,7 @@ def other_weights(state: TrainingState, rollout: Rollout, allocations: Mapping[s
                     latents = trajectory.latents[step, rows].to(policy.device)
                     policy.velocity(latents, rollout.timesteps[step], rollout.conditioning_of(rows))
                     for name, allocation in own.items():
-                        maps[name][step, rows] = sk.allocation_map(
-                            recorder.mass, policy.grid, backend=config.backend, **allocation.options(step)
-                        )
+                        maps[name][step, rows] = map_of_step(policy, recorder, allocation, step, config.backend)
                     recorder.discard_step()
     return {name: with_last(own) if allocations[name].map == "geometric" else own for name, own in maps.items()}
 
