@@ -388,3 +388,9 @@ def test_every_real_clip_token_is_found_by_its_own_characters(real_clip):
         if doubled.isascii():
             for token, (begin, end) in zip(real_clip.convert_ids_to_tokens(ids)[1:-1], offsets[1:-1], strict=True):
                 assert token.removesuffix("</w>") == doubled[begin:end].lower()
+
+
+@pytest.mark.parametrize("dropped", [-1, 1.5, True])
+def test_what_is_dropped_is_a_number_of_tokens(dropped: object) -> None:
+    with pytest.raises(ValueError, match="^dropped: expected a number of tokens"):
+        TextUnits.from_prompts(["a cat"], [["cat"]], tokenizers=T5, dropped=dropped)

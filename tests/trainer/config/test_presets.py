@@ -75,6 +75,48 @@ PUBLISHED_FLUX = {
     "train.kl_weight": 0.0,
     "train.batch_size": 3,
 }
+# pickscore_qwenimage of Flow-GRPO and examples/grpo/lora/z_image/default.yaml of Flow-Factory.
+QWEN = {
+    "qwen_image_pickscore": {
+        "model.pipeline": "Qwen/Qwen-Image",
+        "rollout.prompts": 32,
+        "rollout.eta": 1.2,
+        "rollout.guidance_scale": 4.0,
+        "rollout.sde_window": SdeWindow(size=2, range=(0, 5)),
+        "evaluation.steps": 50,
+        "train.advantage_std": "batch",
+        "train.ema_decay": 0.0,
+    },
+    "z_image_pickscore": {
+        "model.pipeline": "Tongyi-MAI/Z-Image",
+        "rollout.prompts": 48,
+        "rollout.eta": 0.7,
+        # 4 where 0 is without.
+        "rollout.guidance_scale": 1.0 + 4.0,
+        "rollout.sde_window": SdeWindow(size=1, range=(1, 4)),
+        "evaluation.steps": 40,
+        "train.advantage_std": "group",
+        # 0.9 at every fourth iteration of two updates.
+        "train.ema_decay": round(0.9 ** (1 / 8), 3),
+    },
+}
+PUBLISHED_QWEN = {
+    "model.resolution": 512,
+    "model.lora.rank": 64,
+    "model.lora.alpha": 128,
+    "rollout.samples": 16,
+    "rollout.steps": 10,
+    "rollout.sampler": "flow_sde",
+    "reward.terms": {"pickscore": 1 / 26},
+    "train.updates": 2,
+    "train.clip_range": 1e-4,
+    "train.kl_weight": 0.0,
+    "train.learning_rate": 3e-4,
+    "train.betas": (0.9, 0.999),
+    "train.weight_decay": 1e-4,
+    "train.max_gradient_norm": 1.0,
+    "train.advantage_clip": 5.0,
+}
 FULL_STEPS = {
     "rollout.sampler": "flow_sde",
     "rollout.eta": 0.7,
@@ -131,6 +173,31 @@ def test_a_preset_of_flux_has_the_published_settings(name: str) -> None:
     expected = PUBLISHED | PUBLISHED_FLUX | FLUX[name]
     assert {key: setting(config, key) for key in expected} == expected
     assert config.method == "star" and config.units.source == "rules" and config.train.old_log_prob == "recompute"
+
+
+@pytest.mark.parametrize(
+    ("name", "transformer", "encoder", "tokens"),
+    # As published: twenty billion behind Qwen2.5-VL 7B, and six behind Qwen3 4B.
+    [
+        ("qwen_image_pickscore", 20_430_401_088, 8_292_166_656, 1024 + 128),
+        ("z_image_pickscore", 6_154_908_736, 4_022_468_096, 1024 + 512),
+    ],
+)
+def test_presets_of_qwen_image_and_z_image_have_the_published_settings_and_run_dry_without_files(
+    name: str, transformer: int, encoder: int, tokens: int, nowhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(name)
+    expected = PUBLISHED_QWEN | QWEN[name]
+    assert {key: setting(config, key) for key in expected} == expected
+    assert config.method == "star" and config.units.source == "rules" and config.train.old_log_prob == "recompute"
+    assert config.evaluation.guidance_scale == config.rollout.guidance_scale
+    assert main([name, "--dry-run", "--processes", "8"]) == 0
+    printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    printed = {key: value.strip() for key, value in printed.items()}
+    assert printed["parameters, transformer"] == f"{transformer:,}"
+    assert printed["parameters, text encoders"] == f"{encoder:,}"
+    assert printed["latent"] == f"16 x 64 x 64; {tokens:,} tokens, text included"
+    assert not list(nowhere.iterdir())
 
 
 @pytest.mark.parametrize("name", FLUX)
@@ -295,7 +362,7 @@ def test_sizes_are_in_the_unit_that_suits_them(capsys: pytest.CaptureFixture[str
 
 def test_all_presets_are_tested_here() -> None:
     others = {"tiny", "tiny_pickscore", "tiny_r0", "sd3m_r0", "sd14_hps", "sd15_r0"}
-    assert set(preset_names()) == {*others, *OWN, *FLUX}
+    assert set(preset_names()) == {*others, *OWN, *FLUX, *QWEN}
 
 
 def test_stable_diffusion_on_hps_has_the_published_settings(nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
