@@ -10,6 +10,7 @@ from star_trainer.config import ConfigError
 from star_trainer.config.paths import TINY_PIPELINE, folder_or_name
 from star_trainer.families.family import Family, Shapes
 from star_trainer.families.flux import Flux
+from star_trainer.families.flux2 import Flux2Klein
 from star_trainer.families.qwen_image import QwenImage
 from star_trainer.families.sd3 import StableDiffusion3
 from star_trainer.families.unet import StableDiffusion, StableDiffusionXL
@@ -18,7 +19,15 @@ from star_trainer.families.z_image import ZImage
 # By the name of the pipeline's class.
 FAMILIES: dict[str, Family] = {
     family.pipeline_class: family
-    for family in (StableDiffusion3(), Flux(), QwenImage(), ZImage(), StableDiffusion(), StableDiffusionXL())
+    for family in (
+        StableDiffusion3(),
+        Flux(),
+        Flux2Klein(),
+        QwenImage(),
+        ZImage(),
+        StableDiffusion(),
+        StableDiffusionXL(),
+    )
 }
 
 

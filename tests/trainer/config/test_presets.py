@@ -109,12 +109,32 @@ PUBLISHED_QWEN = {
     "rollout.sampler": "flow_sde",
     "reward.terms": {"pickscore": 1 / 26},
     "train.updates": 2,
+}
+# Flow-Factory's examples/grpo/lora/flux2_klein_base/default.yaml.
+KLEIN = {
+    "model.pipeline": "black-forest-labs/FLUX.2-klein-base-9B",
+    "model.resolution": 384,
+    "model.max_sequence_length": 512,
+    "model.lora.rank": 64,
+    "model.lora.alpha": 128,
+    "rollout.prompts": 48,
+    "rollout.samples": 16,
+    "rollout.steps": 8,
+    "rollout.sampler": "flow_sde",
+    "rollout.eta": 0.7,
+    "rollout.guidance_scale": 4.0,
+    "rollout.sde_window": SdeWindow(size=1, range=(1, 4)),
+    "evaluation.steps": 28,
+    "evaluation.guidance_scale": 4.0,
+    "train.updates": 2,
+    "train.batch_size": 1,
     "train.clip_range": 1e-4,
     "train.kl_weight": 0.0,
     "train.learning_rate": 3e-4,
     "train.betas": (0.9, 0.999),
     "train.weight_decay": 1e-4,
     "train.max_gradient_norm": 1.0,
+    "train.advantage_std": "group",
     "train.advantage_clip": 5.0,
 }
 FULL_STEPS = {
@@ -216,6 +236,22 @@ def test_a_dry_run_of_flux_needs_no_files_no_weights_and_no_network(
     steps = 5 if name == "flux1_pickscore" else 3
     assert printed["model calls, rollout"].startswith("30 of up to 8 samples on each of 32")
     assert printed["model calls, update"].startswith(f"{12 * steps * 2} on each of 32 processes, {12 * steps} of")
+    assert not list(nowhere.iterdir())
+
+
+def test_the_preset_of_flux2_klein_has_the_published_settings_and_runs_dry(
+    nowhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config("flux2_klein_pickscore")
+    assert {key: setting(config, key) for key in KLEIN} == KLEIN
+    assert config.train.ema_decay == pytest.approx(0.9 ** (1 / (4 * 2)), abs=2e-4)
+    assert main(["flux2_klein_pickscore", "--dry-run", "--processes", "8"]) == 0
+    printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    printed = {key: value.strip() for key, value in printed.items()}
+    assert printed["latent"] == "128 x 24 x 24; 1,088 tokens, text included"
+    # 12 batches of 8 by eight steps; 2 updates of 48 samples at one step, and for the old log-probs; all guided.
+    assert printed["model calls, rollout"].startswith("192 of up to 8 samples on each of 8")
+    assert printed["model calls, update"].startswith("384 on each of 8 processes, 96 of")
     assert not list(nowhere.iterdir())
 
 
@@ -363,7 +399,7 @@ def test_sizes_are_in_the_unit_that_suits_them(capsys: pytest.CaptureFixture[str
 
 def test_all_presets_are_tested_here() -> None:
     others = {"tiny", "tiny_pickscore", "tiny_r0", "sd3m_r0", "sd14_hps", "sd15_r0"}
-    assert set(preset_names()) == {*others, *OWN, *FLUX, *QWEN}
+    assert set(preset_names()) == {*others, *OWN, *FLUX, *QWEN, "flux2_klein_pickscore"}
 
 
 def test_stable_diffusion_on_hps_has_the_published_settings(nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:

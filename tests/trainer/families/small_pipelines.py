@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
@@ -34,6 +37,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -41,7 +45,7 @@ from transformers import (
 
 from tests.tiny_models import tiny_clip_tokenizer, tiny_qwen_tokenizer, tiny_t5_tokenizer, tiny_transformer
 
-# Positions of the longest encoder, as model.max_sequence_length.
+# The usual model.max_sequence_length.
 LENGTH = 24
 
 
@@ -52,6 +56,7 @@ class SmallPipeline:
     Attributes:
         build: the pipeline, of random weights; what it encodes and decodes depends on all of them.
         resolutions: two of (height, width), neither a square, and one that is no multiple of the step.
+        length: model.max_sequence_length.
         guidance_scale: one that the model takes, or 1 for a model without guidance.
         packed: how the pipeline wants latents [1, C, H, W] that it is handed.
         unpacked: latents [1, C, H, W] of what it gives for ``output_type="latent"``, and the trainer's latent shape.
@@ -64,6 +69,7 @@ class SmallPipeline:
 
     build: Callable[[], Any]
     resolutions: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    length: int = LENGTH
     guidance_scale: float = 1.0
     packed: Callable[[Tensor], Tensor] = lambda latents: latents
     unpacked: Callable[[Tensor, tuple[int, int, int]], Tensor] = lambda latents, shape: latents
@@ -103,7 +109,7 @@ class SmallPipeline:
     ) -> Any:
         options = {"height": size[0], "width": size[1], "num_inference_steps": steps, **self.options}
         options |= {**self.guided(guidance_scale), "output_type": output_type}
-        return self.prepared(pipeline)(prompt, latents=self.packed(noise), **options).images
+        return self.prepared(pipeline)(prompt=prompt, latents=self.packed(noise), **options).images
 
 
 def autoencoder(blocks: int = 3, **config: Any) -> AutoencoderKL:
@@ -322,6 +328,55 @@ def z_image() -> Any:
     )
 
 
+def flux2_klein(**config: Any) -> Any:
+    tokenizer = tiny_qwen_tokenizer()
+    # Features of its layers 9, 18 and 27 are joined.
+    encoder = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=27,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    sizes = {"in_channels": 16, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False}
+    blocks = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    transformer = Flux2Transformer2DModel(**sizes, **blocks)
+    # Random ones of their usual size would leave the blocks hardly any part in what comes out.
+    for name, weight in transformer.named_parameters():
+        if "_modulation" in name:
+            weight.data.mul_(8.0)
+    mean, variance = batch_statistics(16)
+    vae.bn.running_mean.copy_(mean)
+    vae.bn.running_var.copy_(variance)
+    return Flux2KleinPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        tokenizer=tokenizer,
+        text_encoder=Qwen3ForCausalLM(encoder),
+        **config,
+    )
+
+
+def batch_statistics(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.linspace(-1.0, 1.0, channels), torch.linspace(0.5, 2.0, channels)
+
+
+def normed(latents: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Latents as FLUX.2's model has them from those of its autoencoder, which the pipeline gives."""
+    mean, variance = (value.view(-1, 1, 1) for value in batch_statistics(shape[0]))
+    return (torch.nn.functional.pixel_unshuffle(latents, 2) - mean) / (variance + 1e-4).sqrt()
+
+
 PIPELINES = {
     "sd3": SmallPipeline(
         stable_diffusion_3,
@@ -366,5 +421,13 @@ PIPELINES = {
         guidance_scale=3.5,
         options={"max_sequence_length": LENGTH},
         guided=lambda scale: {"guidance_scale": scale - 1.0},
+    ),
+    "flux2_klein": SmallPipeline(
+        flux2_klein,
+        resolutions=((32, 48), (48, 24), (32, 36)),
+        guidance_scale=4.0,
+        unpacked=normed,
+        length=64,
+        options={"max_sequence_length": 64},
     ),
 }

@@ -27,12 +27,12 @@ from star_trainer.studies.evaluate import cli as evaluation
 from torch import Tensor
 
 from tests.tiny_models import WORDS
-from tests.trainer.families.small_pipelines import LENGTH, PIPELINES, SmallPipeline
+from tests.trainer.families.small_pipelines import PIPELINES, SmallPipeline
 
 PROMPT = "a red circle and a blue square"
 STEPS = 3
 TRAINING = [
-    *("run.progress=false", "run.trackers=[]", f"model.max_sequence_length={LENGTH}", "model.lora.targets=null"),
+    *("run.progress=false", "run.trackers=[]", "model.lora.targets=null"),
     *("rollout.prompts=2", "rollout.samples=2", "rollout.batch_size=4", f"rollout.steps={STEPS}"),
     *("rollout.sde_steps=2", "train.iterations=2", "train.updates=1", "train.batch_size=4"),
     *("train.learning_rate=1e-2", "train.ema_decay=0.0", "evaluation.prompts=2", "evaluation.interim_prompts=2"),
@@ -70,7 +70,8 @@ def folder(name: str, made_once: MadeOnce) -> Path:
 def settings(small: SmallPipeline, folder: Path) -> list[str]:
     """Those that say which pipeline, at the first of its resolutions."""
     height, width = small.resolutions[0]
-    return [f"model.pipeline={folder}", f"model.resolution=[{height}, {width}]", *small.settings]
+    length = f"model.max_sequence_length={small.length}"
+    return [f"model.pipeline={folder}", f"model.resolution=[{height}, {width}]", length, *small.settings]
 
 
 @pytest.fixture(scope="session")
@@ -252,9 +253,11 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(picture).astype(float)
 
 
-def test_units_are_found_by_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_units_are_found_by_the_command(
+    small: SmallPipeline, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "prompts.txt").write_text(PROMPT)
-    options = ["--pipeline", str(folder), "--max-sequence-length", str(LENGTH)]
+    options = ["--pipeline", str(folder), "--max-sequence-length", str(small.length)]
     assert units.main([str(tmp_path / "prompts.txt"), *options]) == 0
     assert "found in the token sequence: 2 of 2" in capsys.readouterr().out
 

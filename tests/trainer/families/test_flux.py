@@ -1,9 +1,10 @@
-"""FLUX.1 where the model reads no guidance scale, and what its family refuses."""
+"""FLUX.1 and FLUX.2 klein where the model has no guidance, what their families refuse, and published sizes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -12,7 +13,7 @@ from star_trainer.dry_run import plan
 from star_trainer.families.policy import load_policy
 from star_trainer.sampling import denoise
 
-from tests.trainer.families.small_pipelines import LENGTH, PIPELINES, flux
+from tests.trainer.families.small_pipelines import LENGTH, PIPELINES, flux, flux2_klein
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,45 @@ def test_published_models_are_known_without_their_files(name: str, transformer: 
     assert found.parameters["text encoders"] == pytest.approx(4.76e9 + 0.123e9, rel=0.01)
     assert found.parameters["autoencoder"] == pytest.approx(83.8e6, rel=0.01)
     assert found.latent == (16, 64, 96) and found.tokens == 32 * 48 + 512
+
+
+def test_a_distilled_klein_has_no_guidance_whatever_its_transformer_says(tmp_path: Path) -> None:
+    flux2_klein(is_distilled=True).save_pretrained(tmp_path)
+    settings = [f"model.pipeline={tmp_path}", "model.lora.targets=null"]
+    with pytest.raises(ConfigError, match="rollout.guidance_scale: expected 1 for a model without guidance, got 4.0"):
+        plan(load_config("tiny", [*settings, "rollout.guidance_scale=4.0"]))
+    config = load_config("tiny", [*settings, "evaluation.guidance_scale=4.0"])
+    policy = load_policy(config.model)
+    with pytest.raises(ConfigError, match="evaluation.guidance_scale"):
+        policy.check(config)
+    assert policy.guidance(1, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "transformer", "encoder", "guided"),
+    # As published: four and nine billion, behind Qwen3 of four and eight.
+    [
+        ("FLUX.2-klein-base-4B", 3.88e9, 4.02e9, True),
+        ("FLUX.2-klein-4B", 3.88e9, 4.02e9, False),
+        ("FLUX.2-klein-base-9B", 9.08e9, 8.19e9, True),
+    ],
+)
+def test_published_kleins_are_known_without_their_files(
+    name: str, transformer: float, encoder: float, guided: bool
+) -> None:
+    settings = [f"model.pipeline=black-forest-labs/{name}", "model.dtype=bfloat16", "model.resolution=[512, 768]"]
+    settings += ["model.lora.targets=null", "model.max_sequence_length=512"]
+    found = plan(load_config("tiny", settings))
+    assert found.parameters["transformer"] == pytest.approx(transformer, rel=0.005)
+    assert found.parameters["text encoders"] == pytest.approx(encoder, rel=0.005)
+    assert found.parameters["autoencoder"] == pytest.approx(84e6, rel=0.01)
+    assert found.latent == (128, 32, 48) and found.tokens == 32 * 48 + 512
+    if guided:
+        assert plan(load_config("tiny", [*settings, "rollout.guidance_scale=4.0"])).update_calls > found.update_calls
+
+
+def test_a_diffusers_without_the_pipeline_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flux2_klein().save_pretrained(tmp_path)
+    monkeypatch.setattr(diffusers, "Flux2KleinPipeline", None)
+    with pytest.raises(ConfigError, match=r"model\.pipeline: .*has no Flux2KleinPipeline"):
+        load_policy(load_config("tiny", [f"model.pipeline={tmp_path}"]).model)
