@@ -100,7 +100,7 @@ def attention(
     """
     num_queries, head_dim = query.shape[2:]
     query, key, value = _readable(query), _readable(key), _readable(value)
-    bias = None if key_mask is None else _bias(key_mask, query)
+    bias = None if key_mask is None else _bias(key_mask, query, -65504.0 if kernel == "cudnn" else -torch.inf)
     if query.device.type == "cpu":
         return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
     if kernel == "flash":
@@ -117,9 +117,9 @@ def attention(
     return out if out.shape[3] == head_dim else out[..., :head_dim], log_sum_exp
 
 
-def _bias(key_mask: Tensor, query: Tensor) -> Tensor:
+def _bias(key_mask: Tensor, query: Tensor, masked: float) -> Tensor:
     """What is added to the logits, [B, 1, 1, N_keys]: the form that ``scaled_dot_product_attention`` gives a mask."""
-    bias = torch.zeros_like(key_mask, dtype=query.dtype).masked_fill(key_mask.logical_not(), -torch.inf)
+    bias = torch.zeros_like(key_mask, dtype=query.dtype).masked_fill(key_mask.logical_not(), masked)
     return bias[:, None, None]
 
 

@@ -30,7 +30,7 @@ class Layer(NamedTuple):
     caller: nn.Module | None = None
 
 
-class Sequence(NamedTuple):
+class Layout(NamedTuple):
     """Where text stands in one forward pass of a model whose layers cannot tell it from the image, which is first.
 
     Attributes:
@@ -110,7 +110,7 @@ class Family(Protocol):
 class FollowsPasses(Protocol):
     """A `Family` that tells of each forward pass what its layers cannot."""
 
-    def sequence(self, model: Any, *args: Any, **kwargs: Any) -> Sequence:
+    def layout(self, model: Any, *args: Any, **kwargs: Any) -> Layout:
         """Of a call of `model` with these arguments.
 
         Raises:

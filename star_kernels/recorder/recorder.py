@@ -23,7 +23,7 @@ from star_kernels.attention import (
 )
 from star_kernels.attention.reference import num_text_keys
 from star_kernels.recorder import flux, flux2, qwen_image, sd3, unet, z_image
-from star_kernels.recorder.family import Family, FollowsPasses, Layer, OwnAttention, Sequence
+from star_kernels.recorder.family import Family, FollowsPasses, Layer, OwnAttention, Layout
 from star_kernels.text_units import TextUnits
 
 # The family of a model, by the name of the model's class or of one that it derives from.
@@ -167,20 +167,20 @@ class AttentionRecorder:
         if self._record_pass is None or self._in_recorded_pass:
             self._check_num_text_tokens(args[0].shape[1])
 
-    def _begin_sequence(self, sequence: Sequence) -> None:
-        self._num_image_tokens, self._placed = sequence.num_image_tokens, None
+    def _begin_layout(self, layout: Layout) -> None:
+        self._num_image_tokens, self._placed = layout.num_image_tokens, None
         if self._unit_weights is None or (self._record_pass is not None and not self._in_recorded_pass):
             return
-        first, end = self._row_range(len(sequence.captions), len(self._unit_weights))
-        longest, found = max(sequence.captions[first:end]), self._unit_weights.shape[1]
+        first, end = self._row_range(len(layout.captions), len(self._unit_weights))
+        longest, found = max(layout.captions[first:end]), self._unit_weights.shape[1]
         if found < longest:
             raise ValueError(
                 f"units: expected weights for the {longest} text tokens of this forward pass's longest recorded row, "
                 f"got {found}; {_SAME_ENCODING}"
             )
-        kept = self._unit_weights[:, : sequence.num_tokens - sequence.text_begin]
-        before = sequence.text_begin - sequence.num_image_tokens
-        behind = sequence.num_tokens - sequence.text_begin - kept.shape[1]
+        kept = self._unit_weights[:, : layout.num_tokens - layout.text_begin]
+        before = layout.text_begin - layout.num_image_tokens
+        behind = layout.num_tokens - layout.text_begin - kept.shape[1]
         self._placed = pad(kept, (0, 0, before, behind))
 
     def _attend(
@@ -589,7 +589,7 @@ def _follow_passes(model: nn.Module, family: Family, recorder: AttentionRecorder
         return
 
     def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder._begin_sequence(family.sequence(model, *args, **kwargs))
+        recorder._begin_layout(family.layout(model, *args, **kwargs))
 
     hook = model.register_forward_pre_hook(begin, with_kwargs=True)
     try:

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from star_kernels.recorder.dispatcher import recording_processor
-from star_kernels.recorder.family import Attend, Layer, Sequence
+from star_kernels.recorder.family import Attend, Layer, Layout
 
 MODEL = "ZImageTransformer2DModel"
 
@@ -30,7 +30,7 @@ def processor(layer: Layer, attend: Attend) -> Any:
     return recording_processor(layer, ZSingleStreamAttnProcessor, attend, text_first=False, masks_text=True)
 
 
-def sequence(model: Any, *args: Any, **kwargs: Any) -> Sequence:
+def layout(model: Any, *args: Any, **kwargs: Any) -> Layout:
     """Image tokens, then text, each filled up to a multiple of 32 with tokens that take part and stand for nothing.
 
     Raises:
@@ -51,4 +51,4 @@ def sequence(model: Any, *args: Any, **kwargs: Any) -> Sequence:
     captions = [len(caption) for caption in call.arguments["cap_feats"]]
     text_begin = image + -image % SEQ_MULTI_OF
     longest = max(captions)
-    return Sequence(image, text_begin, text_begin + longest + -longest % SEQ_MULTI_OF, captions)
+    return Layout(image, text_begin, text_begin + longest + -longest % SEQ_MULTI_OF, captions)

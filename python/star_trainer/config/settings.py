@@ -91,7 +91,11 @@ class Model(Section):
         None, description="of the autoencoder, or null for that of the other weights"
     )
     tf32: bool = Field(False, description="let a GPU round what goes into float32 matrix products to TF32")
-    max_sequence_length: Positive = Field(256, description="T5 positions; the tiny pipeline was trained with 16")
+    max_sequence_length: Positive = Field(
+        256,
+        description="positions of the text, where the pipeline leaves a choice (T5's, Qwen's); the tiny pipeline was "
+        "trained with 16",
+    )
     resolution: Resolution | None = Field(
         None, description="pixels of an image's sides, one number or [height, width], or null for the pipeline's own"
     )

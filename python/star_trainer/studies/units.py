@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", action="store_true", help="keep the units that stand in the file, make the others")
     parser.add_argument("--pipeline", help="tiny, or a pipeline's folder or name on a hub, whose tokenizers are asked")
     parser.add_argument(
-        "--max-sequence-length", type=positive, default=256, help="T5 positions of that pipeline's text axis (256)"
+        "--max-sequence-length", type=positive, default=256, help="positions of that pipeline's text (256)"
     )
     parser.add_argument("--show", type=int, default=20, help="how many prompts are shown (20)")
     return parser
