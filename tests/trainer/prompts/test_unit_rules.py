@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,3 +175,34 @@ def test_every_required_object_of_geneval_is_a_unit_with_its_colour() -> None:
 def test_every_quoted_text_of_the_ocr_prompts_is_a_unit_of_its_own() -> None:
     for text, _ in public_prompts("ocr_prompts.txt"):
         assert text.split('"')[1].strip() in units_by_rule(text)
+
+
+# Runs in a fresh interpreter that has torch and the packages of the extra `units` alone, of those that are installed.
+WITHOUT_THE_REST = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ImportError(f"{name} is hidden")
+
+HIDDEN = set(sys.argv[1:])
+sys.meta_path.insert(0, Hidden())
+from star_trainer.prompts.units.rules import units_by_rule
+print(units_by_rule("a red fox on a mossy stone"))
+"""
+MODULES = {"pillow": "PIL", "protobuf": "google", "pyyaml": "yaml"}
+
+
+def test_they_need_torch_and_the_packages_of_their_extra_alone() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    names = {extra: {entry.partition(">")[0] for entry in extras[extra]} for extra in ("train", "units")}
+    # tqdm is one of TextBlob's, and numpy one that torch looks for.
+    hidden = {MODULES.get(name, name) for name in names["train"] - names["units"] - {"tqdm", "numpy"}}
+    assert {"accelerate", "peft", "transformers", "diffusers", "PIL"} <= hidden
+    command = [sys.executable, "-c", WITHOUT_THE_REST, *hidden]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "['red fox', 'mossy stone']"
