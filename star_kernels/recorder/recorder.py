@@ -23,7 +23,7 @@ from star_kernels.attention import (
 )
 from star_kernels.attention.reference import num_text_keys
 from star_kernels.recorder import flux, flux2, qwen_image, sd3, unet, z_image
-from star_kernels.recorder.family import Family, FollowsPasses, Layer, OwnAttention, Layout
+from star_kernels.recorder.family import Family, FollowsPasses, Layer, Layout, OwnAttention
 from star_kernels.text_units import TextUnits
 
 # The family of a model, by the name of the model's class or of one that it derives from.
