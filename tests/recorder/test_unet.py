@@ -200,7 +200,8 @@ def test_blocks_that_checkpointing_runs_again_give_the_gradients_without_and_are
     model = unet()
     _, gradients = output_and_gradients(model)
     model.enable_gradient_checkpointing()
-    with record_attention(model, unit_weights(), implementation="sdpa") as recording:
+    # What the blocks' own attention keeps for its backward pass is not what this one keeps.
+    with record_attention(model, unit_weights(), implementation="fused") as recording:
         loss = model(**inputs()).sample.square().mean()
         if when == "in the step":
             loss.backward()
@@ -214,7 +215,7 @@ def test_blocks_that_checkpointing_runs_again_give_the_gradients_without_and_are
         loss.backward()
     assert_mass(recording.history[0], brought_to_one_grid(exact_masses(model, unit_weights()), GRIDS))
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.grad, gradients[name])
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-7)
 
 
 @torch.no_grad()
