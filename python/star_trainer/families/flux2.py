@@ -25,7 +25,8 @@ from star_trainer.families.family import Shapes, TextAxis
 from star_trainer.families.flow_schedule import check_euler, flow_schedule
 from star_trainer.families.latents import check_resolution, latent_size, pack, unpack
 from star_trainer.families.loading import load_parts, read_config, read_lora, save_lora
-from star_trainer.families.noising import FLOW, Noising
+from star_trainer.families.noising import FLOW
+from star_trainer.families.shapes import QWEN_3_4B
 
 # The side of a token in positions of the autoencoder's latents, of which the pipeline's own have that many.
 _PATCH, _OWN_SIZE = 2, 128
@@ -45,19 +46,9 @@ _KLEIN_9B = _KLEIN_4B | {
     "num_attention_heads": 32,
     "joint_attention_dim": 12288,
 }
-_QWEN3_4B: dict[str, Any] = {
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-}
-_QWEN3_8B = _QWEN3_4B | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+_QWEN3_8B = QWEN_3_4B | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 # The autoencoder is that of AutoencoderKLFlux2's own defaults.
-_SIZES = {"4B": (_KLEIN_4B, _QWEN3_4B), "9B": (_KLEIN_9B, _QWEN3_8B)}
+_SIZES = {"4B": (_KLEIN_4B, QWEN_3_4B), "9B": (_KLEIN_9B, _QWEN3_8B)}
 _PUBLISHED: dict[str, dict[str, Any]] = {
     f"black-forest-labs/FLUX.2-klein-{prefix}{size}": {
         "transformer": transformer,
@@ -79,7 +70,7 @@ class Flux2Klein:
     pipeline_class = "Flux2KleinPipeline"
     published: Mapping[str, Shapes] = _PUBLISHED
     model_part = "transformer"
-    noising: Noising = FLOW
+    noising = FLOW
     encoder_parts = ("text_encoder",)
     # Those that Flow-Factory trains by default.
     lora_targets = (
