@@ -295,7 +295,8 @@ def _within(arm: Arm, call: Callable[[], object]) -> object:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What one joint attention of the rollout sees: query, key and value [B, heads, N, D], image tokens first."""
+    """What one attention of the rollout sees: query, key and value [B, heads, N, D], image tokens first; in a U-Net
+    the queries are the image's alone, and keys and values the text's."""
 
     query: Tensor
     key: Tensor
@@ -314,9 +315,11 @@ def layer_inputs(case: Case) -> LayerInputs:
     units = text_units(policy, case.prompts[: int(rows[-1]) + 1])[rows]
     image = policy.grid[0] * policy.grid[1]
     total = batch * (2 if policy.takes_two_predictions(state.config.rollout.guidance_scale) else 1)
-    sizes = (total, heads, image + units.weights.shape[1], head_dim)
-    dtype = getattr(torch, state.config.model.dtype)
-    query, key, value = (torch.randn(sizes, device=policy.device, dtype=dtype) for _ in range(3))
+    text, dtype = units.weights.shape[1], getattr(torch, state.config.model.dtype)
+    lengths = (image, text, text) if policy.family.model_part == "unet" else (image + text,) * 3
+    query, key, value = (
+        torch.randn(total, heads, length, head_dim, device=policy.device, dtype=dtype) for length in lengths
+    )
     return LayerInputs(query, key, value, units.weights, image, (total - batch, total))
 
 

@@ -54,8 +54,9 @@ def _operations(case: Case | None, shapes: Case, _: Counts) -> Iterator[Comparis
 
     batch, heads, tokens, head_dim = layer.query.shape
     image, units = layer.num_image_tokens, layer.unit_weights.shape[2]
-    shape = f"B {batch}, {heads} heads x {head_dim}, {image} + {tokens - image} tokens, K {units}"
-    yield Comparison("attention", f"one joint attention, {shape}", _CAPTURES[0], tuple(map(attend, _CAPTURES)))
+    kind, text = ("cross", layer.key.shape[2]) if tokens == image else ("joint", tokens - image)
+    shape = f"B {batch}, {heads} heads x {head_dim}, {image} + {text} tokens, K {units}"
+    yield Comparison("attention", f"one {kind} attention, {shape}", _CAPTURES[0], tuple(map(attend, _CAPTURES)))
 
     def make_map(arm: Arm) -> Entry:
         call, moved = cases.make_map(case or shapes, timed or layer, arm)
