@@ -15,7 +15,7 @@ from star_trainer.families.conditioning import Conditioning, Guidance, GuidanceK
 from star_trainer.families.family import Shapes, TextAxis
 from star_trainer.families.flow_schedule import check_euler, flow_schedule
 from star_trainer.families.latents import check_resolution, decoded, latent_size, pack, unpack
-from star_trainer.families.loading import load_parts, read_config, read_lora, save_lora
+from star_trainer.families.loading import load_parts, part_shapes, read_lora, save_lora
 from star_trainer.families.noising import FLOW
 from star_trainer.families.shapes import AUTOENCODER_16, CLIP_L, T5_XXL
 
@@ -79,15 +79,9 @@ class Flux:
         from diffusers import AutoencoderKL
         from transformers import CLIPTextConfig, T5Config
 
-        classes = {"text_encoder": CLIPTextConfig, "text_encoder_2": T5Config}
-        if source in self.published and not Path(source).is_dir():
-            known = self.published[source]
-            return {part: classes[part](**shape) if part in classes else shape for part, shape in known.items()}
-        return {
-            "transformer": self.model_class.load_config(source, subfolder="transformer"),
-            "vae": AutoencoderKL.load_config(source, subfolder="vae"),
-            **{part: read_config(kind, source, part) for part, kind in classes.items()},
-        }
+        models = {"transformer": self.model_class, "vae": AutoencoderKL}
+        encoders = {"text_encoder": CLIPTextConfig, "text_encoder_2": T5Config}
+        return part_shapes(source, self.published, models, encoders)
 
     def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
         from diffusers import AutoencoderKL

@@ -54,6 +54,29 @@ def read_config(kind: Any, source: str, part: str) -> Any:
     return kind.from_dict(content)
 
 
+def part_shapes(
+    source: str, published: Mapping[str, Any], models: Mapping[str, Any], encoders: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The configuration of each part of a pipeline, of a published one without its files.
+
+    Args:
+        source: a folder, or a name on a hub.
+        published: configurations by part, by name on the hub.
+        models: classes of diffusers by part.
+        encoders: classes of configurations of transformers by part.
+
+    Raises:
+        OSError, ValueError: there are none.
+    """
+    if source in published and not Path(source).is_dir():
+        known = published[source].items()
+        return {part: encoders[part](**shape) if part in encoders else shape for part, shape in known}
+    return {
+        **{part: kind.load_config(source, subfolder=part) for part, kind in models.items()},
+        **{part: read_config(kind, source, part) for part, kind in encoders.items()},
+    }
+
+
 def parts_of(pipeline: Any, source: str) -> set[str]:
     """The parts that a pipeline of a class of diffusers has: some may have been left out."""
     index = pipeline.load_config(source)

@@ -23,7 +23,7 @@ from star_trainer.families.conditioning import (
 from star_trainer.families.family import Shapes, TextAxis
 from star_trainer.families.flow_schedule import check_euler, flow_schedule
 from star_trainer.families.latents import check_resolution, decoded, latent_size, pack, padded, unpack
-from star_trainer.families.loading import load_parts, read_config, read_lora, save_lora
+from star_trainer.families.loading import load_parts, part_shapes, read_lora, save_lora
 from star_trainer.families.noising import FLOW
 from star_trainer.families.shapes import QWEN_2_5_VL_7B
 
@@ -93,14 +93,8 @@ class QwenImage:
         from diffusers import AutoencoderKLQwenImage
         from transformers import Qwen2_5_VLConfig
 
-        if source in self.published and not Path(source).is_dir():
-            known = self.published[source]
-            return {**known, "text_encoder": Qwen2_5_VLConfig(**known["text_encoder"])}
-        return {
-            "transformer": self.model_class.load_config(source, subfolder="transformer"),
-            "vae": AutoencoderKLQwenImage.load_config(source, subfolder="vae"),
-            "text_encoder": read_config(Qwen2_5_VLConfig, source, "text_encoder"),
-        }
+        models = {"transformer": self.model_class, "vae": AutoencoderKLQwenImage}
+        return part_shapes(source, self.published, models, {"text_encoder": Qwen2_5_VLConfig})
 
     def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
         from diffusers import AutoencoderKLQwenImage

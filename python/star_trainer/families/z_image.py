@@ -24,7 +24,7 @@ from star_trainer.families.conditioning import (
 from star_trainer.families.family import Shapes, TextAxis
 from star_trainer.families.flow_schedule import check_euler, flow_schedule
 from star_trainer.families.latents import check_resolution, decoded, latent_size, padded
-from star_trainer.families.loading import load_parts, read_config, read_lora, save_lora
+from star_trainer.families.loading import load_parts, part_shapes, read_lora, save_lora
 from star_trainer.families.noising import FLOW
 from star_trainer.families.shapes import AUTOENCODER_16, QWEN_3_4B
 
@@ -77,14 +77,8 @@ class ZImage:
         from diffusers import AutoencoderKL
         from transformers import Qwen3Config
 
-        if source in self.published and not Path(source).is_dir():
-            known = self.published[source]
-            return {**known, "text_encoder": Qwen3Config(**known["text_encoder"])}
-        return {
-            "transformer": self.model_class.load_config(source, subfolder="transformer"),
-            "vae": AutoencoderKL.load_config(source, subfolder="vae"),
-            "text_encoder": read_config(Qwen3Config, source, "text_encoder"),
-        }
+        models = {"transformer": self.model_class, "vae": AutoencoderKL}
+        return part_shapes(source, self.published, models, {"text_encoder": Qwen3Config})
 
     def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
         from diffusers import AutoencoderKL
