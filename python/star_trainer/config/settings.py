@@ -40,6 +40,14 @@ def _check_sides(value: Any) -> Any:
     return value
 
 
+def _check_layer(value: Any) -> Any:
+    """Likewise."""
+    if not isinstance(value, str) and not (type(value) is int and value >= 0):
+        raise ValueError("expected a number of at least 0, or a name")
+    return value
+
+
+Layer = Annotated[int | str, BeforeValidator(_check_layer)]
 Resolution = Annotated[int | tuple[int, int], BeforeValidator(_check_sides)]
 
 
@@ -342,7 +350,7 @@ class Allocation(Section):
     combine: Literal["mean", "max"] = Field("mean", description="across the units of a prompt")
     smooth: bool = Field(False, description="3x3 binomial filter")
     clamp: tuple[float, float] | None = Field(None, description="smallest and largest weight")
-    layers: list[Annotated[int, Field(ge=0)] | str] | None = Field(
+    layers: list[Layer] | None = Field(
         None,
         min_length=1,
         description="blocks that are recorded, by number or by name (such as mid_block or up_blocks.1 of a U-Net), or "
