@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -15,7 +16,6 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -329,6 +329,8 @@ def z_image() -> Any:
 
 
 def flux2_klein(**config: Any) -> Any:
+    from diffusers import Flux2KleinPipeline  # not in 0.36
+
     tokenizer = tiny_qwen_tokenizer()
     # Features of its layers 9, 18 and 27 are joined.
     encoder = Qwen3Config(
@@ -431,3 +433,5 @@ PIPELINES = {
         options={"max_sequence_length": 64},
     ),
 }
+if not hasattr(diffusers, "Flux2KleinPipeline"):
+    del PIPELINES["flux2_klein"]
