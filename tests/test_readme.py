@@ -9,7 +9,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def test_the_example_runs_as_it_stands() -> None:
@@ -49,3 +52,9 @@ def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page: Path) -> None
     for target in re.findall(r"\]\(([^)#]+)", text):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_files_that_contributors_are_sent_to_are_there() -> None:
+    paths = re.findall(r"`([\w./]+/[\w.]*)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(paths) > 30
+    assert [path for path in paths if not (ROOT / path).exists()] == []
