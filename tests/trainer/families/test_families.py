@@ -242,7 +242,7 @@ def test_the_adapter_gives_the_trainers_pictures_in_diffusers(
     noise = torch.randn(1, *shape, generator=stream(0, "star-eval", 0, 0))
     for model in ("base", "adapter"):
         if model == "adapter":
-            pipeline.load_lora_weights(star / "adapter")
+            pipeline.load_lora_weights(star / "adapter", weight_name="pytorch_lora_weights.safetensors")
         drawn = small.draw(pipeline, prompt, noise, size, STEPS, small.guidance_scale)
         np.testing.assert_allclose(np.round(drawn * 255.0), pictures[model], atol=1)
     assert np.abs(pictures["base"] - pictures["adapter"]).max() > 3
