@@ -5,8 +5,8 @@
         --pipeline stabilityai/stable-diffusion-3.5-medium --units "red fox" "mossy stone"
 
 Any pipeline whose text `TextUnits.from_pipeline` knows and whose model `record_attention` does: Stable Diffusion 1.5,
-XL, 3 and 3.5, FLUX. A map is the attention that image tokens pay to a unit, the mean over layers, heads and steps,
-captured while the picture is sampled.
+XL, 3 and 3.5, FLUX, Qwen-Image, Z-Image. A map is the attention that image tokens pay to a unit, the mean over layers,
+heads and steps, captured while the picture is sampled.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ def sample(
         recorder.next_step()
         return {}
 
-    # Of one prompt the last row is the one with the text, whether guidance is in the batch or not; where it is a pass
-    # of its own, that is the second one.
+    # The row with the text is the last one, whether guidance is in the batch or not, but for Z-Image, where it is the
+    # first. Where guidance is a pass of its own, that is the second one.
     model = getattr(pipe, "transformer", None) or pipe.unet
-    with sk.record_attention(model, units, rows=slice(-1, None), record_pass=0) as recorder:
-        picture = pipe(prompt, callback_on_step_end=end_of_step, **options).images[0]
+    rows = slice(1) if type(pipe).__name__ == "ZImagePipeline" else slice(-1, None)
+    with sk.record_attention(model, units, rows=rows, record_pass=0) as recorder:
+        picture = pipe(prompt=prompt, callback_on_step_end=end_of_step, **options).images[0]
     mass = torch.stack(recorder.history)[steps].mean(0)[0].cpu()  # [tokens, units]
     # A transformer has one token for so many pixels either way; a U-Net says at which resolution it looked.
-    rows = round((len(mass) * picture.height / picture.width) ** 0.5)
-    height, width = grids[0] or (rows, len(mass) // rows)
+    high = round((len(mass) * picture.height / picture.width) ** 0.5)
+    height, width = grids[0] or (high, len(mass) // high)
     maps = (mass / mass.mean(0)).T.reshape(len(names), height, width).numpy()
     return picture, dict(zip(names, maps, strict=True))
 
