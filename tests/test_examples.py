@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -73,3 +74,56 @@ def test_attention_maps_find_an_object_where_it_is_drawn(monkeypatch: pytest.Mon
     assert maps["circle"][inside].mean() > 1.5 * maps["circle"][~inside].mean()
     with pytest.raises(SystemExit, match="--units: expected words of the prompt"):
         names["sample"](pipe, "a photo of a red circle", ["square"], slice(None))
+
+
+def test_star_in_flow_factory_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flow_factory", None)
+    with pytest.raises(SystemExit, match="needs Flow-Factory"):
+        run(monkeypatch, "flow_factory/star.py", "sd3_5.yaml")
+
+
+REWARD = """
+import numpy as np, torch
+from flow_factory.rewards.abc import PointwiseRewardModel, RewardModelOutput
+
+class Red(PointwiseRewardModel):
+    required_fields = ("prompt", "image")
+
+    def __call__(self, prompt, image=None, **_):
+        red = [float(np.asarray(picture)[..., 0].mean()) for picture in image]
+        return RewardModelOutput(rewards=torch.tensor(red), extra_info={})
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sampler", ["Flow-SDE", "CPS"])
+def test_star_trains_in_flow_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str) -> None:
+    pytest.importorskip("flow_factory", reason="Flow-Factory is not installed")
+    import yaml
+    from star_trainer.config.paths import TINY_PIPELINE
+
+    (tmp_path / "train.txt").write_text("a photo of a red circle\na photo of a blue square above a red cross\n")
+    (tmp_path / "red_reward.py").write_text(REWARD)
+    for folder in (tmp_path, EXAMPLES / "flow_factory"):
+        monkeypatch.syspath_prepend(folder)
+    config = yaml.safe_load((EXAMPLES / "flow_factory" / "sd3_5.yaml").read_text())
+    config["mixed_precision"] = "no"
+    config["data"] |= {"dataset_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    config["model"]["model_name_or_path"] = str(TINY_PIPELINE)
+    config["train"] |= {"resolution": 64, "num_inference_steps": 4, "per_device_batch_size": 4, "group_size": 4}
+    config["train"] |= {"unique_sample_num_per_epoch": 2, "gradient_step_per_epoch": 1, "max_epochs": 2}
+    config["train"] |= {"guidance_scale": 2.0, "ema_decay": 0, "ema_device": "cpu", "ref_param_device": "cpu"}
+    config["train"]["latent_storage_dtype"] = "bf16"
+    config["scheduler"] |= {"dynamics_type": sampler, "num_sde_steps": 2}
+    config["log"] |= {"save_dir": str(tmp_path), "save_freq": 0}
+    config["rewards"] = [{"name": "red", "reward_model": "red_reward.Red", "batch_size": 4, "device": "cpu"}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    logged: list[dict[str, Any]] = []
+    star = importlib.import_module("star")
+    monkeypatch.setattr(star.StarTrainer, "log_data", lambda self, data, step: logged.append(data))
+    run(monkeypatch, "flow_factory/star.py", str(tmp_path / "config.yaml"))
+    # One update an epoch: ratios are of the policy that sampled, and the second one has left its reference.
+    first, second = [data for data in logged if "train/clip_fraction" in data]
+    for update in (first, second):
+        assert float(update["train/ratio_mean"]) == 1.0 and float(update["train/clip_fraction"]) == 0.0
+    assert float(first["train/kl"]) == 0.0 < float(second["train/kl"])
