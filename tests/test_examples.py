@@ -71,7 +71,9 @@ def test_attention_maps_find_an_object_where_it_is_drawn(monkeypatch: pytest.Mon
     red, green, blue = picture.resize((8, 8)).split()
     redness = torch.tensor(list(red.tobytes())).float() - torch.tensor(list(green.tobytes())).float()
     inside = (redness.view(8, 8) > redness.max() / 2).numpy()
-    assert maps["circle"][inside].mean() > 1.5 * maps["circle"][~inside].mean()
+    # 6.7 and 1.6; in the row without the prompt 2.7 and 1.8.
+    contrast = {name: values[inside].mean() / values[~inside].mean() for name, values in maps.items()}
+    assert contrast["circle"] > 4 and contrast["photo"] < 2.5
     with pytest.raises(SystemExit, match="--units: expected words of the prompt"):
         names["sample"](pipe, "a photo of a red circle", ["square"], slice(None))
 
