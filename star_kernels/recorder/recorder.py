@@ -346,8 +346,9 @@ def record_attention(
         layers: indices of the blocks to record, or their names, by default all; FLUX's single blocks count on after the
             dual ones, and a U-Net's cross-attention counts down, through the middle and up. A name is that of a layer,
             as in messages, or of a module that has layers in it: ``mid_block``, ``up_blocks.1``.
-        rows: the batch rows to record, a slice or (first, end), by default all. Diffusers' pipelines put the
-            unconditional half first under guidance: ``rows=slice(batch // 2, None)``.
+        rows: the batch rows to record, a slice or (first, end), by default all. Under guidance
+            Stable Diffusion's pipelines put the unconditional half of a batch first, ``rows=slice(batch // 2, None)``;
+            ZImagePipeline puts the prompts first, ``rows=slice(batch // 2)``.
         direction: ``image_to_text`` or ``text_to_image``, see `joint_attention`.
         implementation: ``auto``, ``fused`` or ``sdpa``, see `joint_attention`; with ``sdpa`` the model gives what it
             gives without recording, bit for bit. ``auto`` alone where the backend that is set in diffusers computes
