@@ -46,7 +46,8 @@ SMALL = [
     "checkpoints.every=1",
     "reward.terms={'reward_for_tests:brightness': 1.0}",
 ]
-
+# Of a weight after some updates, far below one step: matrices of other sizes are multiplied in another order.
+ROUNDING = 3e-6
 
 # What each process keeps of the rollout, and what it is told of the others, with all that can be asked for.
 WEIGHTED_IMAGE = ["train.granularity=image", "allocation.temporal=velocity", "allocation.map=geometric"]
@@ -110,7 +111,7 @@ def test_two_processes_train_as_one_does(two: Path, tmp_path: Path) -> None:
     run_one(tmp_path)
     one, other = trained(tmp_path), trained(two)
     assert one.keys() == other.keys()
-    assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-6
+    assert max(float((one[key] - other[key]).abs().max()) for key in one) < ROUNDING
     assert any(tensor.abs().max() > 1e-5 for key, tensor in one.items() if "lora_B" in key)
     for mine, theirs in zip(records(tmp_path), records(two), strict=True):
         assert mine.keys() == theirs.keys()
@@ -133,7 +134,7 @@ def test_rewards_are_back_propagated_as_in_one_process(tmp_path: Path) -> None:
     run_two(tmp_path / "two", *overrides)
     run_one(tmp_path / "one", *overrides)
     one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
-    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < ROUNDING
     assert any(tensor.abs().max() > 1e-5 for key, tensor in one.items() if "lora_B" in key)
     for mine, theirs in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
         assert mine.keys() == theirs.keys()
@@ -153,7 +154,7 @@ def test_unequal_shares_leave_no_process_behind_and_maps_are_exchanged_between_a
     run_two(tmp_path / "two", *overrides)
     run_one(tmp_path / "one", *overrides)
     one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
-    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < ROUNDING
     assert max(float(tensor.abs().max()) for key, tensor in one.items() if "exp_avg" in key) > 1e-4
     records_of_one, records_of_two = (records(tmp_path / name)[1] for name in ("one", "two"))
     assert records_of_two["reward/groups_without_spread"] == 0.6
@@ -197,7 +198,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint_sharded
     run_two(tmp_path, sharded)
     copied, resumed = trained(two), trained(tmp_path)
     assert copied.keys() == resumed.keys()
-    assert max(float((copied[key] - resumed[key]).abs().max()) for key in copied) < 1e-6
+    assert max(float((copied[key] - resumed[key]).abs().max()) for key in copied) < ROUNDING
     assert records(tmp_path)[-1]["iteration"] == 3
     adapters = [load_file(folder / "adapter" / "pytorch_lora_weights.safetensors") for folder in (two, tmp_path)]
     assert adapters[0].keys() == adapters[1].keys()

@@ -32,6 +32,7 @@ def test_the_hidden_share_is_of_the_seconds_that_the_reward_ran_while_sampling_w
     log = SimpleNamespace(
         state=state, _record=records.append, _bar=SimpleNamespace(update=lambda n: None), say=lambda line: None
     )
+    log._attention = None
     # What was waited for includes a second that the reward did not run in.
     seconds = {"rollout": 5.0, "reward": 4.0, "reward_hidden": 3.0, "reward_wait": 2.0, "update": 1.0}
     RunLog.iteration(log, Iteration(np.zeros(4), seconds, MEASURED))  # type: ignore[arg-type]
