@@ -272,11 +272,6 @@ def chat_template(render: Callable[[str], str]) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def flux2_klein_template(tokenizer: Any) -> tuple[str, str]:
-    """`chat_template` of Flux2KleinPipeline: the user's turn, and an answer without thoughts that begins."""
-    return _user_turn(tokenizer, thinking=False)
-
-
 def _user_turn(tokenizer: Any, *, thinking: bool) -> tuple[str, str]:
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
     return chat_template(lambda prompt: tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options))
@@ -306,7 +301,7 @@ _TEXT_AXES = {
     "StableDiffusionXLPipeline": _TextAxis(("tokenizer", "tokenizer_2"), 77, _stable_diffusion),
     "FluxPipeline": _TextAxis(("tokenizer_2",), 512, lambda pipe, length: ((pipe.tokenizer_2,), (length,))),
     "Flux2KleinPipeline": _TextAxis(
-        ("tokenizer",), 512, _one_tokenizer, lambda pipe: flux2_klein_template(pipe.tokenizer)
+        ("tokenizer",), 512, _one_tokenizer, lambda pipe: _user_turn(pipe.tokenizer, thinking=False)
     ),
     "QwenImagePipeline": _TextAxis(
         ("tokenizer", "prompt_template_encode", "prompt_template_encode_start_idx"),

@@ -13,8 +13,8 @@ import torch
 from star_trainer.config import Config
 from star_trainer.families import read_shapes
 from star_trainer.families.family import Family
-from star_trainer.families.latents import vae_scale
-from star_trainer.families.policy import add_adapter, check_against_model, check_layers
+from star_trainer.families.pipelines.latents import vae_scale
+from star_trainer.families.policy import check_against_model, check_layers, set_trainable
 from star_trainer.prompts import read_prompts
 from star_trainer.rewards import check_differentiable, check_reward
 from star_trainer.run.inputs import check_backend, check_prompts, check_trackers, units_not_found
@@ -79,11 +79,8 @@ def plan(config: Config, processes: int = 1) -> Plan:
         "autoencoder": _count(vae),
         "text encoders": sum(_count(encoder) for encoder in encoders),
     }
-    if config.model.lora is None:
-        trainable = frozen["transformer"]
-    else:
-        add_adapter(transformer, config.model, family)
-        trainable = _count(transformer) - frozen["transformer"]
+    set_trainable(transformer.requires_grad_(False), config.model, family)
+    trainable = sum(value.numel() for value in transformer.parameters() if value.requires_grad)
 
     latent = family.latent_shape(config.model, transformer.config, scale)
     grid = family.grid(config.model, transformer.config, scale)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from star_trainer.families.noising import DIFFUSION
-from star_trainer.families.unet import ddim, ddim_schedule
+from star_trainer.families.pipelines.unet import ddim, ddim_schedule
 from torch import Tensor
 
 import star_kernels as sk

@@ -11,8 +11,8 @@ import torch
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
 from star_trainer.dry_run import plan
+from star_trainer.families.pipelines.sd3 import StableDiffusion3
 from star_trainer.families.policy import load_policy
-from star_trainer.families.sd3 import StableDiffusion3
 
 from bench.gpu_model import SD35_MEDIUM as BENCHMARKED
 
@@ -166,3 +166,9 @@ def test_what_the_models_do_not_suit_is_refused(override: str, key: str, capsys:
         plan(load_config("tiny", [override]))
     assert main(["tiny", "--dry-run", override]) == 2
     assert key in capsys.readouterr().err
+
+
+def test_a_model_that_only_its_name_says_has_no_guidance_refuses_a_scale():
+    config = load_config("z_image_pickscore", ["model.pipeline=Tongyi-MAI/Z-Image-Turbo"])
+    with pytest.raises(ConfigError, match=r"^rollout\.guidance_scale: expected 1 for a model without guidance, got"):
+        plan(config)

@@ -24,7 +24,7 @@ from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
 from star_trainer.families import devices
 from star_trainer.families.adapters import read_adapter
-from star_trainer.families.sd3 import StableDiffusion3
+from star_trainer.families.pipelines.sd3 import StableDiffusion3
 from star_trainer.rewards import terms
 from star_trainer.run.checkpoint import CheckpointError
 from star_trainer.run.statistics import paired_difference

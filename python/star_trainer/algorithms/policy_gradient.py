@@ -233,7 +233,7 @@ def take(state: TrainingState, batch: Batch, rows: np.ndarray) -> Samples:
         timesteps=rollout.timesteps,
         coefficients=trajectory.coefficients,
         plans=batch.plans,
-        conditioning=rollout.conditioning[send(torch.from_numpy(rollout.groups[rows]), device)],
+        conditioning=rollout.conditioning[torch.from_numpy(rollout.groups[rows])],
         guidance=policy.guidance(len(rows), state.config.rollout.guidance_scale),
     )
 

@@ -9,12 +9,12 @@ from typing import Any
 from star_trainer.config import ConfigError
 from star_trainer.config.paths import TINY_PIPELINE, folder_or_name
 from star_trainer.families.family import Family, Shapes
-from star_trainer.families.flux import Flux
-from star_trainer.families.flux2 import Flux2Klein
-from star_trainer.families.qwen_image import QwenImage
-from star_trainer.families.sd3 import StableDiffusion3
-from star_trainer.families.unet import StableDiffusion, StableDiffusionXL
-from star_trainer.families.z_image import ZImage
+from star_trainer.families.pipelines.flux import Flux
+from star_trainer.families.pipelines.flux2 import Flux2Klein
+from star_trainer.families.pipelines.qwen_image import QwenImage
+from star_trainer.families.pipelines.sd3 import StableDiffusion3
+from star_trainer.families.pipelines.unet import StableDiffusion, StableDiffusionXL
+from star_trainer.families.pipelines.z_image import ZImage
 
 # By the name of the pipeline's class.
 FAMILIES: dict[str, Family] = {

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from star_trainer.families.devices import send
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -31,7 +33,12 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, rows: Any) -> Conditioning:
-        return self._each(lambda tensor: tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows])
+        if not isinstance(rows, Tensor):
+            return self._each(lambda tensor: tensor[rows])
+        # `lengths` are on the CPU, where rows on a device would have to be waited for.
+        there = {device: send(rows, device) for device in {tensor.device for tensor in self.tensors.values()}}
+        tensors = {name: tensor[there[tensor.device]] for name, tensor in self.tensors.items()}
+        return Conditioning(tensors, None if self.lengths is None else self.lengths[rows.cpu()])
 
     def repeat(self, batch: int) -> Conditioning:
         """Those of one prompt for `batch` samples."""

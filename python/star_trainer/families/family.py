@@ -35,8 +35,7 @@ class Family(Protocol):
 
     `pipeline` is the loaded pipeline, `model` its transformer (or U-Net, which is called a transformer everywhere),
     `shape` that one's configuration, `vae_scale` the pixels of a latent position's side, and `config` the section
-    ``model``. Latents are [B, C, H, W] everywhere: a family that
-    packs them does so within `velocity`.
+    ``model``. Latents are [B, C, H, W] everywhere: a family that packs them does so within `velocity`.
     """
 
     @property
@@ -111,6 +110,9 @@ class Family(Protocol):
 
     def blocks(self, model: Any) -> Sequence[Any]:
         """What is sharded one by one."""
+
+    def unread(self, model: Any) -> Sequence[Any]:
+        """Modules of the model whose output nothing reads, so that their weights never get a gradient."""
 
     def schedule(
         self, pipeline: Any, config: Model, steps: int, grid: tuple[int, int], device: torch.device

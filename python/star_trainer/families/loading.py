@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def load_whole(kind: Any, source: str, **options: Any) -> Any:
@@ -54,29 +52,6 @@ def read_config(kind: Any, source: str, part: str) -> Any:
     return kind.from_dict(content)
 
 
-def part_shapes(
-    source: str, published: Mapping[str, Any], models: Mapping[str, Any], encoders: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The configuration of each part of a pipeline, of a published one without its files.
-
-    Args:
-        source: a folder, or a name on a hub.
-        published: configurations by part, by name on the hub.
-        models: classes of diffusers by part.
-        encoders: classes of configurations of transformers by part.
-
-    Raises:
-        OSError, ValueError: there are none.
-    """
-    if source in published and not Path(source).is_dir():
-        known = published[source].items()
-        return {part: encoders[part](**shape) if part in encoders else shape for part, shape in known}
-    return {
-        **{part: kind.load_config(source, subfolder=part) for part, kind in models.items()},
-        **{part: read_config(kind, source, part) for part, kind in encoders.items()},
-    }
-
-
 def parts_of(pipeline: Any, source: str) -> set[str]:
     """The parts that a pipeline of a class of diffusers has: some may have been left out."""
     index = pipeline.load_config(source)
@@ -94,21 +69,3 @@ def load_parts(kinds: Mapping[str, Any], source: str, dtype: torch.dtype, vae_dt
         part: load_whole(kind, source, subfolder=part, torch_dtype=vae_dtype if part == "vae" else dtype)
         for part, kind in kinds.items()
     }
-
-
-def save_lora(
-    pipeline: Any, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any], part: str = "transformer"
-) -> None:
-    """Write LoRA weights of a part as a pipeline of a class of diffusers writes them."""
-    options = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
-    pipeline.save_lora_weights(folder, **options)
-
-
-def read_lora(pipeline: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_lora` wrote, or another in a format that the pipeline's class knows.
-
-    Raises:
-        OSError, ValueError: there is none.
-    """
-    layers, *_, metadata = pipeline.lora_state_dict(source, use_safetensors=True, return_lora_metadata=True)
-    return layers, metadata or {}

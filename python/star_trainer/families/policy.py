@@ -254,6 +254,22 @@ def add_adapter(transformer: Any, config: Model, family: Family) -> None:
         raise ConfigError(f"model.lora.targets: {error}") from error
 
 
+def set_trainable(transformer: Any, config: Model, family: Family) -> None:
+    """Let a frozen transformer's new adapters, or all of its weights, require gradients, wherever there will be one.
+
+    DistributedDataParallel waits for the gradient of every parameter that requires one.
+
+    Raises:
+        ConfigError: as of `add_adapter`.
+    """
+    if config.lora is None:
+        transformer.requires_grad_(True)
+    else:
+        add_adapter(transformer, config, family)
+    for module in family.unread(transformer):
+        module.requires_grad_(False)
+
+
 def check_against_model(config: Config, family: Family, shape: Any, vae_scale: int) -> None:
     """What of a configuration only the transformer's configuration and the autoencoder's scale can tell.
 
@@ -344,12 +360,8 @@ def load_policy(config: Model, *, keep_reference: bool = False, pipeline: Any = 
     pipeline = load_pipeline(config) if pipeline is None else pipeline
     family = family_of(pipeline)
     transformer = getattr(pipeline, family.model_part)
-    frozen_copy = None
-    if config.lora is None:
-        frozen_copy = copy.deepcopy(transformer) if keep_reference else None
-        transformer.requires_grad_(True)
-    else:
-        add_adapter(transformer, config, family)
+    frozen_copy = copy.deepcopy(transformer) if config.lora is None and keep_reference else None
+    set_trainable(transformer, config, family)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

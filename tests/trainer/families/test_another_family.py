@@ -141,6 +141,9 @@ class TextFirst:
     def blocks(self, model: Any) -> Sequence[Any]:
         return model.blocks
 
+    def unread(self, model: Any) -> list[Any]:
+        return []
+
     def schedule(
         self, pipeline: Any, config: Model, steps: int, grid: tuple[int, int], device: torch.device
     ) -> tuple[Tensor, Tensor]:

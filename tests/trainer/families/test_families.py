@@ -193,21 +193,34 @@ def test_star_trains_on_its_own_rollouts(star: Path) -> None:
     assert (star / "allocation_maps.png").is_file()
 
 
-def test_uniform_trains_in_bfloat16_under_guidance_and_sees_the_log_probs_of_its_rollouts(
-    small: SmallPipeline, settings: list[str], tmp_path: Path
+@pytest.mark.parametrize("method", ["star", pytest.param("uniform", marks=pytest.mark.exhaustive)])
+def test_training_in_bfloat16_under_guidance_sees_the_log_probs_of_its_rollouts(
+    method: str, small: SmallPipeline, settings: list[str], tmp_path: Path
 ) -> None:
     precision = ["model.dtype=bfloat16", "model.gradient_checkpointing=true"]
     run(
         tmp_path,
         settings,
         *POLICY_GRADIENT,
-        "method=uniform",
+        f"method={method}",
         *precision,
         f"rollout.guidance_scale={small.guidance_scale}",
     )
     for record in iterations(tmp_path):
         assert record["train/log_ratio_max"] == 0.0 and record["train/gradient_norm"] > 0.0
     assert any(float(value.abs().max()) > 0.0 for name, value in adapter(tmp_path).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("lora", ["{rank: 2, alpha: 2}", "null"], ids=["adapters", "all weights"])
+def test_whatever_is_trained_gets_a_gradient(lora: str, settings: list[str]) -> None:
+    """As several processes need it, which wait for each other's."""
+    untargeted = [setting for setting in TRAINING if not setting.startswith("model.lora")]
+    policy = load_policy(load_config("tiny", [*settings, *untargeted, f"model.lora={lora}"]).model)
+    noise = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    prediction = policy.predict(noise, policy.schedule(STEPS)[1][0], policy.encode([PROMPT]), None)
+    prediction.velocity.square().mean().backward()
+    trained = policy.trainable()
+    assert trained and [name for name, parameter in trained.items() if parameter.grad is None] == []
 
 
 @pytest.mark.exhaustive

@@ -22,8 +22,8 @@ from star_trainer.config import ConfigError, load_config
 from star_trainer.dry_run import plan
 from star_trainer.families import FAMILIES
 from star_trainer.families.noising import DIFFUSION
+from star_trainer.families.pipelines.unet import ddim, ddim_schedule
 from star_trainer.families.policy import Policy, load_policy
-from star_trainer.families.unet import ddim, ddim_schedule
 from star_trainer.prompts import Prompt
 from star_trainer.sampling import denoise, text_units
 

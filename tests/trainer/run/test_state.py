@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from star_trainer.config import Config, load_config
+from star_trainer.families.pipelines.sd3 import StableDiffusion3
 from star_trainer.families.policy import load_policy
-from star_trainer.families.sd3 import StableDiffusion3
 from star_trainer.run.checkpoint import CheckpointError
 from star_trainer.run.state import TrainingState, _check_same_settings, build_state
 

@@ -10,21 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import star_kernels as sk
 from star_trainer.config import Model
 from star_trainer.families.conditioning import (
     Conditioning,
-    Guidance,
-    GuidanceKind,
-    Prediction,
-    VelocityFunction,
-    guided_by_two_predictions,
 )
 from star_trainer.families.family import Shapes, TextAxis
-from star_trainer.families.latents import check_resolution, decoded, latent_size
-from star_trainer.families.loading import load_parts, read_config, read_lora, save_lora
 from star_trainer.families.noising import DIFFUSION
-from star_trainer.families.shapes import AUTOENCODER_4, CLIP_BIG_G, CLIP_L
+from star_trainer.families.pipelines.base import DiffusersFamily
+from star_trainer.families.pipelines.latents import check_resolution, latent_size
+from star_trainer.families.pipelines.shapes import AUTOENCODER_4, CLIP_BIG_G, CLIP_L
 
 _SD1: dict[str, Any] = {
     "sample_size": 64,
@@ -52,48 +46,28 @@ _SDXL: dict[str, Any] = {
 _SD1_PARTS = {"unet": _SD1, "vae": AUTOENCODER_4 | {"scaling_factor": 0.18215}, "text_encoder": CLIP_L}
 
 
-class StableDiffusion:
+class StableDiffusion(DiffusersFamily):
     """`Family` of diffusers' StableDiffusionPipeline; its methods are described there."""
 
     pipeline_class = "StableDiffusionPipeline"
+    model_name = "UNet2DConditionModel"
+    encoders: Mapping[str, str] = {"text_encoder": "CLIPTextModel"}
+    # What looks at images, or judges them.
+    unused: Mapping[str, Any] = {
+        **dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker")),
+        "requires_safety_checker": False,
+    }
     published: Mapping[str, Shapes] = {
         "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD1_PARTS,
         "CompVis/stable-diffusion-v1-4": _SD1_PARTS,
     }
     model_part = "unet"
     noising = DIFFUSION
-    encoder_parts: Sequence[str] = ("text_encoder",)
     # Of self-attention and cross-attention, as ddpo-pytorch trains them.
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     tokenizers: tuple[str, ...] = ("tokenizer",)
 
-    @property
-    def model_class(self) -> Any:
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel
-
-    @property
-    def _pipeline(self) -> Any:
-        import diffusers
-
-        return getattr(diffusers, self.pipeline_class)
-
-    def _encoder_classes(self) -> dict[str, Any]:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-        return dict(zip(self.encoder_parts, (CLIPTextModel, CLIPTextModelWithProjection), strict=False))
-
-    def load(self, source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
-        from diffusers import AutoencoderKL
-
-        kinds = {"unet": self.model_class, "vae": AutoencoderKL, **self._encoder_classes()}
-        parts = load_parts(kinds, source, dtype, vae_dtype)
-        # What looks at images, or judges them, has no part in training.
-        parts |= dict.fromkeys(("feature_extractor", "image_encoder"))
-        if self.pipeline_class == "StableDiffusionPipeline":
-            parts |= {"safety_checker": None, "requires_safety_checker": False}
-        pipeline = self._pipeline.from_pretrained(source, **parts, torch_dtype=dtype, use_safetensors=True)
+    def accept(self, pipeline: Any, source: str) -> None:
         shape = pipeline.unet.config
         if shape.time_cond_proj_dim is not None:
             raise ValueError(
@@ -105,28 +79,6 @@ class StableDiffusion:
                 f"got one of {shape.in_channels}"
             )
         pipeline.scheduler = ddim(pipeline.scheduler)
-        return pipeline
-
-    def shapes(self, source: str) -> Shapes:
-        from diffusers import AutoencoderKL
-
-        classes = {part: kind.config_class for part, kind in self._encoder_classes().items()}
-        if source in self.published and not Path(source).is_dir():
-            known = self.published[source]
-            return {part: classes[part](**shape) if part in classes else shape for part, shape in known.items()}
-        return {
-            "unet": self.model_class.load_config(source, subfolder="unet"),
-            "vae": AutoencoderKL.load_config(source, subfolder="vae"),
-            **{part: read_config(kind, source, part) for part, kind in classes.items()},
-        }
-
-    def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
-        from diffusers import AutoencoderKL
-
-        return self.model_class.from_config(shapes["unet"]), AutoencoderKL.from_config(shapes["vae"])
-
-    def build_encoders(self, shapes: Shapes) -> list[Any]:
-        return [kind(shapes[part]) for part, kind in self._encoder_classes().items()]
 
     def random_pipeline(self, shapes: Shapes, tokenizer: Path) -> Any:
         from diffusers import DDIMScheduler
@@ -153,11 +105,9 @@ class StableDiffusion:
             steps_offset=1,
         )
         parts = {"unet": unet, "vae": vae, "scheduler": scheduler, **dict.fromkeys(self.tokenizers, clip)}
-        parts |= dict.fromkeys(self.encoder_parts)
-        if self.pipeline_class == "StableDiffusionPipeline":
-            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        parts |= dict.fromkeys(self.encoder_parts) | dict(self.unused)
         # Of the same name, by which the family is found.
-        kind = type(self.pipeline_class, (self._pipeline,), {"encode_prompt": encode_prompt})
+        kind = type(self.pipeline_class, (self.pipeline,), {"encode_prompt": encode_prompt})
         return kind(**parts)
 
     def check(self, config: Model, shape: Any, vae_scale: int) -> None:
@@ -166,9 +116,6 @@ class StableDiffusion:
 
     def num_layers(self, shape: Any) -> int:
         return sum(layers for _, layers in _stages(shape))
-
-    def guidance_kind(self, shape: Any) -> GuidanceKind | None:
-        return "two_predictions"
 
     def attention_heads(self, shape: Any) -> tuple[int, int]:
         # Of the finest layers. What diffusers calls the dimension of heads is their number in these models.
@@ -210,11 +157,6 @@ class StableDiffusion:
         )[:2]
         return Conditioning({"text": hidden})
 
-    def text_units(
-        self, pipeline: Any, config: Model, texts: Sequence[str], units: Sequence[Sequence[str]]
-    ) -> sk.TextUnits:
-        return sk.TextUnits.from_pipeline(pipeline, texts, units)
-
     def text_axis(self, source: str, max_sequence_length: int) -> TextAxis:
         from transformers import AutoTokenizer
 
@@ -236,25 +178,6 @@ class StableDiffusion:
         """What the U-Net is told beside the text tokens."""
         return None
 
-    def predict(
-        self,
-        velocity: VelocityFunction,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: Conditioning,
-        guidance: Guidance | None,
-    ) -> Prediction:
-        return guided_by_two_predictions(velocity, latents, timestep, conditioning, guidance)
-
-    def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
-        return decoded(pipeline.vae if decoder is None else decoder, latents)
-
-    def save_adapter(self, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-        save_lora(self._pipeline, folder, layers, metadata, part="unet")
-
-    def read_adapter(self, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return read_lora(self._pipeline, source)
-
 
 class StableDiffusionXL(StableDiffusion):
     """`Family` of diffusers' StableDiffusionXLPipeline: two encoders side by side, a pooled vector, and sizes."""
@@ -268,14 +191,14 @@ class StableDiffusionXL(StableDiffusion):
             "text_encoder_2": CLIP_BIG_G,
         }
     }
-    encoder_parts = ("text_encoder", "text_encoder_2")
+    encoders = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+    unused = dict.fromkeys(("feature_extractor", "image_encoder"))
     tokenizers = ("tokenizer", "tokenizer_2")
 
-    def load(self, source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
-        pipeline = super().load(source, dtype, vae_dtype)
+    def accept(self, pipeline: Any, source: str) -> None:
+        super().accept(pipeline, source)
         if pipeline.config.get("requires_aesthetics_score"):
             raise ValueError("expected a base pipeline, got a refiner, which starts from images (aesthetics scores)")
-        return pipeline
 
     def encode(self, pipeline: Any, config: Model, text: str, device: torch.device) -> Conditioning:
         hidden, _, pooled, _ = pipeline.encode_prompt(

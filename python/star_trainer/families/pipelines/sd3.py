@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import star_kernels as sk
 from star_trainer.config import Model
 from star_trainer.families.conditioning import (
     Conditioning,
-    Guidance,
-    GuidanceKind,
-    Prediction,
-    VelocityFunction,
-    guided_by_two_predictions,
 )
 from star_trainer.families.family import Shapes, TextAxis
-from star_trainer.families.flow_schedule import check_euler, flow_schedule
-from star_trainer.families.latents import check_resolution, decoded, latent_size
-from star_trainer.families.loading import load_parts, parts_of, read_config, read_lora, save_lora
-from star_trainer.families.noising import FLOW
-from star_trainer.families.shapes import AUTOENCODER_16, CLIP_BIG_G, CLIP_L, T5_XXL
+from star_trainer.families.pipelines.base import DiffusersFamily
+from star_trainer.families.pipelines.flow_schedule import flow_schedule
+from star_trainer.families.pipelines.latents import check_resolution, latent_size
+from star_trainer.families.pipelines.shapes import AUTOENCODER_16, CLIP_BIG_G, CLIP_L, T5_XXL
 
 _SD35_MEDIUM = {
     "sample_size": 128,
@@ -76,72 +69,23 @@ _PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-class StableDiffusion3:
+class StableDiffusion3(DiffusersFamily):
     """`Family` of diffusers' StableDiffusion3Pipeline; its methods are described there."""
 
     pipeline_class = "StableDiffusion3Pipeline"
+    model_name = "SD3Transformer2DModel"
+    encoders = {
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+    }
+    optional = (*encoders, "tokenizer", "tokenizer_2", "tokenizer_3")
     published: Mapping[str, Shapes] = _PUBLISHED
-    model_part = "transformer"
-    noising = FLOW
-    encoder_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
     # Of the joint attention alone: the image-only attention of dual blocks is attn2.
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
-
-    @property
-    def model_class(self) -> Any:
-        from diffusers import SD3Transformer2DModel
-
-        return SD3Transformer2DModel
-
-    def load(self, source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
-        from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-        from transformers import CLIPTextModelWithProjection, T5EncoderModel
-
-        kinds = {
-            "transformer": self.model_class,
-            "vae": AutoencoderKL,
-            "text_encoder": CLIPTextModelWithProjection,
-            "text_encoder_2": CLIPTextModelWithProjection,
-            "text_encoder_3": T5EncoderModel,
-        }
-        present = parts_of(StableDiffusion3Pipeline, source)
-        kinds = {part: kind for part, kind in kinds.items() if part in present}
-        parts = load_parts(kinds, source, dtype, vae_dtype)
-        # Those that are left out have to be said as well.
-        optional = (*self.encoder_parts, "tokenizer", "tokenizer_2", "tokenizer_3")
-        parts |= {part: None for part in optional if part not in present}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(source, **parts, torch_dtype=dtype, use_safetensors=True)
-        check_euler(pipeline.scheduler)
-        return pipeline
-
-    def shapes(self, source: str) -> Shapes:
-        from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-        from transformers import CLIPTextConfig, T5Config
-
-        classes = {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "text_encoder_3": T5Config}
-        if source in self.published and not Path(source).is_dir():
-            known = self.published[source]
-            return {part: classes[part](**shape) if part in classes else shape for part, shape in known.items()}
-        found: dict[str, Any] = {
-            "transformer": self.model_class.load_config(source, subfolder="transformer"),
-            "vae": AutoencoderKL.load_config(source, subfolder="vae"),
-        }
-        present = parts_of(StableDiffusion3Pipeline, source)
-        return found | {part: read_config(kind, source, part) for part, kind in classes.items() if part in present}
-
-    def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
-        from diffusers import AutoencoderKL
-
-        return self.model_class.from_config(shapes["transformer"]), AutoencoderKL.from_config(shapes["vae"])
-
-    def build_encoders(self, shapes: Shapes) -> list[Any]:
-        from transformers import CLIPTextModelWithProjection, T5EncoderModel
-
-        kinds = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
-        return [kind(shapes[part]) for part, kind in zip(self.encoder_parts, kinds, strict=True) if part in shapes]
 
     def random_pipeline(self, shapes: Shapes, tokenizer: Path) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
@@ -175,15 +119,6 @@ class StableDiffusion3:
         token = vae_scale * shape.patch_size
         check_resolution(config, token, largest=token * shape.pos_embed_max_size)
 
-    def num_layers(self, shape: Any) -> int:
-        return int(shape.num_layers)
-
-    def guidance_kind(self, shape: Any) -> GuidanceKind | None:
-        return "two_predictions"
-
-    def attention_heads(self, shape: Any) -> tuple[int, int]:
-        return shape.num_attention_heads, shape.attention_head_dim
-
     def latent_shape(self, config: Model, shape: Any, vae_scale: int) -> tuple[int, int, int]:
         return shape.in_channels, *latent_size(config, shape.sample_size, vae_scale)
 
@@ -200,17 +135,10 @@ class StableDiffusion3:
         # Without either the pipeline leaves as many positions empty.
         return int(next(found, 77))
 
-    def blocks(self, model: Any) -> Sequence[Any]:
-        blocks: Sequence[Any] = model.transformer_blocks
-        return blocks
-
     def schedule(
         self, pipeline: Any, config: Model, steps: int, grid: tuple[int, int], device: torch.device
     ) -> tuple[Tensor, Tensor]:
         return flow_schedule(pipeline.scheduler, steps, grid[0] * grid[1], device, even=config.levels == "even")
-
-    def timesteps_at(self, pipeline: Any, levels: Tensor) -> Tensor:
-        return levels * pipeline.scheduler.config.num_train_timesteps
 
     def encode(self, pipeline: Any, config: Model, text: str, device: torch.device) -> Conditioning:
         hidden, _, pooled, _ = pipeline.encode_prompt(
@@ -222,11 +150,6 @@ class StableDiffusion3:
             max_sequence_length=config.max_sequence_length,
         )
         return Conditioning({"text": hidden, "pooled": pooled})
-
-    def text_units(
-        self, pipeline: Any, config: Model, texts: Sequence[str], units: Sequence[Sequence[str]]
-    ) -> sk.TextUnits:
-        return sk.TextUnits.from_pipeline(pipeline, texts, units, max_sequence_length=config.max_sequence_length)
 
     def text_axis(self, source: str, max_sequence_length: int) -> TextAxis:
         from transformers import AutoTokenizer
@@ -245,26 +168,3 @@ class StableDiffusion3:
             return_dict=False,
         )[0]
         return velocity
-
-    def predict(
-        self,
-        velocity: VelocityFunction,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: Conditioning,
-        guidance: Guidance | None,
-    ) -> Prediction:
-        return guided_by_two_predictions(velocity, latents, timestep, conditioning, guidance)
-
-    def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
-        return decoded(pipeline.vae if decoder is None else decoder, latents)
-
-    def save_adapter(self, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-        from diffusers import StableDiffusion3Pipeline
-
-        save_lora(StableDiffusion3Pipeline, folder, layers, metadata)
-
-    def read_adapter(self, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        from diffusers import StableDiffusion3Pipeline
-
-        return read_lora(StableDiffusion3Pipeline, source)

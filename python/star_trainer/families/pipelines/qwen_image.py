@@ -9,23 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import star_kernels as sk
-from star_kernels.text_units import text_axis_of
 from star_trainer.config import ConfigError, Model
 from star_trainer.families.conditioning import (
     Conditioning,
     Guidance,
-    GuidanceKind,
     Prediction,
     VelocityFunction,
     guided_by_two_predictions,
 )
-from star_trainer.families.family import Shapes, TextAxis
-from star_trainer.families.flow_schedule import check_euler, flow_schedule
-from star_trainer.families.latents import check_resolution, decoded, latent_size, pack, padded, unpack
-from star_trainer.families.loading import load_parts, part_shapes, read_lora, save_lora
-from star_trainer.families.noising import FLOW
-from star_trainer.families.shapes import QWEN_2_5_VL_7B
+from star_trainer.families.family import Shapes
+from star_trainer.families.pipelines.base import DiffusersFamily
+from star_trainer.families.pipelines.latents import check_resolution, decoded, latent_size, pack, padded, unpack
+from star_trainer.families.pipelines.shapes import QWEN_2_5_VL_7B
 
 # The side of a token in latent positions, and of the pipeline's own latents.
 _PATCH, _OWN_SIZE = 2, 128
@@ -51,17 +46,18 @@ _SHAPES: dict[str, dict[str, Any]] = {
 _PUBLISHED = {"Qwen/Qwen-Image": _SHAPES, "Qwen/Qwen-Image-2512": _SHAPES}
 
 
-class QwenImage:
+class QwenImage(DiffusersFamily):
     """`Family` of diffusers' QwenImagePipeline; its methods are described there.
 
     Every prompt is padded to ``model.max_sequence_length`` and masked, so that no result depends on a batch's longest.
     """
 
     pipeline_class = "QwenImagePipeline"
+    model_name = "QwenImageTransformer2DModel"
+    vae_name = "AutoencoderKLQwenImage"
+    encoders = {"text_encoder": "Qwen2_5_VLForConditionalGeneration"}
+    text_description = "tokens behind Qwen-Image's template"
     published: Mapping[str, Shapes] = _PUBLISHED
-    model_part = "transformer"
-    noising = FLOW
-    encoder_parts = ("text_encoder",)
     # Those of Flow-Factory and of verl: the attention and the feed-forward layers of both streams.
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -69,42 +65,17 @@ class QwenImage:
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     )
 
-    @property
-    def model_class(self) -> Any:
-        from diffusers import QwenImageTransformer2DModel
-
-        return QwenImageTransformer2DModel
-
     def load(self, source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
-        from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
         from diffusers.models.transformers import transformer_qwenimage
-        from transformers import Qwen2_5_VLForConditionalGeneration
 
         if not hasattr(transformer_qwenimage, "compute_text_seq_len_from_mask"):
             raise ValueError("expected diffusers 0.37 or newer, whose QwenImageTransformer2DModel masks padded text")
-        kinds = {"transformer": self.model_class, "vae": AutoencoderKLQwenImage}
-        kinds |= {"text_encoder": Qwen2_5_VLForConditionalGeneration}
-        parts = load_parts(kinds, source, dtype, vae_dtype)
-        pipeline = QwenImagePipeline.from_pretrained(source, **parts, torch_dtype=dtype, use_safetensors=True)
-        check_euler(pipeline.scheduler)
-        return pipeline
+        return super().load(source, dtype, vae_dtype)
 
-    def shapes(self, source: str) -> Shapes:
-        from diffusers import AutoencoderKLQwenImage
-        from transformers import Qwen2_5_VLConfig
-
-        models = {"transformer": self.model_class, "vae": AutoencoderKLQwenImage}
-        return part_shapes(source, self.published, models, {"text_encoder": Qwen2_5_VLConfig})
-
-    def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
-        from diffusers import AutoencoderKLQwenImage
-
-        return self.model_class.from_config(shapes["transformer"]), AutoencoderKLQwenImage.from_config(shapes["vae"])
-
-    def build_encoders(self, shapes: Shapes) -> list[Any]:
-        from transformers import Qwen2_5_VLForConditionalGeneration
-
-        return [Qwen2_5_VLForConditionalGeneration(shapes["text_encoder"])]
+    def unread(self, model: Any) -> Sequence[Any]:
+        # The text that the last block gives.
+        last = model.transformer_blocks[-1]
+        return [last.attn.to_add_out, last.txt_mlp]
 
     def random_pipeline(self, shapes: Shapes, tokenizer: Path) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
@@ -137,15 +108,6 @@ class QwenImage:
                 f"got {config.max_sequence_length}"
             )
 
-    def num_layers(self, shape: Any) -> int:
-        return int(shape.num_layers)
-
-    def guidance_kind(self, shape: Any) -> GuidanceKind | None:
-        return "two_predictions"
-
-    def attention_heads(self, shape: Any) -> tuple[int, int]:
-        return shape.num_attention_heads, shape.attention_head_dim
-
     def latent_shape(self, config: Model, shape: Any, vae_scale: int) -> tuple[int, int, int]:
         return shape.in_channels // _PATCH**2, *latent_size(config, _OWN_SIZE, vae_scale)
 
@@ -153,38 +115,10 @@ class QwenImage:
         _, height, width = self.latent_shape(config, shape, vae_scale)
         return height // _PATCH, width // _PATCH
 
-    def num_text_tokens(self, config: Model, shapes: Shapes) -> int:
-        return config.max_sequence_length
-
-    def blocks(self, model: Any) -> Sequence[Any]:
-        blocks: Sequence[Any] = model.transformer_blocks
-        return blocks
-
-    def schedule(
-        self, pipeline: Any, config: Model, steps: int, grid: tuple[int, int], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        # The pipeline itself hands even levels to its scheduler, whatever `model.levels`.
-        return flow_schedule(pipeline.scheduler, steps, grid[0] * grid[1], device, even=True)
-
-    def timesteps_at(self, pipeline: Any, levels: Tensor) -> Tensor:
-        return levels * pipeline.scheduler.config.num_train_timesteps
-
     def encode(self, pipeline: Any, config: Model, text: str, device: torch.device) -> Conditioning:
         hidden, _ = pipeline.encode_prompt(text, device=device, max_sequence_length=config.max_sequence_length)
         mask = torch.arange(config.max_sequence_length, device=hidden.device) < hidden.shape[1]
         return Conditioning({"text": padded(hidden, config.max_sequence_length), "mask": mask[None]})
-
-    def text_units(
-        self, pipeline: Any, config: Model, texts: Sequence[str], units: Sequence[Sequence[str]]
-    ) -> sk.TextUnits:
-        return sk.TextUnits.from_prompts(texts, units, **text_axis_of(pipeline, config.max_sequence_length))
-
-    def text_axis(self, source: str, max_sequence_length: int) -> TextAxis:
-        from diffusers import QwenImagePipeline
-
-        others = dict.fromkeys(("transformer", "vae", "text_encoder", "scheduler"))
-        axis = text_axis_of(QwenImagePipeline.from_pretrained(source, **others), max_sequence_length)
-        return TextAxis(**axis, description=f"{max_sequence_length} tokens behind Qwen-Image's template")
 
     def velocity(self, model: Any, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         grid = latents.shape[2] // _PATCH, latents.shape[3] // _PATCH
@@ -227,13 +161,3 @@ class QwenImage:
         # An autoencoder of videos, of one frame here.
         frames = (latents.to(vae.dtype) * std + mean).unsqueeze(2)
         return (vae.decode(frames, return_dict=False)[0][:, :, 0].float() / 2 + 0.5).clamp(0, 1)
-
-    def save_adapter(self, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-        from diffusers import QwenImagePipeline
-
-        save_lora(QwenImagePipeline, folder, layers, metadata)
-
-    def read_adapter(self, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        from diffusers import QwenImagePipeline
-
-        return read_lora(QwenImagePipeline, source)

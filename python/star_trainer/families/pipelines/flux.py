@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import star_kernels as sk
 from star_trainer.config import ConfigError, Model
 from star_trainer.families.conditioning import Conditioning, Guidance, GuidanceKind, Prediction, VelocityFunction
-from star_trainer.families.family import Shapes, TextAxis
-from star_trainer.families.flow_schedule import check_euler, flow_schedule
-from star_trainer.families.latents import check_resolution, decoded, latent_size, pack, unpack
-from star_trainer.families.loading import load_parts, part_shapes, read_lora, save_lora
-from star_trainer.families.noising import FLOW
-from star_trainer.families.shapes import AUTOENCODER_16, CLIP_L, T5_XXL
+from star_trainer.families.family import Shapes
+from star_trainer.families.pipelines.base import DiffusersFamily
+from star_trainer.families.pipelines.latents import check_resolution, latent_size, pack, unpack
+from star_trainer.families.pipelines.shapes import AUTOENCODER_16, CLIP_L, T5_XXL
 
 # The side of a token in latent positions, and of the pipeline's own latents.
 _PATCH, _OWN_SIZE = 2, 128
@@ -43,56 +40,20 @@ _PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-class Flux:
+class Flux(DiffusersFamily):
     """`Family` of diffusers' FluxPipeline; its methods are described there."""
 
     pipeline_class = "FluxPipeline"
+    model_name = "FluxTransformer2DModel"
+    encoders = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+    text_description = "tokens of T5"
     published: Mapping[str, Shapes] = _PUBLISHED
-    model_part = "transformer"
-    noising = FLOW
-    encoder_parts = ("text_encoder", "text_encoder_2")
     # Those of Flow-GRPO's training script: the attention of all blocks, and the dual blocks' feed-forward layers.
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
-
-    @property
-    def model_class(self) -> Any:
-        from diffusers import FluxTransformer2DModel
-
-        return FluxTransformer2DModel
-
-    def load(self, source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
-        from diffusers import AutoencoderKL, FluxPipeline
-        from transformers import CLIPTextModel, T5EncoderModel
-
-        kinds = {"transformer": self.model_class, "vae": AutoencoderKL}
-        kinds |= {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
-        parts = load_parts(kinds, source, dtype, vae_dtype)
-        pipeline = FluxPipeline.from_pretrained(source, **parts, torch_dtype=dtype, use_safetensors=True)
-        check_euler(pipeline.scheduler)
-        return pipeline
-
-    def shapes(self, source: str) -> Shapes:
-        from diffusers import AutoencoderKL
-        from transformers import CLIPTextConfig, T5Config
-
-        models = {"transformer": self.model_class, "vae": AutoencoderKL}
-        encoders = {"text_encoder": CLIPTextConfig, "text_encoder_2": T5Config}
-        return part_shapes(source, self.published, models, encoders)
-
-    def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
-        from diffusers import AutoencoderKL
-
-        return self.model_class.from_config(shapes["transformer"]), AutoencoderKL.from_config(shapes["vae"])
-
-    def build_encoders(self, shapes: Shapes) -> list[Any]:
-        from transformers import CLIPTextModel, T5EncoderModel
-
-        kinds = (CLIPTextModel, T5EncoderModel)
-        return [kind(shapes[part]) for part, kind in zip(self.encoder_parts, kinds, strict=True)]
 
     def random_pipeline(self, shapes: Shapes, tokenizer: Path) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
@@ -134,9 +95,6 @@ class Flux:
     def guidance_kind(self, shape: Any) -> GuidanceKind | None:
         return "embedded" if shape.guidance_embeds else None
 
-    def attention_heads(self, shape: Any) -> tuple[int, int]:
-        return shape.num_attention_heads, shape.attention_head_dim
-
     def latent_shape(self, config: Model, shape: Any, vae_scale: int) -> tuple[int, int, int]:
         return shape.in_channels // _PATCH**2, *latent_size(config, _OWN_SIZE, vae_scale)
 
@@ -144,20 +102,8 @@ class Flux:
         _, height, width = self.latent_shape(config, shape, vae_scale)
         return height // _PATCH, width // _PATCH
 
-    def num_text_tokens(self, config: Model, shapes: Shapes) -> int:
-        return config.max_sequence_length
-
     def blocks(self, model: Any) -> Sequence[Any]:
         return [*model.transformer_blocks, *model.single_transformer_blocks]
-
-    def schedule(
-        self, pipeline: Any, config: Model, steps: int, grid: tuple[int, int], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        # The pipeline itself hands even levels to its scheduler, whatever `model.levels`.
-        return flow_schedule(pipeline.scheduler, steps, grid[0] * grid[1], device, even=True)
-
-    def timesteps_at(self, pipeline: Any, levels: Tensor) -> Tensor:
-        return levels * pipeline.scheduler.config.num_train_timesteps
 
     def encode(self, pipeline: Any, config: Model, text: str, device: torch.device) -> Conditioning:
         hidden, pooled, _ = pipeline.encode_prompt(
@@ -167,17 +113,6 @@ class Flux:
         if pipeline.transformer.config.guidance_embeds:
             tensors["guidance"] = torch.ones(1)
         return Conditioning(tensors)
-
-    def text_units(
-        self, pipeline: Any, config: Model, texts: Sequence[str], units: Sequence[Sequence[str]]
-    ) -> sk.TextUnits:
-        return sk.TextUnits.from_pipeline(pipeline, texts, units, max_sequence_length=config.max_sequence_length)
-
-    def text_axis(self, source: str, max_sequence_length: int) -> TextAxis:
-        from transformers import AutoTokenizer
-
-        t5 = AutoTokenizer.from_pretrained(source, subfolder="tokenizer_2")
-        return TextAxis((t5,), (max_sequence_length,), f"{max_sequence_length} tokens of T5")
 
     def velocity(self, model: Any, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         text, device = conditioning.tensors["text"], latents.device
@@ -208,16 +143,3 @@ class Flux:
             scales = torch.full_like(conditioning.tensors["guidance"], guidance.scale)
             conditioning = Conditioning({**conditioning.tensors, "guidance": scales})
         return Prediction(velocity(latents, timestep, conditioning))
-
-    def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
-        return decoded(pipeline.vae if decoder is None else decoder, latents)
-
-    def save_adapter(self, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-        from diffusers import FluxPipeline
-
-        save_lora(FluxPipeline, folder, layers, metadata)
-
-    def read_adapter(self, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        from diffusers import FluxPipeline
-
-        return read_lora(FluxPipeline, source)

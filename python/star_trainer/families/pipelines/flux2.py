@@ -10,23 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle
 
-import star_kernels as sk
-from star_kernels.text_units import flux2_klein_template
 from star_trainer.config import Model
 from star_trainer.families.conditioning import (
     Conditioning,
-    Guidance,
-    GuidanceKind,
-    Prediction,
-    VelocityFunction,
-    guided_by_two_predictions,
 )
-from star_trainer.families.family import Shapes, TextAxis
-from star_trainer.families.flow_schedule import check_euler, flow_schedule
-from star_trainer.families.latents import check_resolution, latent_size, pack, unpack
-from star_trainer.families.loading import load_parts, read_config, read_lora, save_lora
-from star_trainer.families.noising import FLOW
-from star_trainer.families.shapes import QWEN_3_4B
+from star_trainer.families.family import Shapes
+from star_trainer.families.pipelines.base import DiffusersFamily
+from star_trainer.families.pipelines.flow_schedule import flow_schedule
+from star_trainer.families.pipelines.latents import check_resolution, latent_size, pack, unpack
+from star_trainer.families.pipelines.shapes import QWEN_3_4B
 
 # The side of a token in positions of the autoencoder's latents, of which the pipeline's own have that many.
 _PATCH, _OWN_SIZE = 2, 128
@@ -54,24 +46,24 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "transformer": transformer,
         "vae": {},
         "text_encoder": encoder,
-        "is_distilled": not prefix,
     }
     for prefix in ("base-", "")
     for size, (transformer, encoder) in _SIZES.items()
 }
 
 
-class Flux2Klein:
+class Flux2Klein(DiffusersFamily):
     """`Family` of diffusers' Flux2KleinPipeline; its methods are described there.
 
     A latent [C, H, W] is what the model sees: a position is a token, with the channels of four of the autoencoder's.
     """
 
     pipeline_class = "Flux2KleinPipeline"
+    model_name = "Flux2Transformer2DModel"
+    vae_name = "AutoencoderKLFlux2"
+    encoders = {"text_encoder": "Qwen3ForCausalLM"}
+    text_description = "tokens of Qwen3, its chat template included"
     published: Mapping[str, Shapes] = _PUBLISHED
-    model_part = "transformer"
-    noising = FLOW
-    encoder_parts = ("text_encoder",)
     # Those that Flow-Factory trains by default.
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj"),
@@ -79,55 +71,16 @@ class Flux2Klein:
         *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
     )
 
-    @property
-    def model_class(self) -> Any:
-        from diffusers import Flux2Transformer2DModel
-
-        return Flux2Transformer2DModel
-
-    def load(self, source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
-        from diffusers import AutoencoderKLFlux2
-        from transformers import Qwen3ForCausalLM
-
-        kinds = {"transformer": self.model_class, "vae": AutoencoderKLFlux2, "text_encoder": Qwen3ForCausalLM}
-        kind = _pipeline_class()
-        parts = load_parts(kinds, source, dtype, vae_dtype)
-        pipeline = kind.from_pretrained(source, **parts, torch_dtype=dtype, use_safetensors=True)
-        check_euler(pipeline.scheduler)
-        _say_distilled(pipeline.transformer, pipeline.config.is_distilled)
-        return pipeline
-
-    def shapes(self, source: str) -> Shapes:
-        from diffusers import AutoencoderKLFlux2
-        from transformers import Qwen3Config
-
+    def is_distilled(self, source: str) -> bool:
         if source in self.published and not Path(source).is_dir():
-            known = self.published[source]
-            return {**known, "text_encoder": Qwen3Config(**known["text_encoder"])}
-        return {
-            "transformer": self.model_class.load_config(source, subfolder="transformer"),
-            "vae": AutoencoderKLFlux2.load_config(source, subfolder="vae"),
-            "text_encoder": read_config(Qwen3Config, source, "text_encoder"),
-            "is_distilled": bool(_pipeline_class().load_config(source).get("is_distilled")),
-        }
-
-    def build_models(self, shapes: Shapes) -> tuple[Any, Any]:
-        from diffusers import AutoencoderKLFlux2
-
-        transformer = self.model_class.from_config(shapes["transformer"])
-        _say_distilled(transformer, shapes["is_distilled"])
-        return transformer, AutoencoderKLFlux2.from_config(shapes["vae"])
-
-    def build_encoders(self, shapes: Shapes) -> list[Any]:
-        from transformers import Qwen3ForCausalLM
-
-        return [Qwen3ForCausalLM(shapes["text_encoder"])]
+            return "-base-" not in source
+        return bool(self.pipeline.load_config(source).get("is_distilled"))
 
     def random_pipeline(self, shapes: Shapes, tokenizer: Path) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
         from transformers import AutoTokenizer
 
-        class RandomPipeline(_pipeline_class()):  # type: ignore[misc]
+        class RandomPipeline(self.pipeline):  # type: ignore[name-defined]
             def encode_prompt(self, prompt: str, *_: Any, max_sequence_length: int, **__: Any) -> tuple[Tensor, ...]:
                 """Embeddings [1, N_text, D] and positions [1, N_text, 4] on the CPU, the same for the same text."""
                 generator = torch.Generator().manual_seed(len(prompt))
@@ -153,21 +106,12 @@ class Flux2Klein:
     def num_layers(self, shape: Any) -> int:
         return int(shape.num_layers + shape.num_single_layers)
 
-    def guidance_kind(self, shape: Any) -> GuidanceKind | None:
-        return None if shape.is_distilled else "two_predictions"
-
-    def attention_heads(self, shape: Any) -> tuple[int, int]:
-        return shape.num_attention_heads, shape.attention_head_dim
-
     def latent_shape(self, config: Model, shape: Any, vae_scale: int) -> tuple[int, int, int]:
         return shape.in_channels, *latent_size(config, _OWN_SIZE // _PATCH, _PATCH * vae_scale)
 
     def grid(self, config: Model, shape: Any, vae_scale: int) -> tuple[int, int]:
         _, height, width = self.latent_shape(config, shape, vae_scale)
         return height, width
-
-    def num_text_tokens(self, config: Model, shapes: Shapes) -> int:
-        return config.max_sequence_length
 
     def blocks(self, model: Any) -> Sequence[Any]:
         return [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -183,24 +127,9 @@ class Flux2Klein:
             pipeline.scheduler, steps, tokens, device, even=True, shift=compute_empirical_mu(tokens, steps)
         )
 
-    def timesteps_at(self, pipeline: Any, levels: Tensor) -> Tensor:
-        return levels * pipeline.scheduler.config.num_train_timesteps
-
     def encode(self, pipeline: Any, config: Model, text: str, device: torch.device) -> Conditioning:
         hidden, _ = pipeline.encode_prompt(text, device=device, max_sequence_length=config.max_sequence_length)
         return Conditioning({"text": hidden})
-
-    def text_units(
-        self, pipeline: Any, config: Model, texts: Sequence[str], units: Sequence[Sequence[str]]
-    ) -> sk.TextUnits:
-        return sk.TextUnits.from_pipeline(pipeline, texts, units, max_sequence_length=config.max_sequence_length)
-
-    def text_axis(self, source: str, max_sequence_length: int) -> TextAxis:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
-        description = f"{max_sequence_length} tokens of Qwen3, its chat template included"
-        return TextAxis((tokenizer,), (max_sequence_length,), description, flux2_klein_template(tokenizer))
 
     def velocity(self, model: Any, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         text, device = conditioning.tensors["text"], latents.device
@@ -220,44 +149,9 @@ class Flux2Klein:
         )[0]
         return unpack(packed, grid, 1)
 
-    def predict(
-        self,
-        velocity: VelocityFunction,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: Conditioning,
-        guidance: Guidance | None,
-    ) -> Prediction:
-        return guided_by_two_predictions(velocity, latents, timestep, conditioning, guidance)
-
     def pixels(self, pipeline: Any, latents: Tensor, decoder: Any) -> Tensor:
         norm, epsilon = pipeline.vae.bn, pipeline.vae.config.batch_norm_eps
         mean, variance = (value.to(latents.dtype).view(1, -1, 1, 1) for value in (norm.running_mean, norm.running_var))
         unscaled = pixel_shuffle(latents * torch.sqrt(variance + epsilon) + mean, _PATCH)
         vae = pipeline.vae if decoder is None else decoder
         return (vae.decode(unscaled.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-
-    def save_adapter(self, folder: Path, layers: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-        save_lora(_pipeline_class(), folder, layers, metadata)
-
-    def read_adapter(self, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return read_lora(_pipeline_class(), source)
-
-
-def _pipeline_class() -> Any:
-    """Flux2KleinPipeline.
-
-    Raises:
-        ValueError: the installed diffusers has none.
-    """
-    import diffusers
-
-    kind = getattr(diffusers, "Flux2KleinPipeline", None)
-    if kind is None:
-        raise ValueError(f"diffusers {diffusers.__version__} has no Flux2KleinPipeline, a newer one has")
-    return kind
-
-
-def _say_distilled(transformer: Any, is_distilled: bool) -> None:
-    """Note in the transformer's configuration what the pipeline alone says: whether guidance was distilled away."""
-    transformer.register_to_config(is_distilled=is_distilled)
