@@ -69,8 +69,9 @@ CpuCapability cpu_capability();
 // The instructions that a kernel may use, each level with those before it.
 enum class CpuLevel { generic, avx2, avx512, avx512_bf16 };
 
-// The fastest level that this CPU has, which on Intel's is avx512; or the highest up to the one that
-// STAR_KERNELS_CPU_CAPABILITY names (default, avx2, avx512 or avx512_bf16). Reads the environment at every call, so that tests can change it.
+// The fastest level that this CPU has, which on Intel's is at most avx512; or the highest up to the one that
+// STAR_KERNELS_CPU_CAPABILITY names (default, avx2, avx512 or avx512_bf16). Reads the environment at every call, so that
+// tests can change it.
 CpuLevel cpu_level();
 
 }  // namespace star_kernels

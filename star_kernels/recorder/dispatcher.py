@@ -106,6 +106,10 @@ def _attend_instead(
     """What the code calls for ``dispatch_attention_fn``, [B, N, heads, D] to the same."""
     if attn_mask is not None and not backend.processor.masks_text:
         raise ValueError(f"attention_mask: expected None in a layer that is recorded, got {type(attn_mask).__name__}")
+    if dropout_p or is_causal:
+        raise ValueError(
+            f"dropout_p: expected 0 and is_causal False in a layer that is recorded, got {dropout_p} and {is_causal}"
+        )
     return backend.attend(query, key, value, attn_mask=attn_mask)
 
 

@@ -118,14 +118,17 @@ class FollowsPasses(Protocol):
         """
 
 
-def check_processor(layer: Layer, expected: type, hint: str = "") -> Any:
+def check_processor(layer: Layer, expected: type, fused: type | None = None) -> Any:
     """The layer's own processor, if it is exactly of the class `expected`: a subclass may compute something else.
+
+    `fused` is the class that ``fuse_qkv_projections`` puts in its place.
 
     Raises:
         TypeError: it is of another class.
     """
     own = layer.attention.processor
     if type(own) is not expected:
+        hint = "; call unfuse_qkv_projections() first" if type(own) is fused else ""
         raise TypeError(
             f"{layer.name}: expected the attention processor {expected.__name__}, which recording replaces, got "
             f"{type(own).__name__}{hint}"

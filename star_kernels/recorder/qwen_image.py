@@ -6,17 +6,11 @@ from typing import Any
 
 from star_kernels.recorder.dispatcher import recording_processor
 from star_kernels.recorder.family import Attend, Layer
+from star_kernels.recorder.sd3 import layers as layers
 
 MODEL = "QwenImageTransformer2DModel"
 
 checkpointing: str | None = "_gradient_checkpointing_func"
-
-
-def layers(model: Any) -> list[Layer]:
-    """The joint attention of each block."""
-    return [
-        Layer(f"transformer_blocks.{i}.attn", block.attn, block) for i, block in enumerate(model.transformer_blocks)
-    ]
 
 
 def processor(layer: Layer, attend: Attend) -> Any:

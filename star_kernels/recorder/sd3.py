@@ -29,8 +29,7 @@ def processor(layer: Layer, attend: Attend) -> _JointProcessor:
     """
     from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 
-    fused = isinstance(layer.attention.processor, FusedJointAttnProcessor2_0)
-    check_processor(layer, JointAttnProcessor2_0, "; call unfuse_qkv_projections() first" if fused else "")
+    check_processor(layer, JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
     return _JointProcessor(attend)
 
 

@@ -55,8 +55,7 @@ def processor(layer: Layer, attend: Attend) -> _CrossProcessor:
     """
     from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 
-    fused = isinstance(layer.attention.processor, FusedAttnProcessor2_0)
-    check_processor(layer, AttnProcessor2_0, "; call unfuse_qkv_projections() first" if fused else "")
+    check_processor(layer, AttnProcessor2_0, FusedAttnProcessor2_0)
     return _CrossProcessor(attend)
 
 

@@ -12,9 +12,9 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from star_trainer.families.noising import DIFFUSION
 from star_trainer.families.pipelines.unet import ddim, ddim_schedule
-from torch import Tensor
 
 import star_kernels as sk
+from tests.parity.oracle import flat, latents, log_prob
 
 SHAPE = (2, 4, 2, 3)
 PUBLISHED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -44,24 +44,6 @@ def published_step(
     return std, means
 
 
-def published_log_prob(std: float, means: list[float], drawn: list[float]) -> float:
-    """Of one sample, the mean over all its latents."""
-    each = [
-        -((y - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(math.sqrt(2 * math.pi))
-        for y, mean in zip(drawn, means, strict=True)
-    ]
-    return math.fsum(each) / len(each)
-
-
-def latents(seed: int, count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(SHAPE, generator=generator) for _ in range(count)]
-
-
-def flat(x: Tensor) -> list[list[float]]:
-    return x.detach().double().flatten(1).tolist()
-
-
 @pytest.mark.parametrize(("steps", "eta"), [(50, 1.0), (10, 0.5)])
 @pytest.mark.parametrize(
     ("config", "even"),
@@ -80,7 +62,7 @@ def test_every_step_has_the_published_mean_std_and_log_prob(
     levels, timesteps = ddim_schedule(of, steps, torch.device("cpu"), even=even)
     assert len(levels) == steps + 1 and len(timesteps) == steps
     for index in range(steps):
-        guided, x, unconditional, noise = latents(index, 4)
+        guided, x, unconditional, noise = latents(SHAPE, index, 4)
         row = DIFFUSION.step("ddim", levels[index], levels[index + 1], eta=eta)
         options = {"unconditional_velocity": unconditional, "guidance_scale": 5.0}
         result = sk.transition_step(guided, x, row, noise=noise if row.stochastic else None, **options)
@@ -96,6 +78,6 @@ def test_every_step_has_the_published_mean_std_and_log_prob(
             assert drawn == pytest.approx(draws, rel=1e-5, abs=1e-5)
             if row.stochastic:
                 assert result.log_prob is not None and again is not None
-                published = published_log_prob(std, means, drawn)
+                published = log_prob(std, means, drawn)
                 assert result.log_prob[b].mean().item() == pytest.approx(published, rel=1e-5, abs=1e-5)
                 assert again[b].mean().item() == pytest.approx(published, rel=1e-5, abs=1e-5)

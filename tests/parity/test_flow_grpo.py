@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 
 from star_kernels import policy_loss, transition_coefficients, transition_log_prob, transition_step
+from tests.parity.oracle import flat, latents
+from tests.parity.oracle import log_prob as published_log_prob
 
 SHAPE = (3, 2, 4, 6)
 NOISE_LEVEL = 0.7
@@ -50,20 +51,7 @@ class PublishedStep:
         return cls(std_dev, std_dev * math.sqrt(length), means)
 
     def log_prob(self, drawn: list[float]) -> float:
-        each = [
-            -((y - mean) ** 2) / (2 * self.spread**2) - math.log(self.spread) - math.log(math.sqrt(2 * math.pi))
-            for y, mean in zip(drawn, self.means, strict=True)
-        ]
-        return math.fsum(each) / len(each)
-
-
-def latents(seed: int, count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(SHAPE, generator=generator) for _ in range(count)]
-
-
-def flat(x: Tensor) -> list[list[float]]:
-    return x.detach().double().flatten(1).tolist()
+        return published_log_prob(self.spread, self.means, drawn)
 
 
 @pytest.mark.parametrize("steps", [10, 40])
@@ -71,7 +59,7 @@ def test_every_step_has_the_published_mean_std_and_log_prob(steps: int) -> None:
     levels = schedule(steps)
     sigmas = torch.tensor(levels)
     for index in range(steps):
-        v, x, noise = latents(index, 3)
+        v, x, noise = latents(SHAPE, index, 3)
         c = transition_coefficients("flow_sde", sigmas[index], sigmas[index + 1], eta=NOISE_LEVEL, sigma_max=sigmas[1])
         mean = transition_step(v, x, c, noise=torch.zeros(SHAPE)).next_sample
         next_sample, log_prob = transition_step(v, x, c, noise=noise)
@@ -148,7 +136,7 @@ def test_image_level_loss_and_gradient_are_the_published_ones(steps: int, beta: 
         indices = [start, (start + 1) % steps, (start + 4) % steps]
         now = torch.tensor(indices)
         c = transition_coefficients("flow_sde", sigmas[now], sigmas[now + 1], eta=NOISE_LEVEL, sigma_max=sigmas[1])
-        v, x, noise, shift, ref_shift = latents(1000 + start, 5)
+        v, x, noise, shift, ref_shift = latents(SHAPE, 1000 + start, 5)
         y = transition_step(v, x, c, noise=noise).next_sample
         old = transition_log_prob(v, x, y, c) - torch.tensor(moves)[:, None, None]
         new_v = (v + 1e-5 * shift).requires_grad_()
@@ -184,7 +172,7 @@ def test_image_level_loss_and_gradient_are_the_published_ones(steps: int, beta: 
 def test_kl_scales_differ_by_the_length_of_the_step() -> None:
     """s² = q²·(σ − σ'): dividing by q² instead makes a KL that is smaller by the factor σ − σ'."""
     c = transition_coefficients("flow_sde", 0.8, 0.55)
-    v, x, y, ref = latents(7, 4)
+    v, x, y, ref = latents(SHAPE, 7, 4)
     old, advantage = torch.zeros(3, 4, 6), torch.zeros(3)
     kl = {
         scale: policy_loss(v, x, y, old, advantage, c, reference_velocity=ref, kl_scale=scale).metrics["kl"].item()
