@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from star_kernels.recorder import record_attention, recorder
+from star_kernels.recorder import dispatcher, record_attention, recorder
 
 TEXT, IMAGE, UNITS, DUAL, SINGLE = 7, 40, 3, 2, 3
 BLOCKS = DUAL + SINGLE
@@ -322,6 +322,13 @@ def test_a_model_of_single_blocks_alone_is_recorded(kind: type) -> None:
         model(**inputs(model, text=TEXT + 2))  # only the pass that is recorded has to fit
         model(**inputs(model))
     assert_masses(recording.mass, exact_masses(model, unit_weights(), **inputs(model)))
+
+
+@pytest.mark.parametrize("option", [{"dropout_p": 0.1}, {"is_causal": True}])
+def test_attention_of_another_kind_is_refused(option: dict[str, Any]) -> None:
+    """As a later diffusers, or a user's fork of it, might ask for in a processor."""
+    with pytest.raises(ValueError, match="^dropout_p: expected 0 and is_causal False"):
+        dispatcher._attend_instead(*[torch.zeros(1, 2, 1, 4)] * 3, backend=None, parallel_config=None, **option)
 
 
 def test_what_recording_cannot_follow_is_an_error_that_names_it(model: Any) -> None:

@@ -21,7 +21,7 @@ from diffusers import (
 from star_trainer.config import ConfigError, load_config
 from star_trainer.dry_run import plan
 from star_trainer.families import FAMILIES
-from star_trainer.families.noising import DIFFUSION
+from star_trainer.families.noising import DIFFUSION, FLOW, Noising
 from star_trainer.families.pipelines.unet import ddim, ddim_schedule
 from star_trainer.families.policy import Policy, load_policy
 from star_trainer.prompts import Prompt
@@ -111,6 +111,16 @@ def test_a_renoised_step_keeps_the_clean_latents_and_the_amount_of_noise(share: 
     if share == 0.0:
         plain = DIFFUSION.step("ode", level, following, eta=1.0)
         torch.testing.assert_close(row.velocity_scale, plain.velocity_scale.expand(2), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("noising", [FLOW, DIFFUSION])
+def test_what_is_mixed_is_parted_again_by_the_right_prediction(noising: Noising) -> None:
+    clean, noise = torch.randn(2, 2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    level = torch.tensor([0.3, 0.8])
+    mixed, row = noising.mixed(clean, noise, level), noising.to_clean(level)
+    right = noise - clean if noising is FLOW else noise
+    a, b = (value.view(-1, 1, 1, 1) for value in (row.sample_scale, row.velocity_scale))
+    torch.testing.assert_close(a * mixed + b * right, clean, rtol=1e-5, atol=1e-5)
 
 
 def test_coarse_layers_by_name_give_maps_whose_tokens_share_their_places(folder: Path) -> None:
