@@ -22,7 +22,6 @@ import star_kernels as sk
 PROMPTS = ["a photo of a red circle above a green square", "a photo of a red cross left of a blue circle"]
 GROUP = 8  # samples of a prompt, which are compared with each other
 STEPS = 4
-SIZE = 64
 
 
 def reward(images: torch.Tensor) -> torch.Tensor:
@@ -34,6 +33,7 @@ def reward(images: torch.Tensor) -> torch.Tensor:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default=str(TINY_PIPELINE), help="a Stable Diffusion 3 pipeline")
+    parser.add_argument("--size", type=int, default=64, help="pixels of an image's sides")
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--out", help="a folder for the adapter, which pipe.load_lora_weights reads")
     options = parser.parse_args(arguments)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sk.transition_coefficients("flow_sde", sigma, following, eta=0.7, sigma_max=sigmas[1])
         for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True)
     ]
-    channels, side = model.config.in_channels, SIZE // pipe.vae_scale_factor
+    channels, side = model.config.in_channels, options.size // pipe.vae_scale_factor
     grid = (side // model.config.patch_size,) * 2
     clip_range = sk.position_clip_range(1e-4, side, side)  # Flow-GRPO's, which is for an image
 

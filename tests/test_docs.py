@@ -147,6 +147,7 @@ class Stored(dict[str, Path]):
     def run(self, code: str, **scope: Any) -> dict[str, Any]:
         code = re.sub(r'from_pretrained\("[^"]+"', f"from_pretrained({str(self.pipeline)!r}", code)
         code = re.sub(r'"runs/[^"]*/adapter"', repr(str(self.adapter)), code)
+        code = re.sub(r'"runs/[^"]*/unet"', repr(str(self.pipeline / "unet")), code)
         exec(code, {**vars(diffusers), "torch": torch} | scope, scope)
         return scope
 
@@ -171,9 +172,11 @@ def test_adapters_load_as_the_guides_say(tmp_path: Path, made_once: MadeOnce) ->
 
     folder = made_once("pipeline_sd15", PIPELINES["sd15"].save)
     sd15 = Stored(folder, diffusers.StableDiffusionPipeline, tmp_path / "sd15")
-    (unets,) = blocks("docs/models.md")
+    unets, whole = blocks("docs/models.md")
     pipe = sd15.run(unets)["pipe"]
     assert isinstance(pipe.scheduler, diffusers.DDIMScheduler) and pipe.get_list_adapters() == {"unet": ["default_0"]}
+    found = sd15.run(whole)
+    assert found["pipe"].unet is found["unet"]
     pipe = sd15.run(trailing, pipe=pipe)["pipe"]
     pipe.scheduler.set_timesteps(4)
     assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
@@ -214,7 +217,7 @@ def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page: Path) -> None
 def test_every_block_of_code_is_run() -> None:
     """A block that is added needs a test above, or in tests/test_integration_guide.py for the guide."""
     found = {page.name: page.read_text().count("```") // 2 for page in PAGES if "```" in page.read_text()}
-    assert found == {"README.md": 1, "integration.md": 1, "models.md": 1, "r0.md": 3, "rewards.md": 1, "training.md": 1}
+    assert found == {"README.md": 1, "integration.md": 1, "models.md": 2, "r0.md": 3, "rewards.md": 1, "training.md": 1}
 
 
 def test_files_that_contributors_are_sent_to_are_there() -> None:

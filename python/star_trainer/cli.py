@@ -17,7 +17,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="star-train",
-        description="Post-train a Stable Diffusion 3 pipeline with spatially allocated rewards (STAR) or a control.",
+        description="Post-train a text-to-image pipeline with spatially allocated rewards (STAR), a control, or R0.",
         epilog=(
             "examples:\n"
             "  star-train tiny                                   a small real pipeline, on any machine\n"

@@ -16,7 +16,7 @@ from star_trainer.families.family import Family
 from star_trainer.families.pipelines.latents import vae_scale
 from star_trainer.families.policy import check_against_model, check_layers, set_trainable
 from star_trainer.prompts import read_prompts
-from star_trainer.rewards import check_differentiable, check_reward
+from star_trainer.rewards import CONVERTED, check_differentiable, check_reward
 from star_trainer.run.inputs import check_backend, check_prompts, check_trackers, units_not_found
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -75,7 +75,7 @@ def plan(config: Config, processes: int = 1) -> Plan:
     check_against_model(config, family, transformer.config, scale)
     check_layers(config, transformer)
     frozen = {
-        "transformer": _count(transformer),
+        family.model_part: _count(transformer),
         "autoencoder": _count(vae),
         "text encoders": sum(_count(encoder) for encoder in encoders),
     }
@@ -166,6 +166,7 @@ def report(config: Config, processes: int = 1) -> str:
         ("pipeline", config.model.pipeline),
         ("method", f"{config.method}, {_sampler(config)}, rewards {', '.join(config.reward.terms)}"),
         *prompts,
+        *_missing_rewards(config),
         *((f"parameters, {name}", f"{count:,}") for name, count in found.parameters.items()),
         ("trainable parameters", f"{found.trainable:,}"),
         *((f"without {part}", "as the pipeline's own index says") for part in found.absent),
@@ -176,10 +177,10 @@ def report(config: Config, processes: int = 1) -> str:
         ("reward calls", f"{found.reward_calls:,}{each}"),
         (
             "estimated GPU memory",
-            f"{_bytes(memory.total)}{each}: weights {_bytes(memory.weights)}, gradients, optimiser and averages "
-            f"{_bytes(memory.trained)}, samples of an iteration {_bytes(memory.rollout)}, activations of one backward "
-            f"pass {_bytes(memory.activations)}, or instead of the last two the text encoders, "
-            f"{_bytes(memory.encoders)}, while prompts are encoded; models of rewards come on top"
+            f"{_bytes(memory.total)}{each}: frozen weights {_bytes(memory.weights)}, trained ones, gradients, "
+            f"optimiser and averages {_bytes(memory.trained)}, samples of an iteration {_bytes(memory.rollout)}, "
+            f"activations of one backward pass {_bytes(memory.activations)}, or instead of the last two the text "
+            f"encoders, {_bytes(memory.encoders)}, while prompts are encoded; models of rewards come on top"
             + (", and what the decoder keeps for its backward pass" if config.trains_by_reward_gradient else ""),
         ),
     ]
@@ -222,6 +223,16 @@ def _prompts(config: Config) -> list[tuple[str, str]]:
     return lines
 
 
+def _missing_rewards(config: Config) -> list[tuple[str, str]]:
+    """A line for each reward whose model has to be written yet by `star-convert-reward`."""
+    folders = {name: str(getattr(config.reward.models, name)) for name in config.reward.terms if name in CONVERTED}
+    return [
+        (f"reward, {name}", f"model not found yet, needed at {folder}: star-convert-reward {name}")
+        for name, folder in folders.items()
+        if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir()
+    ]
+
+
 def _bytes(count: float) -> str:
     return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / _MIB:.0f} MiB"
 
@@ -245,9 +256,10 @@ def _memory(
     itemsize = 4 if config.model.dtype == "float32" else 2
     of_vae = 4 if config.model.dtype_of_vae == "float32" else 2
     copies = 2 if config.model.lora is None and config.needs_first_weights else 1
-    held = 0 if config.model.lora is None else frozen["transformer"]
+    model = frozen[family.model_part]
+    held = 0 if config.model.lora is None else model
     shares = processes if config.model.sharded else 1
-    weights = itemsize * (held / shares + (copies - 1) * frozen["transformer"]) + of_vae * frozen["autoencoder"]
+    weights = itemsize * (held / shares + (copies - 1) * model) + of_vae * frozen["autoencoder"]
     # In float32 whatever the model's dtype: weight, gradient, two moments of AdamW and the moving average.
     trained = 4 * 5 * trainable / shares
     per_block = tokens * math.prod(family.attention_heads(shape)) * config.train.batch_size * itemsize

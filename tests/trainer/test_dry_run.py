@@ -10,7 +10,7 @@ import pytest
 import torch
 from star_trainer.cli import main
 from star_trainer.config import ConfigError, load_config
-from star_trainer.dry_run import plan
+from star_trainer.dry_run import plan, report
 from star_trainer.families.pipelines.sd3 import StableDiffusion3
 from star_trainer.families.policy import load_policy
 
@@ -172,3 +172,10 @@ def test_a_model_that_only_its_name_says_has_no_guidance_refuses_a_scale():
     config = load_config("z_image_pickscore", ["model.pipeline=Tongyi-MAI/Z-Image-Turbo"])
     with pytest.raises(ConfigError, match=r"^rollout\.guidance_scale: expected 1 for a model without guidance, got"):
         plan(config)
+
+
+def test_a_reward_whose_model_is_not_written_yet_is_named(tmp_path: Path) -> None:
+    line = "model not found yet, needed at {}: star-convert-reward hps"
+    assert line.format("./rewards/hps") in report(load_config("sd14_hps"))
+    assert "parameters, unet" in report(load_config("sd14_hps"))
+    assert line.format(tmp_path) not in report(load_config("sd14_hps", [f"reward.models.hps={tmp_path}"]))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -189,15 +190,26 @@ def _parts(key: str) -> list[str]:
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Every key of a section and those inside it, with its default and meaning."""
+    """Every key of a section and those inside it, with its default and meaning, and the values that it may have."""
     keys: dict[str, tuple[Any, str]] = {}
     for name, field in section.model_fields.items():
         default = field.get_default(call_default_factory=True)
         if isinstance(default, Section):
             keys |= _keys(type(default), f"{prefix}{name}.")
         else:
-            keys[f"{prefix}{name}"] = (default, field.description or "")
+            meaning, values = field.description or "", _values(field.annotation)
+            if any(not re.search(rf"\b{value}\b", meaning) for value in values):
+                meaning = f"{' | '.join(values)}; {meaning}".removesuffix("; ")
+            keys[f"{prefix}{name}"] = (default, meaning)
     return keys
+
+
+def _values(annotation: Any) -> list[str]:
+    """The values of a `Literal`, also of one that may be None."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in arguments]
+    return [value for argument in arguments for value in _values(argument)]
 
 
 def describe_keys() -> str:

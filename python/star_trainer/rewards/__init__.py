@@ -6,6 +6,7 @@ from star_trainer.rewards.combine import open_gates as open_gates
 from star_trainer.rewards.combine import sum_of as sum_of
 from star_trainer.rewards.combine import weighted_sum as weighted_sum
 from star_trainer.rewards.errors import RewardError as RewardError
+from star_trainer.rewards.named import CONVERTED as CONVERTED
 from star_trainer.rewards.named import Models as Models
 from star_trainer.rewards.named import RewardFunction as RewardFunction
 from star_trainer.rewards.terms import GENEVAL as GENEVAL

@@ -239,6 +239,13 @@ def test_the_help_names_every_key_of_the_tiny_preset() -> None:
         assert f"{key}=" in keys
 
 
+def test_the_help_gives_the_values_of_a_setting_once() -> None:
+    lines = {line.split("=")[0].strip(): line for line in describe_keys().splitlines()}
+    assert "pipeline | even; noise levels" in lines["model.levels"]
+    assert "variance | std_dev | velocity" in lines["train.kl_scale"] and "flow_sde | " in lines["rollout.sampler"]
+    assert " | " not in lines["method"] and "; of the" not in lines["train.betas"]
+
+
 def test_the_help_says_what_adds_a_term_and_what_replaces_them(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
