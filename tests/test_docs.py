@@ -145,9 +145,9 @@ class Stored(dict[str, Path]):
         self.pipeline, self.adapter = pipeline, folder
 
     def run(self, code: str, **scope: Any) -> dict[str, Any]:
-        code = re.sub(r'from_pretrained\("[^"]+"', f"from_pretrained({str(self.pipeline)!r}", code)
         code = re.sub(r'"runs/[^"]*/adapter"', repr(str(self.adapter)), code)
         code = re.sub(r'"runs/[^"]*/unet"', repr(str(self.pipeline / "unet")), code)
+        code = re.sub(r'from_pretrained\("[^"]+"', f"from_pretrained({str(self.pipeline)!r}", code)
         exec(code, {**vars(diffusers), "torch": torch} | scope, scope)
         return scope
 
