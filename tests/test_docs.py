@@ -224,3 +224,15 @@ def test_files_that_contributors_are_sent_to_are_there() -> None:
     paths = re.findall(r"`([\w./]+/[\w.]*)`", (ROOT / "CONTRIBUTING.md").read_text())
     assert len(paths) > 30
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_lines_are_short() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(readme) <= 110 and max(map(len, readme)) <= 100
+    long = []
+    for page in PAGES:
+        # But for tables, commands, links and code.
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+        prose = [line for line in text.splitlines() if not re.match(r"\||    |.*\]\(|\[", line)]
+        long += [f"{page.name}: {line}" for line in prose if len(line) > 100]
+    assert long == []
