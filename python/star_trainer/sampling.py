@@ -95,6 +95,7 @@ def denoise(
     units: sk.TextUnits | None = None,
     allocation: Allocation | None = None,
     keep_velocity: bool = False,
+    watch: Callable[[int, sk.AttentionRecorder], None] | None = None,
     backend: str = "auto",
 ) -> Trajectory:
     """Denoise B latents from noise drawn on the CPU by `generator`, so that results do not depend on the device.
@@ -107,7 +108,8 @@ def denoise(
     With `units` the transformer's attention is recorded and each step gets its allocation map. Where guidance takes a
     second prediction, each has a call of its own, as in training, and the conditional one is recorded.
 
-    `keep_velocity` keeps what was predicted at the steps with noise.
+    `keep_velocity` keeps what was predicted at the steps with noise. `watch` is called with each step and what was
+    recorded in it.
     """
     batch, shape, device = len(conditioning), policy.latent_shape, policy.device
     sigmas, timesteps = policy.schedule(steps)
@@ -150,6 +152,8 @@ def denoise(
             if recorder is not None:
                 assert allocation is not None, "recorded"
                 weights.append(map_of_step(policy, recorder, allocation, step, backend))
+                if watch is not None:
+                    watch(step, recorder)
                 recorder.discard_step()
     if not torch.isfinite(latents[-1]).all():
         bad = [i for i in range(batch) if not torch.isfinite(latents[-1][i]).all()]
@@ -169,12 +173,19 @@ def denoise(
 
 
 def map_of_step(policy: Policy, recorder: Any, allocation: Allocation, step: int, backend: str) -> Tensor:
-    """The allocation map [B, h, w] of what was recorded at a step, on the policy's grid.
+    """The allocation map [B, h, w] of what was recorded at a step, on the policy's grid."""
+    return map_of_mass(policy, recorder.mass, recorder.grid, allocation, step, backend)
+
+
+def map_of_mass(
+    policy: Policy, mass: Tensor, grid: tuple[int, int] | None, allocation: Allocation, step: int, backend: str
+) -> Tensor:
+    """The allocation map [B, h, w] of a recorder's mass [B, N, K] and grid at a step, on the policy's grid.
 
     Layers that are all coarser than it, of a U-Net, give one of their grid, whose places several tokens then share.
     """
-    grid = recorder.grid or policy.grid
-    weights = sk.allocation_map(recorder.mass, grid, backend=backend, **allocation.options(step))
+    grid = grid or policy.grid
+    weights = sk.allocation_map(mass, grid, backend=backend, **allocation.options(step))
     return weights if grid == policy.grid else interpolate(weights[:, None], policy.grid, mode="nearest")[:, 0]
 
 

@@ -121,18 +121,32 @@ class AttentionRecorder:
             RuntimeError: the transformer has not run in this step, or not up to the pass that is recorded, or there
                 are no units to record.
         """
+        first, *others = self._masses("mass")
+        return sum(others, first) / (1 + len(others))
+
+    @property
+    def mass_by_layer(self) -> Tensor:
+        """What `mass` is the mean of: that of each recorded layer that ran, [layers, rows, image tokens, K] float32.
+
+        Raises:
+            RuntimeError: as for `mass`.
+        """
+        return torch.stack(self._masses("mass_by_layer"))
+
+    def _masses(self, name: str) -> list[Tensor]:
         if self._unit_weights is None:
-            raise RuntimeError("mass: expected units to record, got units=None, which only runs the same attention")
+            raise RuntimeError(f"{name}: expected units to record, got units=None, which only runs the same attention")
         masses = [(capture.mass, capture.grid) for capture in self._captures if capture.mass is not None]
         if not masses and self._record_pass is not None:
             raise RuntimeError(
-                f"mass: expected recorded layers to run in forward pass {self._record_pass} of this step "
+                f"{name}: expected recorded layers to run in forward pass {self._record_pass} of this step "
                 f"(record_pass={self._record_pass}, counted from 0), got {self._passes} passes so far"
             )
         if not masses:
-            raise RuntimeError("mass: expected a forward pass of the recorded transformer in this step, got none yet")
-        first, *others = (_on_grid(mass, grid, self.grid) for mass, grid in masses)
-        return sum(others, first) / len(masses)
+            raise RuntimeError(
+                f"{name}: expected a forward pass of the recorded transformer in this step, got none yet"
+            )
+        return [_on_grid(mass, grid, self.grid) for mass, grid in masses]
 
     @property
     def grid(self) -> tuple[int, int] | None:

@@ -226,7 +226,9 @@ def test_mass_is_the_mean_over_the_chosen_layers(untrained, layers):
     with record_attention(untrained, unit_weights(), layers=layers) as recorder:
         untrained(**inputs())
     _, masses = materialised_masses(untrained, unit_weights(), **inputs())
-    torch.testing.assert_close(recorder.mass, torch.stack([masses[i] for i in sorted(set(layers))]).mean(0))
+    chosen = torch.stack([masses[i] for i in sorted(set(layers))])
+    torch.testing.assert_close(recorder.mass_by_layer, chosen)
+    torch.testing.assert_close(recorder.mass, chosen.mean(0))
     assert recorder.layers == sorted(set(layers))
 
 

@@ -6,12 +6,14 @@ import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
@@ -99,7 +101,7 @@ def before_after_sheet(
     for name, rewards in (("rewards_before", first), ("rewards_after", last)):
         if rewards.shape != (len(prompts),):
             raise ValueError(f"{name}: expected one per prompt, [{len(prompts)}], got {list(rewards.shape)}")
-    tiles = [(_tile(a, 192), _tile(b, 192)) for a, b in zip(before, after, strict=True)]
+    tiles = [(enlarged(a, 192), enlarged(b, 192)) for a, b in zip(before, after, strict=True)]
     width, height = tiles[0][0].size
     wide, text, large = max(width, 120), _font(15), _font(19, bold=True)
     cell = 2 * wide + _GAP
@@ -166,8 +168,8 @@ def allocation_sheet(
         raise ValueError(f"sigmas: expected one per denoising step, {weights.shape[1]}, got {len(sigmas)}")
     count = min(weights.shape[1], _MOST_STEPS)
     steps = np.linspace(0, weights.shape[1] - 1, count).round().astype(int)
-    low, high = _scale(weights[:, steps])
-    tiles = [_tile(image, 128) for image in images]
+    scale = weight_scale(weights[:, steps])
+    tiles = [enlarged(image, 128) for image in images]
     width, height = tiles[0].size
     wide, text, bold = max(width, 64), _font(14), _font(15, bold=True)
     line = _line_height(text)
@@ -181,7 +183,7 @@ def allocation_sheet(
     for caption in captions:
         tops.append(top + len(caption) * line + 4)
         top = tops[-1] + height + 2 * _GAP
-    bar_width = 18 + 8 + math.ceil(max(text.getlength(f"{value:.2f}") for value in (low, 1.0, high)))
+    bar_width = 18 + 8 + math.ceil(max(text.getlength(f"{value:.2f}") for value in (scale.low, 1.0, scale.high)))
     label = ("weight", "(mean 1)")
     bar_width = max(bar_width, *(math.ceil(text.getlength(part)) for part in label))
     # The bar with its label needs some height even for a single small row.
@@ -195,11 +197,11 @@ def allocation_sheet(
             draw.text((_MARGIN, tops[i] - 4 - number * line), part, fill=_INK, font=text)
         sheet.paste(tile, (_MARGIN, tops[i]))
         for column, step in enumerate(steps, start=1):
-            blended = _blend(tile, weights[i, step], low, high)
+            blended = blend(tile, weights[i, step], scale)
             sheet.paste(blended, (_MARGIN + column * (wide + _GAP), tops[i]))
     for number, part in enumerate(label):
         draw.text((bar_left, header + number * line), part, fill=_INK, font=text)
-    _draw_bar(sheet, bar_left, header + 2 * line + _GAP, bottom, low, high, text)
+    _draw_bar(sheet, bar_left, header + 2 * line + _GAP, bottom, scale, text)
     _save(sheet, path)
 
 
@@ -337,7 +339,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> li
     return [*wrapped[: lines - 1], f"{last.rstrip()}…"]
 
 
-def _tile(image: np.ndarray, target: int) -> Image.Image:
+def enlarged(image: np.ndarray, target: int) -> Image.Image:
     """An image enlarged by a whole factor to about `target` pixels, so that its pixels stay even, or shrunk to it."""
     picture = Image.fromarray(np.ascontiguousarray(image))
     longest = max(picture.size)
@@ -372,38 +374,45 @@ def _draw_mark(draw: ImageDraw.ImageDraw, x: float, y: float, height: int, chang
     draw.polygon([(x, base), (x + size, base), (x + size / 2, tip)], fill=colour)
 
 
-def _scale(weights: np.ndarray) -> tuple[float, float]:
-    """The range of the colours, around the uniform weight of 1; a few extreme tokens do not stretch it."""
+@dataclass(frozen=True)
+class Scale:
+    """Colours of numbers, which run from `low` over `middle` to `high`."""
+
+    low: float
+    middle: float
+    high: float
+    colours: Colormap
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Colours [..., 3] uint8 of values [...]; grey for what is not finite."""
+        unit = np.interp(np.nan_to_num(values), (self.low, self.middle, self.high), (0.0, 0.5, 1.0))
+        colours = self.colours(unit)[..., :3] * 255.0
+        return np.where(np.isfinite(values)[..., None], colours, 128.0).round().astype(np.uint8)
+
+
+def weight_scale(weights: np.ndarray) -> Scale:
+    """Blue below the uniform weight of 1, pale at 1, red above; a few extreme tokens do not stretch it."""
     finite = weights[np.isfinite(weights)]
     low, high = np.percentile(finite, (0.5, 99.5)) if finite.size else (1.0, 1.0)
     # Nearly uniform maps should look so.
-    return min(float(low), 0.8), max(float(high), 1.2)
+    return Scale(min(float(low), 0.8), 1.0, max(float(high), 1.2), matplotlib.colormaps["RdYlBu_r"])
 
 
-def _colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Colours of weights, [..., 3] in [0, 255]: blue below 1, pale at 1, red above; grey for what is not finite."""
-    unit = np.interp(np.nan_to_num(values), (low, 1.0, high), (0.0, 0.5, 1.0))
-    colours = matplotlib.colormaps["RdYlBu_r"](unit)[..., :3] * 255.0
-    return np.where(np.isfinite(values)[..., None], colours, 128.0)
-
-
-def _blend(tile: Image.Image, weights: np.ndarray, low: float, high: float) -> Image.Image:
-    colours = Image.fromarray(_colours(weights, low, high).round().astype(np.uint8))
-    over = np.asarray(colours.resize(tile.size, Image.Resampling.NEAREST), dtype=np.float64)
+def blend(tile: Image.Image, values: np.ndarray, scale: Scale, opacity: float = _BLEND) -> Image.Image:
+    """The colours of a map [h, w] over an image."""
+    over = np.asarray(Image.fromarray(scale(values)).resize(tile.size, Image.Resampling.NEAREST), dtype=np.float64)
     # The image in grey: its own colours would be taken for the map's.
     under = np.asarray(tile.convert("L"), dtype=np.float64)[..., None]
-    return Image.fromarray(((1.0 - _BLEND) * under + _BLEND * over).round().astype(np.uint8))
+    return Image.fromarray(((1.0 - opacity) * under + opacity * over).round().astype(np.uint8))
 
 
-def _draw_bar(
-    sheet: Image.Image, left: int, top: int, bottom: int, low: float, high: float, font: ImageFont.FreeTypeFont
-) -> None:
+def _draw_bar(sheet: Image.Image, left: int, top: int, bottom: int, scale: Scale, font: ImageFont.FreeTypeFont) -> None:
     """The colour scale as a vertical bar, marked at its ends and at 1, the uniform weight, in the middle."""
     height, width, line = min(bottom - top, 300), 18, _line_height(font)
-    values = np.interp(np.linspace(1.0, 0.0, height), (0.0, 0.5, 1.0), (low, 1.0, high))[:, None].repeat(width, 1)
-    sheet.paste(Image.fromarray(_colours(values, low, high).round().astype(np.uint8)), (left, top))
+    values = np.interp(np.linspace(1.0, 0.0, height), (0.0, 0.5, 1.0), (scale.low, 1.0, scale.high))
+    sheet.paste(Image.fromarray(scale(values[:, None].repeat(width, 1))), (left, top))
     draw = ImageDraw.Draw(sheet)
-    for value, part in ((high, 0.0), (1.0, 0.5), (low, 1.0)):
+    for value, part in ((scale.high, 0.0), (1.0, 0.5), (scale.low, 1.0)):
         y = top + part * (height - 1)
         draw.line([(left + width, y), (left + width + 4, y)], fill=_INK)
         draw.text((left + width + 8, top + part * (height - line)), f"{value:.2f}", fill=_INK, font=font)
