@@ -213,6 +213,8 @@ def test_the_page_in_a_browser(explorer: Explorer, monkeypatch: pytest.MonkeyPat
     address = f"http://127.0.0.1:{port}"
     page_served = serve(explorer, "127.0.0.1", port)
     try:
+        with pytest.raises(ConfigError, match=f"--port: cannot listen at 127.0.0.1:{port}"):
+            serve(explorer, "127.0.0.1", port)
         with sync_playwright() as playwright:
             options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
             options += ["--disable-background-networking", "--disable-component-update"]

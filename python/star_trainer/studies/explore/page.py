@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from star_trainer.config import TrainerError
+from star_trainer.config import ConfigError, TrainerError
 from star_trainer.studies.explore.sampling import MOST_SAMPLES, Explorer, Group
 from star_trainer.studies.explore.view import tiles, view
 
@@ -25,23 +25,26 @@ def serve(explorer: Explorer, host: str, port: int) -> gr.Blocks:
     """Serve the page until its `close`; returns once it can be opened.
 
     Raises:
-        OSError: the port is taken.
+        ConfigError: the port is taken, or the address is none of this machine's.
     """
     page = build(explorer)
     # The usual theme loads its fonts from elsewhere.
     theme = gr.themes.Default(font=_FONTS, font_mono=_MONO)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        ssr_mode=False,
-        quiet=True,
-        show_error=True,
-        prevent_thread_lock=True,
-        footer_links=[],
-        theme=theme,
-        css="#group .grid-wrap {min-height: 0}",
-    )
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            show_error=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            theme=theme,
+            css="#group .grid-wrap {min-height: 0}",
+        )
+    except OSError as error:
+        raise ConfigError(f"--port: cannot listen at {host}:{port}; is it taken?") from error
     return page
 
 
