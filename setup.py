@@ -62,6 +62,7 @@ setup(
         "star_kernels.attention": ["table.json"],
         # Of the small models what loads them: the scripts that built them stay in the repository.
         "star_trainer.config": ["presets/*.yaml"],
+        "star_trainer.report": ["page.*"],
         "star_trainer.worlds.scenes": [f"tiny_*/**/*.{end}" for end in ("safetensors", "json", "txt", "model")],
     },
     ext_modules=ext_modules,

@@ -189,8 +189,17 @@ def map_of_mass(
     return weights if grid == policy.grid else interpolate(weights[:, None], policy.grid, mode="nearest")[:, 0]
 
 
+def clean_latents(policy: Policy, trajectory: Trajectory, step: int) -> Tensor:
+    """The clean latents [B, C, H, W] that a step without noise predicts, guidance applied."""
+    row, now, after = trajectory.coefficients[step], trajectory.latents[step], trajectory.latents[step + 1]
+    # The step is linear in what was predicted: after = (1 + drift)·now + scale·velocity.
+    velocity = (after - (1 + row.sample_drift) * now) / row.velocity_scale
+    clean = policy.family.noising.to_clean(policy.schedule(len(trajectory.coefficients))[0][step].cpu())
+    return (1 + float(clean.sample_drift)) * now + float(clean.velocity_scale) * velocity
+
+
 def with_last(maps: Tensor) -> Tensor:
-    """The geometric mean of each step's maps [T, B, h, w] with the last step's, of mean 1 (docs/method.md, section 4).
+    """The geometric mean of each step's maps [T, ..., h, w] with the last step's, of mean 1 (docs/method.md, 4).
 
     Where the two have no place in common the step's own map stays.
     """

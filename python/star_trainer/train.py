@@ -139,6 +139,7 @@ def train(config: Config) -> dict[str, object]:
                     held_out.evaluate(count)
                     log.evaluated(held_out)
                     keep_snapshot(state, held_out)
+                    log.report(held_out, last=count is None)
 
             encoded = state.iteration
             for iteration in range(state.iteration, state.iteration if state.stopped else config.train.iterations):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -82,6 +83,13 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def shown_in_report(folder: Path) -> dict:
+    """The images and maps of a run's page, which has its curves too."""
+    content = (folder / "report.html").read_text(encoding="utf-8")
+    assert "4 of 4" in content and "Gradient norm" in content
+    return json.loads(re.search(r'id="data">(.*?)</script>', content)[1])
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
@@ -98,6 +106,10 @@ def test_a_run_leaves_everything_it_promises(uninterrupted: Path) -> None:
     for name in ("metrics.jsonl", "summary.json", "config.json", "curves.png", "before_after.png"):
         assert (uninterrupted / name).stat().st_size > 0, name
     assert (uninterrupted / "allocation_maps.png").stat().st_size > 0
+    assert (uninterrupted / "report.html").stat().st_size < 5_000_000
+    data = shown_in_report(uninterrupted)
+    assert len(data["cases"]) == 2 and all(len(case["pictures"]) == 3 for case in data["cases"])
+    assert all(case["units"][0] == "all words" and len(case["units"]) > 1 for case in data["cases"])
     assert (uninterrupted / "adapter" / "pytorch_lora_weights.safetensors").stat().st_size > 0
     assert list(uninterrupted.rglob("events.out.tfevents.*"))
     records = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
@@ -362,7 +374,9 @@ def test_a_finished_run_started_again_says_the_same(uninterrupted: Path, tmp_pat
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     first = json.loads((tmp_path / "summary.json").read_text())
     records = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "report.html").unlink()
     second = run(tmp_path)
+    assert shown_in_report(tmp_path) == shown_in_report(uninterrupted)
     for key in ("base", "final", "difference", "iterations"):
         assert first[key] == second[key]
     assert (tmp_path / "metrics.jsonl").read_text() == records

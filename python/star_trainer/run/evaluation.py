@@ -19,15 +19,17 @@ from safetensors.torch import load_file, save
 from star_trainer.config import Config
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
+from star_trainer.report import Denoising
 from star_trainer.rewards import GENEVAL, HeldOutScorer, RewardError
 from star_trainer.rewards.diversity import Diversity
+from star_trainer.run.denoising import watch_denoising
 from star_trainer.run.files import write_atomically
 from star_trainer.run.pictures import before_after_sheet
 from star_trainer.run.processes import fail_together, gather, gather_array
 from star_trainer.run.randomness import stream
 from star_trainer.run.state import TrainingState
 from star_trainer.run.statistics import PairedDifference, paired_difference
-from star_trainer.sampling import NonFiniteError, denoise, text_units
+from star_trainer.sampling import NonFiniteError, denoise
 
 
 @dataclass(frozen=True)
@@ -244,23 +246,18 @@ class HeldOut:
         done = self.latest is not None and len(self.latest) == len(self.prompts)
         return done and self.latest_iteration == self._state.iteration
 
-    def maps(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images [n, H, W, 3] of the first `count` prompts by the present weights, and their maps [n, T, h, w]."""
+    def denoising(self, count: int) -> Denoising:
+        """How images of the first `count` prompts form by the present weights, with maps where training uses some."""
         state, config = self._state, self._state.config
-        prompts = self.prompts[:count]
-        trajectory = denoise(
+        return watch_denoising(
             state.policy,
-            state.policy.encode([prompt.text for prompt in prompts]),
-            steps=config.rollout.steps,
-            kind="ode",
-            generator=[stream(config.run.seed, "pictures", place) for place in range(len(prompts))],
-            guidance_scale=config.evaluation.guidance_scale,
-            units=text_units(state.policy, prompts),
-            allocation=config.allocation,
-            backend=config.backend,
+            config,
+            self.prompts[:count],
+            [stream(config.run.seed, "pictures", place) for place in range(count)],
+            config.evaluation.guidance_scale,
+            # Maps that no update has seen would only mislead.
+            maps=config.uses_maps,
         )
-        assert trajectory.weights is not None, "units were given"
-        return state.policy.decode(trajectory.latents[-1]), trajectory.weights.transpose(0, 1).cpu().numpy()
 
     def watched(self) -> tuple[float, float] | None:
         """The held-out score that tells whether training helps, of the first weights and now, on the same prompts.

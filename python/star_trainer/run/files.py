@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -15,6 +16,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_page(path: Path, make: Callable[[], bytes], say: Callable[[str], None] = print) -> None:
+    """Write the page that `make` gives; that it fails is said and ends nothing, as all else is written before."""
+    try:
+        write_atomically(path, make())
+    except Exception as error:
+        say(f"{path} could not be written: {type(error).__name__}: {error}")
 
 
 def file_digest(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,13 +14,18 @@ import numpy as np
 from tqdm import tqdm
 
 import star_kernels as sk
+from star_trainer.report import Denoising
 from star_trainer.rewards import GENEVAL
 from star_trainer.run import pictures
 from star_trainer.run.evaluation import Evaluation, HeldOut, draw_comparison
-from star_trainer.run.files import write_atomically
+from star_trainer.run.files import write_atomically, write_page
+from star_trainer.run.page import run_page
 from star_trainer.run.processes import let_go_of_collectives
 from star_trainer.run.state import TrainingState
 from star_trainer.run.statistics import PairedDifference
+
+# Seconds between reports of a run that goes on: one takes a few.
+_BETWEEN_REPORTS = 60.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class RunLog:
         self.history: list[dict[str, float]] = []
         self._units_said = self._rules_said = False
         self._attention: str | None = None
+        self._denoising: Denoising | None = None
+        self._reported = time.monotonic()
         self._main = state.accelerator.is_main_process
         if self._main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -123,18 +131,26 @@ class RunLog:
         self._record_evaluation(held_out, evaluation)
         count = len(evaluation)
         self.say(f"held-out after {state.iteration} iterations ({count} prompts): {_scores(held_out, evaluation)}")
-        # A picture of maps that no update has seen would only mislead.
-        maps = held_out.maps(len(evaluation.images)) if state.config.uses_maps else None
+        self._denoising = held_out.denoising(len(evaluation.images))
         if not self._main:
             return
         texts = [prompt.text for prompt in held_out.prompts[: len(evaluation.images)]]
         pictures.plot_curves(self.history, self.folder / "curves.png")
         draw_comparison(texts, base, evaluation, held_out.shown, self.folder / "before_after.png")
+        seen, maps = self._denoising, self._denoising.weights
         if maps is not None:
-            levels = state.policy.schedule(state.config.rollout.steps)[0][:-1].tolist()
-            path, symbol = self.folder / "allocation_maps.png", state.policy.family.noising.symbol
-            pictures.allocation_sheet(texts, *maps, levels, path, symbol=symbol)
-        self._send_pictures(evaluation.images, None if maps is None else maps[1])
+            path = self.folder / "allocation_maps.png"
+            pictures.allocation_sheet(texts, seen.images, maps, seen.levels, path, symbol=seen.symbol)
+        self._send_pictures(evaluation.images, maps)
+
+    def report(self, held_out: HeldOut, *, last: bool) -> None:
+        """Write report.html of the latest evaluation: of the `last` one, and of others where a minute has passed."""
+        if not self._main or not last and time.monotonic() - self._reported < _BETWEEN_REPORTS:
+            return
+        assert self._denoising is not None, "evaluated"
+        self._reported = time.monotonic()
+        content = (self.state.config, self.state.iteration, self.history, held_out, self._denoising)
+        write_page(self.folder / "report.html", lambda: run_page(*content), self.say)
 
     def _record_evaluation(self, held_out: HeldOut, evaluation: Evaluation) -> None:
         tags = held_out.by_tag(evaluation)
@@ -228,7 +244,7 @@ class RunLog:
         self.say("")
         for name, difference in compared.items():
             self.say(_comparison(name, before[name], latest.means()[name], difference))
-        self.say(f"pictures, metrics and the adapter are in {self.folder}")
+        self.say(f"report.html, pictures, metrics and the adapter are in {self.folder}")
         return summary
 
 
@@ -262,10 +278,10 @@ def _update(without_spread: float | None, metrics: dict[str, float]) -> str:
 
 
 def _comparison(name: str, before: float, after: float, difference: PairedDifference) -> str:
-    verdict = "better" if difference.low > 0 else "worse" if difference.high < 0 else "no clear difference"
     return (
         f"held-out {name:<7} before {before:.4f}  after {after:.4f}  difference {difference.mean:+.4f}, "
-        f"95 % interval [{difference.low:+.4f}, {difference.high:+.4f}], p = {difference.p_value:.1e}: {verdict}"
+        f"95 % interval [{difference.low:+.4f}, {difference.high:+.4f}], p = {difference.p_value:.1e}: "
+        f"{difference.verdict}"
     )
 
 

@@ -19,6 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
+from star_trainer.report import colour_range
 from star_trainer.run.files import write_atomically
 
 # Colours that people who confuse red and green can tell apart (Okabe and Ito).
@@ -45,7 +46,7 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 def curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     """The figure of `plot_curves`; it belongs to nobody but the caller (no pyplot)."""
-    panels = [panel for panel in _curve_panels(history) if panel[1]]
+    panels = [panel for panel in curve_panels(history) if panel[1]]
     columns = min(3, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
@@ -205,7 +206,7 @@ def allocation_sheet(
     _save(sheet, path)
 
 
-def _curve_panels(
+def curve_panels(
     history: Sequence[Mapping[str, float]],
 ) -> list[tuple[str, dict[str, tuple[np.ndarray, ...]], Any]]:
     """Title, named series (iterations and values, the entries that have them) and drawing function of each panel."""
@@ -392,10 +393,8 @@ class Scale:
 
 def weight_scale(weights: np.ndarray) -> Scale:
     """Blue below the uniform weight of 1, pale at 1, red above; a few extreme tokens do not stretch it."""
-    finite = weights[np.isfinite(weights)]
-    low, high = np.percentile(finite, (0.5, 99.5)) if finite.size else (1.0, 1.0)
-    # Nearly uniform maps should look so.
-    return Scale(min(float(low), 0.8), 1.0, max(float(high), 1.2), matplotlib.colormaps["RdYlBu_r"])
+    low, high = colour_range(weights)
+    return Scale(low, 1.0, high, matplotlib.colormaps["RdYlBu_r"])
 
 
 def blend(tile: Image.Image, values: np.ndarray, scale: Scale, opacity: float = _BLEND) -> Image.Image:

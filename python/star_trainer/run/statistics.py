@@ -64,6 +64,11 @@ class PairedDifference:
     high: float
     p_value: float
 
+    @property
+    def verdict(self) -> str:
+        """What the interval says."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "no clear difference"
+
 
 def paired_difference(before: np.ndarray, after: np.ndarray, groups: Sequence[str] | None = None) -> PairedDifference:
     """Compare two scores of the same N cases, each [N].

@@ -19,7 +19,7 @@ from star_trainer.families.policy import Policy, load_policy
 from star_trainer.rewards import load_reward
 from star_trainer.run.interruption import Interrupted
 from star_trainer.run.randomness import numpy_stream, stream
-from star_trainer.sampling import NonFiniteError, denoise, text_units
+from star_trainer.sampling import NonFiniteError, clean_latents, denoise, text_units
 from star_trainer.worlds.scenes.captions import sample_prompts
 
 LORA = load_config("tiny").model
@@ -66,6 +66,19 @@ def test_denoising_without_noise_equals_the_pipeline(
     torch.testing.assert_close(trajectory.latents[-1], from_pipeline("latent"), rtol=1e-4, atol=1e-4)
     images = policy.decode(trajectory.latents[-1])
     assert np.abs(images / 255.0 - from_pipeline("np")).max() < 1e-4 * 10 + 0.5 / 255.0
+
+
+def test_clean_latents_are_those_of_the_prediction_and_at_the_end_the_image(policy: Policy, prompts) -> None:
+    conditioning = policy.encode([prompt.text for prompt in prompts])
+    trajectory = denoise(policy, conditioning, steps=4, kind="ode", generator=stream(0, "test"))
+    levels, timesteps = policy.schedule(4)
+    for step in (0, 2):
+        now = trajectory.latents[step]
+        with torch.no_grad():
+            velocity = policy.predict(now, timesteps[step], conditioning, policy.guidance(len(prompts), 1.0)).velocity
+        expected = now - levels[step] * velocity
+        torch.testing.assert_close(clean_latents(policy, trajectory, step), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(clean_latents(policy, trajectory, 3), trajectory.latents[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_even_levels_are_the_pipelines_with_even_sigmas(policy: Policy, prompts) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -69,7 +71,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runs_are_made_once_and_compared(stand_in: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["tiny", *SMALL, "--methods", "star,uniform", "--seeds", "2", "--folder", str(tmp_path), "--jobs", "3"]
     assert main(arguments) == 0
+    (tmp_path / "star" / "seed_1" / "report.html").touch()
     assert main(arguments) == 0
+    assert re.findall('href="(?!data)([^"]*)"', (tmp_path / "report.html").read_text()) == ["star/seed_1/report.html"]
     assert "4 of 4 runs are done already" in capsys.readouterr().out
     assert [path.read_text() for path in sorted(tmp_path.glob("*/*/starts"))] == ["x"] * 4
     result = json.loads((tmp_path / "ablation.json").read_text())
@@ -136,6 +140,17 @@ def test_the_command_trains_and_compares_for_real(tmp_path: Path) -> None:
     assert all(run["iterations"] == [0, 1, 2] for run in result["runs"])
     first, second = (run["scores"]["graded"][0] for run in result["runs"])
     assert first == second, "the base model is the same for all methods"
+
+
+def test_runs_of_before_that_left_no_page_are_compared_in_one(tmp_path: Path) -> None:
+    kept = HERE.parents[2] / "docs" / "results" / "tiny_ablation_runs"
+    for place in ("star/seed_0", "star/seed_1", "uniform/seed_0", "uniform/seed_1"):
+        shutil.copytree(kept / place, tmp_path / place)
+    assert main(["tiny", "--methods", "star,uniform", "--seeds", "2", "--compare", "--folder", str(tmp_path)]) == 0
+    content = (tmp_path / "report.html").read_text(encoding="utf-8")
+    found = json.loads((tmp_path / "ablation.json").read_text())["rows"][0]["final_difference"]
+    assert f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]" in content
+    assert content.count("<svg") == 7 and "Runs</h2>" not in content
 
 
 def curve(arm: str, seed: int, final: float) -> Curve:

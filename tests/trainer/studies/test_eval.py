@@ -100,7 +100,7 @@ def test_a_files_metadata_is_kept_and_a_prompt_that_comes_again_counts_once(tmp_
     assert len(pictures(tmp_path / "out")) == 2 and not (tmp_path / "out" / "adapter").exists()
 
 
-def test_the_table_holds_both_models_and_their_paired_difference(evaluated: Path) -> None:
+def test_the_table_holds_both_models_and_their_paired_difference(run: Path, evaluated: Path) -> None:
     rows = json.loads((evaluated / "table.json").read_text())["rows"]
     lines = [json.loads(line) for line in (evaluated / "scores.jsonl").read_text().splitlines()]
     assert {row["reward"] for row in rows} == {"scene_graded", "clip_score"}
@@ -116,6 +116,11 @@ def test_the_table_holds_both_models_and_their_paired_difference(evaluated: Path
         assert overall["difference"]["mean"] == pytest.approx(overall["adapter"]["mean"] - overall["base"]["mean"])
     assert Image.open(evaluated / "sheet.png").size[0] > 100
     assert "| clip_score" in (evaluated / "table.md").read_text()
+    content = (evaluated / "report.html").read_text(encoding="utf-8")
+    assert f"{overall['difference']['mean']:+.4f}" in content and content.count('src="data:image/png') == 2 * 2
+    # Of the run, which has no maps.
+    trained = (run / "report.html").read_text(encoding="utf-8")
+    assert "The method uniform records no attention" in trained and '"units": []' in trained
 
 
 def test_an_adapter_that_changes_nothing_gives_the_same_pictures(tmp_path: Path) -> None:

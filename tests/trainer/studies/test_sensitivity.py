@@ -316,7 +316,7 @@ def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -
         for arm in ("star", "uniform", "shuffled", "inverted", "oracle")
         for step in ("0", "all", "all, std", "all, velocity")
     }
-    for name in ("sensitivity.png", "cases.png"):
+    for name in ("sensitivity.png", "cases.png", "report.html"):
         assert (folder / name).stat().st_size > 10_000
     assert "| star | all |" in (folder / "sensitivity.md").read_text()
 

@@ -12,7 +12,8 @@ from typing import get_args
 
 from star_trainer.config import REWARD_GRADIENT_METHODS, ConfigError, Method, has_keys, load_config
 from star_trainer.config.command_line import add_config_arguments, place, run_command
-from star_trainer.run.files import write_atomically
+from star_trainer.run.files import write_atomically, write_page
+from star_trainer.studies.ablation.page import ablation_page
 from star_trainer.studies.ablation.plan import Plan, read_plan
 from star_trainer.studies.ablation.plot import plot_ablation
 from star_trainer.studies.ablation.results import (
@@ -114,7 +115,11 @@ def _run(options: argparse.Namespace) -> int:
     write_atomically(folder / "ablation.md", table.encode())
     plot_ablation(curves, blocks, folder / "ablation.png")
     print(table)
-    print(f"table, plot and raw numbers are in {folder}")
+    further = {"Training rewards": training_markdown(blocks, reached, plan.baseline)}
+    further |= {"What was asked before": answers_markdown(found)} if found else {}
+    content = (folder, plan.baseline, curves, rows, blocks, further, runs)
+    write_page(folder / "report.html", lambda: ablation_page(*content))
+    print(f"report.html, table, plot and raw numbers are in {folder}")
     return 1 if failures else 0
 
 

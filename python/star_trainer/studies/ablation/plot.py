@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from star_trainer.run.files import write_atomically
-from star_trainer.run.statistics import student_mean
+from star_trainer.run.statistics import Mean, student_mean
 from star_trainer.studies.ablation.results import Curve
 from star_trainer.studies.ablation.training import Block
 
@@ -77,14 +77,18 @@ def _differences(axes: Axes, blocks: Sequence[Block], arms: Sequence[str]) -> No
 
 def _panel(axes: Axes, curves: Sequence[Curve], score: str, kind: str, arms: Sequence[str]) -> None:
     for arm in dict.fromkeys(curve.arm for curve in curves):
-        own = [curve for curve in curves if curve.arm == arm]
-        points = min(len(curve.iterations) for curve in own)
-        x = np.mean([getattr(curve, kind)[:points] for curve in own], axis=0)
-        means = [student_mean([curve.scores[score][point] for curve in own]) for point in range(points)]
+        x, means = mean_curve([curve for curve in curves if curve.arm == arm], score, kind)
         colour, style = _look(arms, arm)
         axes.plot(x, [m.value for m in means], style, color=colour, label=arm, linewidth=1.6, marker="o", markersize=3)
         axes.fill_between(x, [m.low for m in means], [m.high for m in means], color=colour, alpha=0.12, linewidth=0)
     _tidy(axes)
+
+
+def mean_curve(curves: Sequence[Curve], score: str, kind: str) -> tuple[np.ndarray, list[Mean]]:
+    """The mean over the seeds of an arm, as far as all have come: x by `kind`, ``rollouts`` or ``seconds``, and y."""
+    points = min(len(curve.iterations) for curve in curves)
+    x = np.mean([getattr(curve, kind)[:points] for curve in curves], axis=0)
+    return x, [student_mean([curve.scores[score][point] for curve in curves]) for point in range(points)]
 
 
 def _tidy(axes: Axes) -> None:

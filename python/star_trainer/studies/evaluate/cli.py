@@ -20,6 +20,7 @@ from star_trainer.config.command_line import place, quieten, run_command
 if TYPE_CHECKING:
     from star_trainer.families.policy import Policy
     from star_trainer.prompts import Prompt
+    from star_trainer.report import Pairs
     from star_trainer.rewards import RewardFunction
     from star_trainer.rewards.diversity import Diversity
     from star_trainer.studies.evaluate.gallery import Gallery
@@ -155,11 +156,13 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
     from tqdm import tqdm
 
     from star_trainer.rewards import Models, RewardError, check_prompts, check_reward, load_terms
+    from star_trainer.run.files import write_page
     from star_trainer.run.inputs import check_backend
     from star_trainer.run.processes import fail_together
     from star_trainer.sampling import NonFiniteError
     from star_trainer.studies.evaluate.gallery import Gallery, batches_of, draw
     from star_trainer.studies.evaluate.models import connect
+    from star_trainer.studies.evaluate.page import evaluation_page
     from star_trainer.studies.evaluate.sets import Features, Reference
     from star_trainer.studies.evaluate.tables import markdown, r0_table, sets_table, tabulate
 
@@ -216,9 +219,10 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
     if options.r0_table:
         fids = {model: distance.fid for model, distance in distances.items()}
         table = "\n".join([table, r0_table(config.evaluation.steps, scores, fids)])
-    _write(out, config, galleries, scores, rows, distances, table)
+    settings = _write(out, config, galleries, scores, rows, distances, table)
     print(table)
-    print(f"pictures, scores and tables are in {out}")
+    write_page(out / "report.html", lambda: evaluation_page(settings, rows, table, _pairs(config, galleries, scores)))
+    print(f"report.html, pictures, scores and tables are in {out}")
 
 
 def _prompts(config: Config, options: argparse.Namespace) -> list[Prompt]:
@@ -303,8 +307,12 @@ def _write(
     rows: Sequence[Row],
     distances: Mapping[str, Distance],
     table: str,
-) -> None:
-    """scores.jsonl (a line per picture), table.json, table.md, and sheet.png where there are two models."""
+) -> dict[str, Any]:
+    """scores.jsonl (a line per picture), table.json, table.md, and sheet.png where there are two models.
+
+    Returns:
+        What decides the pictures.
+    """
     from star_trainer.run.evaluation import Evaluation, draw_comparison
     from star_trainer.run.files import write_atomically
 
@@ -352,6 +360,19 @@ def _write(
         )
         texts = [base.prompts[prompt].text for prompt, _ in places]
         draw_comparison(texts, before, after, next(iter(scores["base"])), out / "sheet.png")
+    return settings
+
+
+def _pairs(config: Config, galleries: Mapping[str, Gallery], scores: Mapping[str, Mapping[str, np.ndarray]]) -> Pairs:
+    """The first picture of the first prompts by each model, ``before`` and ``after`` where there are two."""
+    from star_trainer.report import Pairs
+
+    prompts = next(iter(galleries.values())).prompts[: config.evaluation.pictures]
+    places = [(prompt, 0) for prompt in range(len(prompts))]
+    names = ("before", "after") if len(galleries) == 2 else ("base",)
+    images = {name: gallery.read(places) for name, gallery in zip(names, galleries.values(), strict=True)}
+    found = {name: next(iter(own.values()))[:, 0] for name, own in zip(names, scores.values(), strict=True)}
+    return Pairs([prompt.text for prompt in prompts], images, found)
 
 
 if __name__ == "__main__":

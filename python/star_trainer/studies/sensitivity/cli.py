@@ -13,10 +13,12 @@ from typing import Any
 
 from star_trainer.config import Allocation, Config, ConfigError, load_config
 from star_trainer.config.command_line import add_config_arguments, place, quieten, run_command
-from star_trainer.run.files import write_atomically
+from star_trainer.run.files import write_atomically, write_page
 from star_trainer.studies.arms import Arm
 
 PARTS = ("objects", "edits", "gradients")
+# Shown, of all that are measured.
+_CASES = 6
 _ARMS = ("star", "uniform", "shuffled", "inverted", "oracle")
 
 
@@ -149,9 +151,9 @@ def report(
             state.policy.check(varied)
         except ConfigError as error:
             raise ConfigError(f"--arm: {name}: {error}") from error
-    scores = kept_scores
+    scores, edits = kept_scores, None
+    held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), options.prompts)
     if "objects" in parts or "edits" in parts:
-        held_out = draw_held_out(numpy_stream(config.run.seed, "held-out"), options.prompts)
         cases = maps.sample_cases(state, extractor.fill(held_out), layers="objects" in parts)
         if "objects" in parts:
             scores += maps.overlap(cases)
@@ -160,7 +162,7 @@ def report(
             scores += maps.edits(cases, reward, options.share, rng)
             scores += maps.regional_correlation(cases, reward)
             scores += _differentiable(terms, cases, state)
-            _draw_cases(cases, reward, options.share, folder / "cases.png")
+            edits = _draw_cases(cases, reward, options.share, folder / "cases.png")
     failure: Exception | None = None
     if "gradients" in parts:
         measured = gradients.measure_gradients(
@@ -181,9 +183,23 @@ def report(
     write_atomically(folder / "sensitivity.md", table.encode())
     plots.plot_by_step(scores, signals, folder / "sensitivity.png")
     print(table)
-    print(f"tables, plots and numbers are in {folder}")
+    shown = held_out[:_CASES]
+    write_page(folder / "report.html", lambda: _page(state, extractor.fill(shown), scores, signals, table, edits))
+    print(f"report.html, tables, plots and numbers are in {folder}")
     if failure is not None:
         raise failure
+
+
+def _page(state: Any, prompts: Any, scores: Any, signals: Any, table: str, edits: Any) -> bytes:
+    from star_trainer.run.denoising import watch_denoising
+    from star_trainer.run.randomness import stream
+    from star_trainer.studies.sensitivity.page import sensitivity_page
+
+    config = state.config
+    # The noise of `maps.sample_cases`.
+    noise = [stream(config.run.seed, "sensitivity", place) for place in range(len(prompts))]
+    denoising = watch_denoising(state.policy, config, prompts, noise, config.rollout.guidance_scale, maps=True)
+    return sensitivity_page(config, state.iteration, scores, signals, table, denoising, edits)
 
 
 def _differentiable(terms: Any, cases: Any, state: Any) -> list[Any]:
@@ -200,9 +216,11 @@ def _differentiable(terms: Any, cases: Any, state: Any) -> list[Any]:
     return []
 
 
-def _draw_cases(cases: Any, reward: Any, share: float, path: Path, count: int = 6) -> None:
+def _draw_cases(cases: Any, reward: Any, share: float, path: Path, count: int = _CASES) -> Any:
+    """Draw the first cases, and return their images before and after the edits with their rewards."""
     import numpy as np
 
+    from star_trainer.report import Pairs
     from star_trainer.studies.sensitivity import maps, plots
 
     shown = dataclasses.replace(
@@ -220,6 +238,7 @@ def _draw_cases(cases: Any, reward: Any, share: float, path: Path, count: int = 
     }
     rewards = {name: reward(images, shown.prompts) for name, images in {"before": shown.images, **edited}.items()}
     plots.plot_cases(shown, edited, rewards, steps, path)
+    return Pairs([prompt.text for prompt in shown.prompts], {"before": shown.images, **edited}, rewards)
 
 
 def tables(scores: Sequence[Any], signals: Sequence[Any]) -> str:

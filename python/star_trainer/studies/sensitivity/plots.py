@@ -20,8 +20,10 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#
 _FAINT = "#6b6b6b"
 
 
-def plot_by_step(scores: Sequence[Score], signals: Sequence[Signal], path: Path) -> None:
-    """A panel per statistic, a line with its 95 % band per kind of map or arm, over the denoising step, as PNG."""
+def panels_by_step(
+    scores: Sequence[Score], signals: Sequence[Signal]
+) -> dict[str, dict[str, list[tuple[int, float, float, float]]]]:
+    """By statistic and kind of map or arm: denoising step, value and the bounds of its 95 % interval."""
     panels: dict[str, dict[str, list[tuple[int, float, float, float]]]] = {}
     for score in scores:
         line = panels.setdefault(score.what, {}).setdefault(score.map, [])
@@ -31,6 +33,12 @@ def plot_by_step(scores: Sequence[Score], signals: Sequence[Signal], path: Path)
             for what, estimate in (("gradient signal / noise", signal.ratio), ("gradient cosine", signal.cosine)):
                 line = panels.setdefault(what, {}).setdefault(signal.arm, [])
                 line.append((int(signal.step), estimate.value, estimate.low, estimate.high))
+    return panels
+
+
+def plot_by_step(scores: Sequence[Score], signals: Sequence[Signal], path: Path) -> None:
+    """A panel per statistic, a line with its 95 % band per kind of map or arm, over the denoising step, as PNG."""
+    panels = panels_by_step(scores, signals)
     columns = min(3, max(1, len(panels)))
     rows = -(-max(1, len(panels)) // columns)
     figure = Figure(figsize=(4.8 * columns, 3.5 * rows), dpi=110, layout="constrained")
