@@ -146,7 +146,7 @@ def test_maps_are_on_the_grid_of_the_tokens_and_the_plan_counts_those_of_the_loa
     assert found.latent == policy.latent_shape and found.latent[1] != found.latent[2]
     assert found.tokens == policy.grid[0] * policy.grid[1] + named.weights.shape[1]
     assert found.trainable == sum(value.numel() for value in policy.trainable().values())
-    assert found.parameters["transformer"] == sum(
+    assert found.parameters[policy.family.model_part] == sum(
         value.numel() for name, value in policy.model.named_parameters() if "lora_" not in name
     )
     assert star_trainer.cli.main(["tiny", *settings, *POLICY_GRADIENT, "--dry-run"]) == 0
