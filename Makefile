@@ -15,13 +15,17 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 --dist worksteal tests
+# Where `make test-wheel` works, and which tests it runs; it takes another PyTorch, too (TORCH=torch==2.14.1).
+WHEEL := build/wheel
+WHEEL_INSTALL := $(WHEEL)/venv/bin/python -m pip --disable-pip-version-check install -q --no-compile
+TEST_WHEEL ?= tests
 TORCH := $(shell sed -n '/^torch==/p' requirements.txt)
 # The oldest Triton that the kernels must compile under, in a folder that only their tests look into.
 OLDEST_TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench lint docs clean
+.PHONY: help demo test test-all test-wheel bench lint docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,6 +40,22 @@ test: $(VENV)/.built-dev ## Run the tests but the exhaustive ones
 
 test-all: $(VENV)/.built-dev $(VENV)/.installed-triton-3.6 ## Run all tests
 	$(PYTEST)
+
+# In an environment that has never seen this checkout. The tests come out of the sdist, whose packages are taken away so that
+# only the installed ones are left to import; what tests those files themselves stays out with them.
+test-wheel: ## Build an sdist and a wheel in build/wheel/dist, and run the tests against the installed wheel
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL_INSTALL) '$(TORCH)'
+	sed '/^-r/d; /^torch==/d; /^triton/d' requirements.txt requirements-dev.txt > $(WHEEL)/requirements.txt
+	$(WHEEL_INSTALL) -r $(WHEEL)/requirements.txt
+	STAR_KERNELS_NAME_TORCH=1 $(WHEEL)/venv/bin/python -m build --no-isolation --outdir $(WHEEL)/dist
+	$(WHEEL_INSTALL) $(WHEEL)/dist/*.whl
+	mkdir $(WHEEL)/tree
+	tar -xzf $(WHEEL)/dist/*.tar.gz --strip-components 1 -C $(WHEEL)/tree
+	rm -r $(WHEEL)/tree/star_kernels* $(WHEEL)/tree/python
+	cd $(WHEEL)/tree && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 \
+		--dist worksteal -m "not exhaustive" --ignore tests/test_package.py --ignore tests/test_readme.py $(TEST_WHEEL)
 
 bench: $(VENV)/.built-dev ## Measure the operators, a rollout and an update against their unfused baselines
 	$(BIN)/python -m pytest -q bench --benchmark-quiet $(BENCH_ARGS)

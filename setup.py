@@ -1,12 +1,15 @@
 """Build of the C++ extension and the list of packages; everything else stands in pyproject.toml.
 
 Needs torch in the environment that builds (``pip install --no-build-isolation``), so that the extension is compiled
-against the PyTorch it will run with. ``STAR_KERNELS_BUILD_CPU=0`` leaves the extension out; torch is then not needed.
+against the PyTorch it will run with; an sdist does not. ``STAR_KERNELS_BUILD_CPU=0`` leaves the extension out; torch is
+then not needed. ``STAR_KERNELS_NAME_TORCH=1`` names the torch in the version (0.1.0+torch2.13): for wheels that are
+handed on. pip refuses it in what it builds from an index, where the version has to be that of the sdist.
 ``STAR_KERNELS_CXXFLAGS`` holds further flags for the compiler: ``-g`` for a debugger; ``-Werror`` in ``.ci/run``; those
 of the sanitizers, which the linker needs too (``LDFLAGS``), in ``tests/test_sanitizers.py``.
 """
 
 import os
+import re
 import shlex
 import sys
 from glob import glob
@@ -16,10 +19,11 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 os.chdir(ROOT)
+VERSION = re.findall(r'^__version__ = "(.+)"', Path("star_kernels/__init__.py").read_text(), re.M)[0]
 
 
 def cpu_extension():
-    """The extension `star_kernels._C` and the build command that knows PyTorch's flags."""
+    """The extension `star_kernels._C`, the build command that knows PyTorch's flags, and the name of that PyTorch."""
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
@@ -48,11 +52,17 @@ def cpu_extension():
         if directory in extension.include_dirs:
             extension.include_dirs.remove(directory)
             extension.extra_compile_args += ["-isystem", directory]
-    return [extension], {"build_ext": BuildExtension}
+    named = os.environ.get("STAR_KERNELS_NAME_TORCH", "0") != "0"
+    return {
+        "version": VERSION + ("+torch" + ".".join(torch.__version__.split(".")[:2]) if named else ""),
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+    }
 
 
 build_cpu = os.environ.get("STAR_KERNELS_BUILD_CPU", "1") != "0"
-ext_modules, cmdclass = cpu_extension() if build_cpu else ([], {})
+# The sdist, and what a build asks for before it begins, know of no torch.
+compiles = not {"sdist", "egg_info"} & set(sys.argv)
 
 setup(
     packages=find_packages(include=["star_kernels", "star_kernels.*"])
@@ -65,6 +75,5 @@ setup(
         "star_trainer.report": ["page.*"],
         "star_trainer.worlds.scenes": [f"tiny_*/**/*.{end}" for end in ("safetensors", "json", "txt", "model")],
     },
-    ext_modules=ext_modules,
-    cmdclass=cmdclass,
+    **(cpu_extension() if build_cpu and compiles else {"version": VERSION}),
 )

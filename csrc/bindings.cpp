@@ -58,6 +58,9 @@ std::string cpu_level() {
 // What star_kernels/backends.py expects of an extension; both are raised where one cannot do with the other's old one.
 constexpr int64_t kInterface = 6;
 
+// star_kernels/backends.py looks for it in the file before it loads it: under another PyTorch that could crash.
+[[gnu::used]] constexpr char kBuiltWith[] = "star_kernels._C was built with torch " TORCH_VERSION;
+
 py::dict build_info() {
   py::dict result;
 #if defined(__clang__)

@@ -13,7 +13,9 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -28,11 +30,31 @@ _EXTENSION_INTERFACE = 6
 @functools.cache
 def load_cpu_extension() -> str | None:
     """Load the compiled extension; ``None`` if that worked, otherwise the reason it did not."""
+    if (reason := _built_with_another_torch()) is not None:
+        return reason
     try:
         extension = importlib.import_module("star_kernels._C")
     except ImportError as error:
         return f"the C++ extension star_kernels._C is not built or does not load ({error})"
     return _reason_against_extension(extension.build_info())
+
+
+@functools.cache
+def _built_with_another_torch() -> str | None:
+    """Why the extension must not even be loaded: PyTorch's C++ interface changes with its minor versions."""
+    spec = importlib.util.find_spec("star_kernels._C")
+    if spec is None or spec.origin is None:
+        return None
+    # kBuiltWith in csrc/bindings.cpp
+    built = re.search(rb"star_kernels\._C was built with torch (\d+\.\d+)", Path(spec.origin).read_bytes())
+    wanted = ".".join(torch.__version__.split(".")[:2])
+    if built is None or built[1].decode() == wanted:
+        return None
+    return (
+        f"the C++ extension star_kernels._C was built with torch {built[1].decode()} and is not loaded under "
+        f"{torch.__version__}: install the wheel for torch {wanted}, or build it again "
+        "(pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps star-kernels)"
+    )
 
 
 def _reason_against_extension(info: dict[str, object]) -> str | None:
@@ -109,3 +131,8 @@ def _reason_against(operator: str, backend: str, device: torch.device, kernels: 
         return "its tensors are on the CPU, where Triton kernels run only under TRITON_INTERPRET=1"
     # Both have been found once a kernel has run, and looking for them takes longer than the call.
     return None if device.type == "cuda" and "triton" in sys.modules else _missing_triton()
+
+
+# Of an extension that is there and cannot be used one hears at import, not in the middle of a run.
+if (_reason := _built_with_another_torch()) is not None:
+    say_once(_reason)

@@ -80,6 +80,8 @@ def copy_to_build(folder: Path) -> None:
     """
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
+    (folder / "star_kernels").mkdir()
+    shutil.copy(ROOT / "star_kernels" / "__init__.py", folder / "star_kernels")
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     together = []
     for source in sorted((folder / "csrc").glob("*.cpp")):
