@@ -26,13 +26,13 @@ def watch_denoising(
     generators: list[torch.Generator],
     guidance_scale: float,
     *,
+    steps: int,
     maps: bool,
 ) -> Denoising:
-    """Sample an image per prompt without the sampler's noise, and keep what the page of a run shows of it.
+    """Sample an image per prompt without the sampler's noise, and keep what a page shows of it.
 
     `maps` records the attention; each unit that has tokens then gets a map of its own.
     """
-    total = config.rollout.steps
     units = text_units(policy, prompts) if maps else None
     alone: list[Tensor] = []
 
@@ -46,7 +46,7 @@ def watch_denoising(
     trajectory = denoise(
         policy,
         policy.encode([prompt.text for prompt in prompts]),
-        steps=total,
+        steps=steps,
         kind="ode",
         generator=generators,
         guidance_scale=guidance_scale,
@@ -55,8 +55,8 @@ def watch_denoising(
         watch=keep,
         backend=config.backend,
     )
-    steps = np.linspace(0, total - 1, min(total, _MOST_STEPS)).round().astype(int).tolist()
-    predicted = [policy.decode(clean_latents(policy, trajectory, step)[:MOST_PROMPTS]) for step in steps[:-1]]
+    kept = np.linspace(0, steps - 1, min(steps, _MOST_STEPS)).round().astype(int).tolist()
+    predicted = [policy.decode(clean_latents(policy, trajectory, step)[:MOST_PROMPTS]) for step in kept[:-1]]
     images = policy.decode(trajectory.latents[-1])
     pictures = [np.stack([*(each[i] for each in predicted if i < len(each)), image]) for i, image in enumerate(images)]
     found: list[dict[str, np.ndarray]] = [{} for _ in prompts]
@@ -64,11 +64,11 @@ def watch_denoising(
         assert trajectory.weights is not None, "units were given"
         own = torch.stack(alone)
         own = with_last(own) if config.allocation.map == "geometric" else own
-        weights, single = (each[steps].float().cpu().numpy() for each in (trajectory.weights, own))
+        weights, single = (each[kept].float().cpu().numpy() for each in (trajectory.weights, own))
         for place, (names, missing) in enumerate(zip(units.names, units.missing, strict=True)):
             found[place] = {name: single[:, place, k] for k, name in enumerate(names) if name not in missing}
             found[place] = {ALL_WORDS: weights[:, place]} | found[place]
-    levels = policy.schedule(total)[0][steps].tolist()
-    numbers = [step + 1 for step in steps]
+    levels = policy.schedule(steps)[0][kept].tolist()
+    numbers = [step + 1 for step in kept]
     texts = [prompt.text for prompt in prompts]
     return Denoising(texts, pictures, numbers, levels, policy.family.noising.symbol, found)

@@ -255,6 +255,7 @@ class HeldOut:
             self.prompts[:count],
             [stream(config.run.seed, "pictures", place) for place in range(count)],
             config.evaluation.guidance_scale,
+            steps=config.rollout.steps,
             # Maps that no update has seen would only mislead.
             maps=config.uses_maps,
         )

@@ -28,7 +28,7 @@ def policy() -> Policy:
 def watched(policy: Policy, prompts: list[Prompt], *settings: str, maps: bool = True) -> Denoising:
     config = load_config("tiny", ["rollout.sde_steps=1", "allocation.sharpness=1.0", *settings])
     noise = [stream(0, "test", place) for place in range(len(prompts))]
-    return watch_denoising(policy, config, prompts, noise, 1.0, maps=maps)
+    return watch_denoising(policy, config, prompts, noise, 1.0, steps=config.rollout.steps, maps=maps)
 
 
 @pytest.mark.parametrize("kind", ["step", "geometric"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -117,7 +119,13 @@ def test_the_table_holds_both_models_and_their_paired_difference(run: Path, eval
     assert Image.open(evaluated / "sheet.png").size[0] > 100
     assert "| clip_score" in (evaluated / "table.md").read_text()
     content = (evaluated / "report.html").read_text(encoding="utf-8")
-    assert f"{overall['difference']['mean']:+.4f}" in content and content.count('src="data:image/png') == 2 * 2
+    assert f"{overall['difference']['mean']:+.4f}" in content and content.count('src="data:image/png') == 2 * 2 + COUNT
+    # Beside both models' pictures, how the trained one makes them: those in its folder, to the bit.
+    data = json.loads(content.partition('id="data">')[2].partition("</script>")[0])
+    for place, case in enumerate(data["cases"]):
+        made = Image.open(io.BytesIO(base64.b64decode(case["pictures"][-1].partition(",")[2])))
+        kept = Image.open(evaluated / "adapter" / f"{place:05d}" / "samples" / "0000.png")
+        assert np.array_equal(np.asarray(made), np.asarray(kept)) and case["units"][0] == "all words"
     # Of the run, which has no maps.
     trained = (run / "report.html").read_text(encoding="utf-8")
     assert "The method uniform records no attention" in trained and '"units": []' in trained

@@ -20,7 +20,7 @@ from star_trainer.config.command_line import place, quieten, run_command
 if TYPE_CHECKING:
     from star_trainer.families.policy import Policy
     from star_trainer.prompts import Prompt
-    from star_trainer.report import Pairs
+    from star_trainer.report import Denoising, Pairs
     from star_trainer.rewards import RewardFunction
     from star_trainer.rewards.diversity import Diversity
     from star_trainer.studies.evaluate.gallery import Gallery
@@ -221,7 +221,9 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
         table = "\n".join([table, r0_table(config.evaluation.steps, scores, fids)])
     settings = _write(out, config, galleries, scores, rows, distances, table)
     print(table)
-    write_page(out / "report.html", lambda: evaluation_page(settings, rows, table, _pairs(config, galleries, scores)))
+    pairs = _pairs(config, galleries, scores)
+    content = (settings, rows, table, pairs)
+    write_page(out / "report.html", lambda: evaluation_page(*content, _denoising(policy, config, prompts)))
     print(f"report.html, pictures, scores and tables are in {out}")
 
 
@@ -373,6 +375,21 @@ def _pairs(config: Config, galleries: Mapping[str, Gallery], scores: Mapping[str
     images = {name: gallery.read(places) for name, gallery in zip(names, galleries.values(), strict=True)}
     found = {name: next(iter(own.values()))[:, 0] for name, own in zip(names, scores.values(), strict=True)}
     return Pairs([prompt.text for prompt in prompts], images, found)
+
+
+def _denoising(policy: Policy, config: Config, prompts: Sequence[Prompt]) -> Denoising:
+    """How the first picture of the first prompts forms, from the noise that `gallery.draw` gave it."""
+    from star_trainer.prompts.units import UnitExtractor
+    from star_trainer.report import MOST_PROMPTS
+    from star_trainer.run.denoising import watch_denoising
+    from star_trainer.run.randomness import stream
+
+    shown = UnitExtractor(config.units).fill(prompts[:MOST_PROMPTS])
+    noise = [stream(config.run.seed, "star-eval", place, 0) for place in range(len(shown))]
+    evaluation, with_units = config.evaluation, any(prompt.units for prompt in shown)
+    return watch_denoising(
+        policy, config, shown, noise, evaluation.guidance_scale, steps=evaluation.steps, maps=with_units
+    )
 
 
 if __name__ == "__main__":

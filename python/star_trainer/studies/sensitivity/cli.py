@@ -198,7 +198,10 @@ def _page(state: Any, prompts: Any, scores: Any, signals: Any, table: str, edits
     config = state.config
     # The noise of `maps.sample_cases`.
     noise = [stream(config.run.seed, "sensitivity", place) for place in range(len(prompts))]
-    denoising = watch_denoising(state.policy, config, prompts, noise, config.rollout.guidance_scale, maps=True)
+    rollout = config.rollout
+    denoising = watch_denoising(
+        state.policy, config, prompts, noise, rollout.guidance_scale, steps=rollout.steps, maps=True
+    )
     return sensitivity_page(config, state.iteration, scores, signals, table, denoising, edits)
 
 
