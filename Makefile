@@ -55,7 +55,7 @@ test-wheel: ## Build an sdist and a wheel in build/wheel/dist, and run the tests
 	tar -xzf $(WHEEL)/dist/*.tar.gz --strip-components 1 -C $(WHEEL)/tree
 	rm -r $(WHEEL)/tree/star_kernels* $(WHEEL)/tree/python
 	cd $(WHEEL)/tree && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -q -p no:benchmark -n $(WORKERS) --maxprocesses 8 \
-		--dist worksteal -m "not exhaustive" --ignore tests/test_package.py --ignore tests/test_readme.py $(TEST_WHEEL)
+		--dist worksteal -m "not exhaustive" --ignore tests/test_package.py --ignore tests/test_docs.py $(TEST_WHEEL)
 
 bench: $(VENV)/.built-dev ## Measure the operators, a rollout and an update against their unfused baselines
 	$(BIN)/python -m pytest -q bench --benchmark-quiet $(BENCH_ARGS)

@@ -53,7 +53,7 @@ def _built_with_another_torch() -> str | None:
     return (
         f"the C++ extension star_kernels._C was built with torch {built[1].decode()} and is not loaded under "
         f"{torch.__version__}: install the wheel for torch {wanted}, or build it again "
-        "(pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps star-kernels)"
+        "(pip install --no-build-isolation --force-reinstall --no-deps . in a checkout)"
     )
 
 

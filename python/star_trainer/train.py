@@ -139,7 +139,7 @@ def train(config: Config) -> dict[str, object]:
                     held_out.evaluate(count)
                     log.evaluated(held_out)
                     keep_snapshot(state, held_out)
-                    log.report(held_out, last=count is None)
+                    log.report(held_out)
 
             encoded = state.iteration
             for iteration in range(state.iteration, state.iteration if state.stopped else config.train.iterations):
@@ -183,6 +183,7 @@ def train(config: Config) -> dict[str, object]:
                 evaluate()
             with state.averaged_weights():
                 export(state, folder)
+            log.report(held_out, last=True)
             return log.finish(held_out)
 
 

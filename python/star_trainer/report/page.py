@@ -97,14 +97,8 @@ class Denoising:
     kind = "denoising"
 
     @property
-    def images(self) -> np.ndarray:
-        """What came out, [N, H, W, 3]."""
-        return np.stack([each[-1] for each in self.pictures])
-
-    @property
-    def weights(self) -> np.ndarray | None:
-        """The maps of all words [N, S, h, w], or None where there are none."""
-        return np.stack([maps[ALL_WORDS] for maps in self.maps]) if all(self.maps) else None
+    def has_maps(self) -> bool:
+        return all(self.maps)
 
     def shown(self) -> dict[str, Any]:
         """What the page's script reads: of many prompts and units the first ones."""

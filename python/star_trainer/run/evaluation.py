@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save
 from star_trainer.config import Config
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
-from star_trainer.report import Denoising
 from star_trainer.rewards import GENEVAL, HeldOutScorer, RewardError
 from star_trainer.rewards.diversity import Diversity
-from star_trainer.run.denoising import watch_denoising
+from star_trainer.run.denoising import Watched, watch_denoising
 from star_trainer.run.files import write_atomically
 from star_trainer.run.pictures import before_after_sheet
 from star_trainer.run.processes import fail_together, gather, gather_array
@@ -246,7 +245,7 @@ class HeldOut:
         done = self.latest is not None and len(self.latest) == len(self.prompts)
         return done and self.latest_iteration == self._state.iteration
 
-    def denoising(self, count: int) -> Denoising:
+    def watch(self, count: int) -> Watched:
         """How images of the first `count` prompts form by the present weights, with maps where training uses some."""
         state, config = self._state, self._state.config
         return watch_denoising(

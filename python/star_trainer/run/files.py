@@ -18,12 +18,18 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def write_page(path: Path, make: Callable[[], bytes], say: Callable[[str], None] = print) -> None:
-    """Write the page that `make` gives; that it fails is said and ends nothing, as all else is written before."""
+def write_page(path: Path, make: Callable[[], bytes], say: Callable[[str], None] = print) -> str:
+    """Write the page that `make` gives; that it fails is said and ends nothing, as all else is written before.
+
+    Returns:
+        Its name for a list of what was written, with a comma, or nothing where it failed.
+    """
     try:
         write_atomically(path, make())
     except Exception as error:
         say(f"{path} could not be written: {type(error).__name__}: {error}")
+        return ""
+    return f"{path.name}, "
 
 
 def file_digest(path: Path) -> str:

@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 import star_kernels as sk
-from star_trainer.report import Denoising
 from star_trainer.rewards import GENEVAL
 from star_trainer.run import pictures
+from star_trainer.run.denoising import Watched
 from star_trainer.run.evaluation import Evaluation, HeldOut, draw_comparison
 from star_trainer.run.files import write_atomically, write_page
 from star_trainer.run.page import run_page
@@ -53,7 +53,8 @@ class RunLog:
         self.history: list[dict[str, float]] = []
         self._units_said = self._rules_said = False
         self._attention: str | None = None
-        self._denoising: Denoising | None = None
+        # By the main process, the latest evaluation's images that no page shows yet.
+        self._unreported: Watched | None = None
         self._reported = time.monotonic()
         self._main = state.accelerator.is_main_process
         if self._main:
@@ -131,26 +132,28 @@ class RunLog:
         self._record_evaluation(held_out, evaluation)
         count = len(evaluation)
         self.say(f"held-out after {state.iteration} iterations ({count} prompts): {_scores(held_out, evaluation)}")
-        self._denoising = held_out.denoising(len(evaluation.images))
+        # Every process takes part; what becomes of it is the main one's.
+        seen = held_out.watch(len(evaluation.images))
         if not self._main:
             return
         texts = [prompt.text for prompt in held_out.prompts[: len(evaluation.images)]]
         pictures.plot_curves(self.history, self.folder / "curves.png")
         draw_comparison(texts, base, evaluation, held_out.shown, self.folder / "before_after.png")
-        seen, maps = self._denoising, self._denoising.weights
-        if maps is not None:
-            path = self.folder / "allocation_maps.png"
-            pictures.allocation_sheet(texts, seen.images, maps, seen.levels, path, symbol=seen.symbol)
-        self._send_pictures(evaluation.images, maps)
+        if seen.weights is not None:
+            path, symbol = self.folder / "allocation_maps.png", state.policy.family.noising.symbol
+            pictures.allocation_sheet(texts, seen.images, seen.weights, seen.levels, path, symbol=symbol)
+        self._send_pictures(evaluation.images, seen.weights)
+        self._unreported = seen
 
-    def report(self, held_out: HeldOut, *, last: bool) -> None:
-        """Write report.html of the latest evaluation: of the `last` one, and of others where a minute has passed."""
-        if not self._main or not last and time.monotonic() - self._reported < _BETWEEN_REPORTS:
+    def report(self, held_out: HeldOut, *, last: bool = False) -> None:
+        """Write report.html of the latest evaluation where that is not done: the `last`, or if a minute has passed."""
+        seen = self._unreported
+        if seen is None or not last and time.monotonic() - self._reported < _BETWEEN_REPORTS:
             return
-        assert self._denoising is not None, "evaluated"
-        self._reported = time.monotonic()
-        content = (self.state.config, self.state.iteration, self.history, held_out, self._denoising)
-        write_page(self.folder / "report.html", lambda: run_page(*content), self.say)
+        self._unreported, self._reported = None, time.monotonic()
+        content = (self.state.config, self.state.iteration, self.history, held_out)
+        policy = self.state.policy
+        write_page(self.folder / "report.html", lambda: run_page(*content, seen.denoising(policy)), self.say)
 
     def _record_evaluation(self, held_out: HeldOut, evaluation: Evaluation) -> None:
         tags = held_out.by_tag(evaluation)
@@ -244,7 +247,8 @@ class RunLog:
         self.say("")
         for name, difference in compared.items():
             self.say(_comparison(name, before[name], latest.means()[name], difference))
-        self.say(f"report.html, pictures, metrics and the adapter are in {self.folder}")
+        report = "report.html, " if (self.folder / "report.html").is_file() else ""
+        self.say(f"{report}pictures, metrics and the adapter are in {self.folder}")
         return summary
 
 

@@ -29,7 +29,7 @@ def run_page(
         {"before": base.images, "after": latest.images},
         {"before": base.scores[score], "after": latest.scores[score]},
     )
-    forming = _MAPS if denoising.weights is not None else _NO_MAPS.format(config.method)
+    forming = _MAPS if denoising.has_maps else _NO_MAPS.format(config.method)
     sections = [
         Section("What training changed", "On held-out prompts, from the same noise.", _differences(held_out)),
         Section("Curves", READING, Charts(run_charts(history))),

@@ -311,7 +311,7 @@ def test_a_dry_run_needs_no_files_no_weights_and_no_network(
     update = "108 on each of 8 processes, 54" if name == FAST else "972 on each of 8 processes, 162"
     assert printed["model calls, update"].startswith(update)
     assert printed["reward calls"] == "9 on each of 8 processes"
-    assert "GiB on each of 8 processes: weights " in printed["estimated GPU memory"]
+    assert "GiB on each of 8 processes: frozen weights " in printed["estimated GPU memory"]
     assert printed["prompts, training"].startswith("not found yet, needed at flow_grpo/dataset/")
     assert "git clone" in printed["prompts come from"]
     assert not list(nowhere.iterdir())

@@ -316,8 +316,10 @@ def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -
         for arm in ("star", "uniform", "shuffled", "inverted", "oracle")
         for step in ("0", "all", "all, std", "all, velocity")
     }
-    for name in ("sensitivity.png", "cases.png", "report.html"):
+    for name in ("sensitivity.png", "cases.png"):
         assert (folder / name).stat().st_size > 10_000
+    shown = (folder / "report.html").read_text(encoding="utf-8")
+    assert shown.count('class="case"') == 6 and '<th scope="row">star</th>' in shown
     assert "| star | all |" in (folder / "sensitivity.md").read_text()
 
 

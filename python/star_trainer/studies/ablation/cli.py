@@ -118,8 +118,8 @@ def _run(options: argparse.Namespace) -> int:
     further = {"Training rewards": training_markdown(blocks, reached, plan.baseline)}
     further |= {"What was asked before": answers_markdown(found)} if found else {}
     content = (folder, plan.baseline, curves, rows, blocks, further, runs)
-    write_page(folder / "report.html", lambda: ablation_page(*content))
-    print(f"report.html, table, plot and raw numbers are in {folder}")
+    report = write_page(folder / "report.html", lambda: ablation_page(*content))
+    print(f"{report}table, plot and raw numbers are in {folder}")
     return 1 if failures else 0
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from star_trainer.config import Config, ConfigError, Prompts, check_section, load_config, preset_names
+from star_trainer.config import Config, ConfigError, Prompts, Units, check_section, load_config, preset_names
 from star_trainer.config.command_line import place, quieten, run_command
 
 if TYPE_CHECKING:
@@ -223,8 +223,8 @@ def evaluate(config: Config, options: argparse.Namespace, run: Path | None, out:
     print(table)
     pairs = _pairs(config, galleries, scores)
     content = (settings, rows, table, pairs)
-    write_page(out / "report.html", lambda: evaluation_page(*content, _denoising(policy, config, prompts)))
-    print(f"report.html, pictures, scores and tables are in {out}")
+    report = write_page(out / "report.html", lambda: evaluation_page(*content, _denoising(policy, config, prompts)))
+    print(f"{report}pictures, scores and tables are in {out}")
 
 
 def _prompts(config: Config, options: argparse.Namespace) -> list[Prompt]:
@@ -384,12 +384,15 @@ def _denoising(policy: Policy, config: Config, prompts: Sequence[Prompt]) -> Den
     from star_trainer.run.denoising import watch_denoising
     from star_trainer.run.randomness import stream
 
-    shown = UnitExtractor(config.units).fill(prompts[:MOST_PROMPTS])
+    # No chat model beside the pipeline for a picture.
+    units = Units(source="rules") if config.units.source == "llm" else config.units
+    shown = UnitExtractor(units).fill(prompts[:MOST_PROMPTS])
     noise = [stream(config.run.seed, "star-eval", place, 0) for place in range(len(shown))]
     evaluation, with_units = config.evaluation, any(prompt.units for prompt in shown)
-    return watch_denoising(
+    seen = watch_denoising(
         policy, config, shown, noise, evaluation.guidance_scale, steps=evaluation.steps, maps=with_units
     )
+    return seen.denoising(policy)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def evaluation_page(
     score = rows[0].reward
     sections.append(Section("Images", f"The first of each of the first prompts, with its score, {score}.", pairs))
     forming = "The image that each denoising step predicts; over it the map of all text units or of one alone."
-    if denoising.weights is None:
+    if not denoising.has_maps:
         forming = "The image that each denoising step predicts. The prompts have no text units: there are no maps."
     sections.append(Section("How images form", forming, denoising))
     facts = {name: str(value) for name, value in settings.items() if value is not None}

@@ -184,8 +184,10 @@ def report(
     plots.plot_by_step(scores, signals, folder / "sensitivity.png")
     print(table)
     shown = held_out[:_CASES]
-    write_page(folder / "report.html", lambda: _page(state, extractor.fill(shown), scores, signals, table, edits))
-    print(f"report.html, tables, plots and numbers are in {folder}")
+    report = write_page(
+        folder / "report.html", lambda: _page(state, extractor.fill(shown), scores, signals, table, edits)
+    )
+    print(f"{report}tables, plots and numbers are in {folder}")
     if failure is not None:
         raise failure
 
@@ -199,10 +201,8 @@ def _page(state: Any, prompts: Any, scores: Any, signals: Any, table: str, edits
     # The noise of `maps.sample_cases`.
     noise = [stream(config.run.seed, "sensitivity", place) for place in range(len(prompts))]
     rollout = config.rollout
-    denoising = watch_denoising(
-        state.policy, config, prompts, noise, rollout.guidance_scale, steps=rollout.steps, maps=True
-    )
-    return sensitivity_page(config, state.iteration, scores, signals, table, denoising, edits)
+    seen = watch_denoising(state.policy, config, prompts, noise, rollout.guidance_scale, steps=rollout.steps, maps=True)
+    return sensitivity_page(config, state.iteration, scores, signals, table, seen.denoising(state.policy), edits)
 
 
 def _differentiable(terms: Any, cases: Any, state: Any) -> list[Any]:
