@@ -6,7 +6,6 @@ import base64
 import html
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -199,24 +198,6 @@ class Opened:
             self.tab.evaluate(f"{source}.querySelector('.stage img').src"),
             self.tab.evaluate(f"{source}.querySelector('.stage canvas').toDataURL()"),
         )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on PATH")
-    from playwright.sync_api import sync_playwright
-
-    quiet = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-sync")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(
-            executable_path=found,
-            args=["--no-sandbox", "--disable-component-update", *(f"--{flag}" for flag in quiet)],
-        )
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
-import shutil
 import socket
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +32,6 @@ UNITS = ["red circle", "blue square"]
 OBJECTS = [{"class": "circle", "count": 1, "color": "red"}, {"class": "square", "count": 1, "color": "blue"}]
 SCENE = Prompt(PROMPT, {"include": OBJECTS})
 RUN = Path(__file__).parents[1] / "run_of_before"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +101,41 @@ def test_a_samples_noise_depends_on_its_place_alone_and_advantages_compare_the_g
     np.testing.assert_allclose(group.rewards, rewards)
     assert group.advantages is not None and group.advantages.dropped == 0
     np.testing.assert_allclose(group.advantages.values, (rewards - rewards.mean()) / (rewards.std() + 1e-4), rtol=1e-6)
+
+
+def test_advantages_are_made_as_the_trainers_settings_say(explorer: Explorer) -> None:
+    names = ["pickscore", "clip_score"]
+    chosen = ["tiny", "--steps", "1", "reward.terms={pickscore: 2.0, clip_score: 1.0}", "reward.combine=advantages"]
+    chosen += ["reward.floors={clip_score: -1.0}", "reward.gates={pickscore: {clip_score: -1.0}}", "--reward"]
+    alone = settings(_parser().parse_intermixed_args([*chosen, names[0]])).reward
+    assert alone.terms == {"pickscore": 2.0} and alone.floors == alone.gates == {}
+    judged = explorer_of(*chosen, ",".join(names))
+    assert judged.config.reward.floors == {"clip_score": -1.0} and judged.config.reward.gates
+    group = judged.sample(PROMPT, UNITS, count=3)
+    assert judged.reward is not None and group.advantages is not None
+    each = judged.reward.each(group.images, [group.prompt] * 3)
+    np.testing.assert_allclose(group.rewards, each @ [2.0, 1.0])
+    total = ((each - each.mean(0)) / (each.std(0) + 1e-4)) @ [2.0, 1.0]
+    np.testing.assert_allclose(group.advantages.values, total / (total.std() + 1e-4), rtol=1e-6)
+
+
+def test_maps_are_made_on_the_host_wherever_the_samples_were(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("STAR_KERNELS_BACKEND", "triton")
+    for backend in ("triton", "auto", "reference"):
+        again = dataclasses.replace(group, config=group.config.model_copy(update={"backend": backend}), _maps={})
+        np.testing.assert_allclose(again.maps(), group.maps(), rtol=1e-5)
+
+
+def test_the_newest_groups_are_kept_and_a_page_has_one(explorer: Explorer, group: Group) -> None:
+    first = explorer.keep(group)
+    second = explorer.keep(group, instead=first)
+    third = explorer.keep(group)
+    assert explorer.kept(second) is explorer.kept(third) is group
+    explorer.keep(group)
+    for number in (first, second):
+        with pytest.raises(ConfigError, match="group: only the newest 2 are kept"):
+            explorer.kept(number)
 
 
 def test_the_advantages_place_is_blue_where_it_is_reinforced_and_orange_where_it_is_held_back(group: Group) -> None:
@@ -192,10 +230,59 @@ def test_what_cannot_be_served_is_named_on_the_command_line(
     assert error.startswith("star-explore: ") and named in error and error.count("\n") == 1
 
 
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.mark.filterwarnings("ignore:::gradio")
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_the_page_in_a_browser(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from playwright.sync_api import expect, sync_playwright
+def test_it_is_served_behind_a_proxy_and_what_stands_against_it_is_named(
+    explorer: Explorer, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from star_trainer.studies.explore import page
+
+    address = f"127.0.0.1:{free_port}"
+    for name, value in {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": "example.com"}.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as without:
+        without.setattr(page, "_without_proxy", lambda host: None)
+        with pytest.raises(ConfigError, match=f"--host: the page at {address} cannot be opened from here: "):
+            page.serve(explorer, "127.0.0.1", free_port)
+    served = page.serve(explorer, "127.0.0.1", free_port)
+    try:
+        for name in ("no_proxy", "NO_PROXY"):
+            assert os.environ[name] == "example.com,127.0.0.1,localhost"
+        with pytest.raises(ConfigError, match=f"--port: cannot listen at {address}"):
+            page.serve(explorer, "127.0.0.1", free_port)
+    finally:
+        served.close(verbose=False)
+
+
+def test_pictures_are_kept_in_a_folder_of_ones_own_until_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from star_trainer.studies.explore import page
+
+    at_end: list[Callable[[], None]] = []
+    monkeypatch.setattr(page.atexit, "register", lambda *call, **named: at_end.append(partial(*call, **named)))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    page._own_folder()
+    page._own_folder()
+    (folder,) = tmp_path.iterdir()
+    assert os.environ["GRADIO_TEMP_DIR"] == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+    (remove,) = at_end
+    remove()
+    assert not folder.exists()
+
+
+@pytest.mark.filterwarnings("ignore:::gradio")
+def test_the_page_in_a_browser(
+    browser: Any, explorer: Explorer, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from playwright.sync_api import expect
 
     hosts, resolve = set(), socket.getaddrinfo
 
@@ -207,42 +294,33 @@ def test_the_page_in_a_browser(explorer: Explorer, monkeypatch: pytest.MonkeyPat
     expect.set_options(timeout=30_000)
     from star_trainer.studies.explore.page import serve
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    page_served = serve(explorer, "127.0.0.1", port)
+    address = f"http://127.0.0.1:{free_port}"
+    page_served = serve(explorer, "127.0.0.1", free_port)
+    page = browser.new_page()
     try:
-        with pytest.raises(ConfigError, match=f"--port: cannot listen at 127.0.0.1:{port}"):
-            serve(explorer, "127.0.0.1", port)
-        with sync_playwright() as playwright:
-            options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-            options += ["--disable-background-networking", "--disable-component-update"]
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-            page = browser.new_page()
-            requests, complaints = [], []
-            page.on("request", lambda request: requests.append(request.url))
-            page.on("pageerror", lambda error: complaints.append(str(error)))
-            page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-            page.goto(address)
-            page.get_by_role("button", name="Sample").click()
-            expect(page.get_by_text("prompt: expected some text, got none")).to_be_visible()
-            page.get_by_label("Prompt", exact=True).fill(PROMPT)
-            for unit in UNITS:
-                expect(page.get_by_role("checkbox", name=unit)).to_be_checked()
-            page.get_by_role("button", name="Sample").click()
-            overlay = page.locator("#overlay img")
-            expect(overlay).to_be_visible()
-            expect(page.get_by_text("step 2 of 3")).to_be_visible()
-            before = overlay.get_attribute("src")
-            page.get_by_role("slider", name="Step", exact=False).last.press("ArrowRight")
-            expect(page.get_by_text("step 3 of 3")).to_be_visible()
-            assert overlay.get_attribute("src") != before
-            page.get_by_label("the advantage's place A·w").check()
-            expect(page.get_by_text("A·w from")).to_be_visible()
-            browser.close()
+        requests, complaints = [], []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        page.goto(address)
+        page.get_by_role("button", name="Sample").click()
+        expect(page.get_by_text("prompt: expected some text, got none")).to_be_visible()
+        page.get_by_label("Prompt", exact=True).fill(PROMPT)
+        for unit in UNITS:
+            expect(page.get_by_role("checkbox", name=unit)).to_be_checked()
+        page.get_by_role("button", name="Sample").click()
+        overlay = page.locator("#overlay img")
+        expect(overlay).to_be_visible()
+        expect(page.get_by_text("step 2 of 3")).to_be_visible()
+        before = overlay.get_attribute("src")
+        page.get_by_role("slider", name="Step", exact=False).last.press("ArrowRight")
+        expect(page.get_by_text("step 3 of 3")).to_be_visible()
+        assert overlay.get_attribute("src") != before
+        page.get_by_label("the advantage's place A·w").check()
+        expect(page.get_by_text("A·w from")).to_be_visible()
         assert complaints == []
         assert all(url.startswith((address, "data:", "blob:")) for url in requests), requests
         assert hosts <= {"127.0.0.1", "localhost", None}
     finally:
+        page.close()
         page_served.close()

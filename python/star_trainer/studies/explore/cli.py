@@ -113,7 +113,9 @@ def settings(options: argparse.Namespace) -> Config:
     if options.reward is not None and not names:
         raise ConfigError("--reward: expected at least one name")
     terms = {name: config.reward.terms.get(name, 1.0) for name in names}
-    alone = {"terms": terms, "floors": {}, "gates": {}}
+    floors = {name: floor for name, floor in config.reward.floors.items() if name in terms}
+    gates = {name: gate for name, gate in config.reward.gates.items() if {name, *gate} <= terms.keys()}
+    alone = {"terms": terms, "floors": floors, "gates": gates}
     return config.model_copy(update={"reward": config.reward.model_copy(update=alone)})
 
 
@@ -123,7 +125,7 @@ def load(config: Config, options: argparse.Namespace) -> Explorer:
     Raises:
         ConfigError: one of them cannot be had, or does not suit the settings.
     """
-    from star_trainer.rewards import check_reward, load_reward
+    from star_trainer.rewards import check_reward, load_terms, weighted_sum
     from star_trainer.run.inputs import check_backend
     from star_trainer.studies.evaluate.models import load_adapted, load_base, load_trained
     from star_trainer.studies.explore.sampling import Explorer
@@ -131,7 +133,7 @@ def load(config: Config, options: argparse.Namespace) -> Explorer:
     check_backend(config.backend)
     check_reward(config.reward)
     prompts = _prompts(options.prompts)
-    reward = load_reward(config.reward) if config.reward.terms else None
+    reward = weighted_sum(config.reward, load_terms(config.reward)) if config.reward.terms else None
     if _is_run(options):
         policy, _ = load_trained(config, options.adapter)
     elif options.adapter is not None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import html
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from star_trainer.config import ConfigError, TrainerError
-from star_trainer.studies.explore.sampling import MOST_SAMPLES, Explorer, Group
+from star_trainer.studies.explore.sampling import MOST_SAMPLES, Explorer
 from star_trainer.studies.explore.view import tiles, view
 
 MAP, PLACE = "the map w", "the advantage's place A·w"
@@ -25,8 +29,10 @@ def serve(explorer: Explorer, host: str, port: int) -> gr.Blocks:
     """Serve the page until its `close`; returns once it can be opened.
 
     Raises:
-        ConfigError: the port is taken, or the address is none of this machine's.
+        ConfigError: the port is taken, the address is none of this machine's, or the page cannot be opened there.
     """
+    _own_folder()
+    _without_proxy(host)
     page = build(explorer)
     # The usual theme loads its fonts from elsewhere.
     theme = gr.themes.Default(font=_FONTS, font_mono=_MONO)
@@ -45,14 +51,36 @@ def serve(explorer: Explorer, host: str, port: int) -> gr.Blocks:
         )
     except OSError as error:
         raise ConfigError(f"--port: cannot listen at {host}:{port}; is it taken?") from error
+    # gradio asks itself for the page, and raises what it pleases where that fails.
+    except Exception as error:
+        page.close(verbose=False)
+        raise ConfigError(f"--host: the page at {host}:{port} cannot be opened from here: {error}") from error
     return page
+
+
+def _own_folder() -> None:
+    """Keep pictures out of the folder that all of a machine's users of gradio share, and no longer than the process."""
+    if not os.environ.get("GRADIO_TEMP_DIR"):
+        folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="star-explore-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _without_proxy(host: str) -> None:
+    """Ask this machine itself for what it serves; a proxy of the environment is for the rest."""
+    names = ("no_proxy", "NO_PROXY")
+    before = {name: os.environ.get(name) for name in names}
+    for name in names:
+        # The lower-case one hides the other where both are there.
+        hosts = (before[name] or before["no_proxy"] or before["NO_PROXY"] or "").split(",")
+        if "*" not in hosts:
+            os.environ[name] = ",".join(dict.fromkeys([*filter(None, hosts), "127.0.0.1", "localhost", host]))
 
 
 def build(explorer: Explorer) -> gr.Blocks:
     """The page's parts and what they do."""
     evaluation, model = explorer.config.evaluation, explorer.config.model
     with gr.Blocks(title="star-explore", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        group, chosen = gr.State(), gr.State(0)
+        number, chosen = gr.State(), gr.State(0)
         gr.Markdown(_ABOUT)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
@@ -90,6 +118,7 @@ def build(explorer: Explorer) -> gr.Blocks:
             return gr.CheckboxGroup(found, value=found)
 
         def sample(
+            before: int | None,
             text: str,
             ticked: list[str],
             others: str,
@@ -118,12 +147,12 @@ def build(explorer: Explorer) -> gr.Blocks:
             if drawn.advantages is not None and drawn.advantages.dropped:
                 gr.Warning("The rewards of the group do not differ, so that every advantage is 0.")
             kinds = [MAP] if drawn.advantages is None else [MAP, PLACE]
-            number = len(drawn.levels)
+            last = len(drawn.levels)
             return [
-                drawn,
+                explorer.keep(drawn, instead=before),
                 0,
                 gr.Gallery(tiles(drawn), selected_index=0),
-                gr.Slider(maximum=number, value=(number + 1) // 2),
+                gr.Slider(maximum=last, value=(last + 1) // 2),
                 gr.Dropdown([("mean", "mean"), *((str(name), place) for place, name in enumerate(drawn.layers))],
                             value="mean"),
                 gr.Dropdown([("all", "all"), *((name, place) for place, name in enumerate(drawn.prompt.units))],
@@ -132,18 +161,20 @@ def build(explorer: Explorer) -> gr.Blocks:
             ]  # fmt: skip
 
         def draw(
-            drawn: Group | None, chosen: int, step: float, layer: Any, unit: Any, shown: str, opacity: float
+            number: int | None, chosen: int, step: float, layer: Any, unit: Any, shown: str, opacity: float
         ) -> tuple[Any, ...]:
-            if drawn is None:
+            if number is None:
                 return None, None, ""
+            with _said():
+                drawn = explorer.kept(number)
             places = (None if place in ("mean", "all") else place for place in (layer, unit))
             return view(drawn, chosen, int(step) - 1, *places, place_of_advantage=shown == PLACE, opacity=opacity)
 
         def choose(event: gr.SelectData) -> int:
             return event.index
 
-        asked = [prompt, units, own, seed, count, steps, size, guidance, base]
-        looked_at = [group, chosen, step, layer, unit, shown, opacity]
+        asked = [number, prompt, units, own, seed, count, steps, size, guidance, base]
+        looked_at = [number, chosen, step, layer, unit, shown, opacity]
         outputs = [picture, overlay, legend]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         prompt.change(find_units, prompt, units, trigger_mode="always_last", **quiet)
@@ -151,7 +182,7 @@ def build(explorer: Explorer) -> gr.Blocks:
             [button.click, prompt.submit],
             sample,
             asked,
-            [group, chosen, gallery, step, layer, unit, shown],
+            [number, chosen, gallery, step, layer, unit, shown],
             show_progress_on=gallery,
             api_visibility="private",
         )

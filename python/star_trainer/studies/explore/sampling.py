@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,17 +16,19 @@ from torch import Tensor
 
 import star_kernels as sk
 from star_kernels.text_units import stands_in
-from star_trainer.algorithms.advantages import Advantages, group_advantages
+from star_trainer.algorithms.advantages import Advantages, advantages_of
 from star_trainer.config import Config, ConfigError, Units, check_section
 from star_trainer.config.settings import Evaluation, Model
 from star_trainer.families.policy import Policy
 from star_trainer.prompts import Prompt
 from star_trainer.prompts.units import UnitExtractor
-from star_trainer.rewards import RewardFunction
+from star_trainer.rewards import WeightedSum, sum_of
 from star_trainer.run.randomness import stream
 from star_trainer.sampling import denoise, map_of_mass, text_units, with_last
 
 MOST_SAMPLES = 16
+# Two pages can be compared; each group has its masses in memory.
+_MOST_KEPT = 2
 
 
 @dataclass
@@ -58,11 +61,14 @@ class Group:
             unit: place in the prompt's units, or None for all of them together.
         """
         if (layer, unit) not in self._maps:
-            mass = self.mass.float().mean(1) if layer is None else self.mass[:, layer].float()
+            mass = self.mass.mean(1, dtype=torch.float32) if layer is None else self.mass[:, layer].float()
             mass = mass if unit is None else mass[..., unit : unit + 1]
             allocation = self.config.allocation
+            # The masses are on the host, wherever the samples were made.
+            plain = self.config.backend == "reference" or sk.available_backends()["cpu"] is not None
+            backend = "reference" if plain else "cpu"
             steps = [
-                map_of_mass(self.policy, each, self.token_grid, allocation, step, self.config.backend)
+                map_of_mass(self.policy, each, self.token_grid, allocation, step, backend)
                 for step, each in enumerate(mass)
             ]
             maps = torch.stack(steps)
@@ -75,7 +81,7 @@ class Explorer:
 
     Attributes:
         config: its sections evaluation (steps, guidance), model (size), allocation and units are where a page begins.
-        reward: what makes advantages, or None.
+        reward: what makes advantages, as the configuration's sections reward and train say, or None.
         prompts: suggestions; a prompt of the same text has their metadata, which some rewards need.
         adapted: whether the policy has an adapter, or other weights, that can be left out.
     """
@@ -84,7 +90,7 @@ class Explorer:
         self,
         policy: Policy,
         config: Config,
-        reward: RewardFunction | None = None,
+        reward: WeightedSum | None = None,
         prompts: Sequence[Prompt] = (),
         *,
         adapted: bool = False,
@@ -92,6 +98,8 @@ class Explorer:
         self.config, self.reward, self.prompts, self.adapted = config, reward, prompts, adapted
         self._policy = policy
         self._extractor = UnitExtractor(Units(source="rules"))
+        self._kept: dict[int, Group] = {}
+        self._numbers = itertools.count()
 
     def prompt(self, text: str) -> Prompt:
         """The prompt of a text, with what is known beside it.
@@ -158,6 +166,26 @@ class Explorer:
             policy = self._policy_for(config)
             return self._draw(policy, config, prompt, seed, count, progress)
 
+    def keep(self, group: Group, instead: int | None = None) -> int:
+        """Keep a group in the place of another; returns its number. Of several that stay the oldest is dropped."""
+        if instead is not None:
+            self._kept.pop(instead, None)
+        if len(self._kept) == _MOST_KEPT:
+            del self._kept[min(self._kept)]
+        number = next(self._numbers)
+        self._kept[number] = group
+        return number
+
+    def kept(self, number: int) -> Group:
+        """The group of a number.
+
+        Raises:
+            ConfigError: it is no longer there.
+        """
+        if number not in self._kept:
+            raise ConfigError(f"group: only the newest {_MOST_KEPT} are kept, of all open pages; sample it again")
+        return self._kept[number]
+
     def _settings(self, steps: int | None, guidance_scale: float | None, size: str | None) -> Config:
         config = self.config
         chosen = {"steps": steps, "guidance_scale": guidance_scale}
@@ -185,21 +213,24 @@ class Explorer:
         progress: Callable[[int, int], object] | None,
     ) -> Group:
         steps, size = config.evaluation.steps, min(config.rollout.batch_size, count)
-        parts: list[list[Tensor]] = []
+        places = range(0)
+        mass = torch.empty(0)
         latents = []
         token_grid: tuple[int, int] | None = None
         layers: list[int] = []
 
         def watch(step: int, recorder: sk.AttentionRecorder) -> None:
-            nonlocal token_grid, layers
-            parts[-1].append(recorder.mass_by_layer.half().cpu())
+            nonlocal mass, token_grid, layers
+            found = recorder.mass_by_layer  # [L, B, tokens, K]
+            if not len(mass):
+                mass = torch.empty(steps, len(found), count, *found.shape[2:], dtype=torch.float16)
+            mass[step, :, places.start : places.stop] = found.half().cpu()
             token_grid, layers = recorder.grid, recorder.layers
             if progress is not None:
-                progress((len(parts) - 1) * steps + step + 1, -(-count // size) * steps)
+                progress(places.start // size * steps + step + 1, -(-count // size) * steps)
 
         for first in range(0, count, size):
             places = range(first, min(first + size, count))
-            parts.append([])
             units = text_units(policy, [prompt] * len(places))
             trajectory = denoise(
                 policy,
@@ -215,21 +246,25 @@ class Explorer:
             )
             latents.append(trajectory.latents[-1])
         images = np.concatenate([policy.decode(part) for part in latents])
-        rewards = None if self.reward is None else self.reward(images, [prompt] * count)
-        clip = config.train.advantage_clip
+        rewards, advantages = None, None
+        if self.reward is not None:
+            each = self.reward.each(images, [prompt] * count)
+            rewards = sum_of(config.reward, each)
+            alone = config.rollout.model_copy(update={"samples": count})
+            advantages = advantages_of(config.model_copy(update={"rollout": alone}), each)
         levels, _ = policy.schedule(steps)
         return Group(
             policy,
             config,
             prompt,
             images,
-            torch.cat([torch.stack(part) for part in parts], dim=2),
+            mass,
             token_grid,
             layers,
             levels[:-1].tolist(),
             list(units.missing[0]),
             rewards,
-            None if rewards is None else group_advantages(rewards, count, clip=clip),
+            advantages,
         )
 
 

@@ -1,0 +1,27 @@
+"""The browser that pages are looked at in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is on PATH")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-sync")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=found,
+            args=["--no-sandbox", "--disable-component-update", *(f"--{flag}" for flag in quiet)],
+        )
+        yield running
+        running.close()
