@@ -11,10 +11,13 @@ from star_trainer.run.pictures import curve_panels
 
 READING = "Numbers show where one points, and by the arrow keys."
 _MAPS = (
-    "The image that each denoising step predicts; over it where its advantage goes, by the map that training uses or "
-    "by that of one text unit alone."
+    "From other noise than above, the image that each denoising step predicts; over it, in grey, where its advantage "
+    "goes, by the map that training uses or by that of one text unit alone."
 )
-_NO_MAPS = "The image that each denoising step predicts. The method {} records no attention: there are no maps."
+_NO_MAPS = (
+    "From other noise than above, the image that each denoising step predicts. The method {} records no attention: "
+    "there are no maps."
+)
 
 
 def run_page(
