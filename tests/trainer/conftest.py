@@ -1,4 +1,4 @@
-"""The browser that pages are looked at in."""
+"""The browser that pages are looked at in, and where runs leave none."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ def browser() -> Iterator[Any]:
         )
         yield running
         running.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the algorithms' tests leave no page, which takes seconds; ../test_train.py looks at those of runs."""
+    if request.path.parent.name == "algorithms":
+        monkeypatch.setattr("star_trainer.run.log.write_page", lambda *_: "")
