@@ -48,16 +48,16 @@ def policy_of(folder: Path, *overrides: str) -> Policy:
 
 
 @pytest.mark.parametrize(
-    ("name", "transformer", "encoders", "layers", "grid"),
+    ("name", "unet", "encoders", "layers", "grid"),
     # As published: 860 million and 2.6 billion.
     [(SD15, 859_520_964, 123_060_480, 16, (64, 96)), (SDXL, 2_567_463_684, 817_720_320, 70, (32, 48))],
 )
 def test_published_models_are_known_without_their_files(
-    name: str, transformer: int, encoders: int, layers: int, grid: tuple[int, int]
+    name: str, unet: int, encoders: int, layers: int, grid: tuple[int, int]
 ) -> None:
     config = load_config("sd14_hps", [f"model.pipeline={name}", "model.resolution=[512, 768]", "model.lora={}"])
     found = plan(config)
-    assert found.parameters == {"transformer": transformer, "text encoders": encoders, "autoencoder": 83_653_863}
+    assert found.parameters == {"unet": unet, "text encoders": encoders, "autoencoder": 83_653_863}
     assert found.latent == (4, 64, 96) and found.tokens == grid[0] * grid[1] + 77
     family = next(family for family in FAMILIES.values() if name in family.published)
     shapes = family.shapes(name)

@@ -61,7 +61,7 @@ def test_a_run_counts_units_without_tokens_and_distinct_held_out_prompts(
     base = Evaluation.load(folder / "base_evaluation.safetensors")
     assert base is not None and len(base) == summary["held_out_prompts"] == 6
     # Six images of three prompts: the interval is that of three.
-    assert compared == [[text for text, _ in prompts for _ in range(2)]]
+    assert compared and all(texts == [text for text, _ in prompts for _ in range(2)] for texts in compared)
     difference = summary["difference"]["reward"]
     assert difference["mean"] == pytest.approx(summary["final"]["reward"] - summary["base"]["reward"], abs=1e-6)
     assert summary["held_out_distinct_prompts"] == 3
