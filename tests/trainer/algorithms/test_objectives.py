@@ -175,7 +175,7 @@ def test_geometric_maps_have_mean_1_and_are_those_of_the_last_step_and_their_own
 
 
 def run(folder: Path, *overrides: str) -> None:
-    small = ["rollout.batch_size=3", "train.batch_size=3", "train.iterations=3", "train.learning_rate=1e-3"]
+    small = ["rollout.batch_size=3", "train.batch_size=3", "train.iterations=2", "train.learning_rate=1e-3"]
     small += ["run.progress=false", "reward.terms={'reward_for_tests:brightness': 1.0}", "checkpoints.every=1"]
     small += ["evaluation.prompts=2", "evaluation.interim_prompts=2", "evaluation.steps=1", "evaluation.pictures=1"]
     AcceleratorState._reset_state(reset_partial_state=True)
