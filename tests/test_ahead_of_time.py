@@ -212,8 +212,8 @@ def complaints(reports: list[KernelReport]) -> list[str]:
                 found.append(
                     f"{report.name}, {shape.name}: more than 1.5 times the floor with all resources side by side"
                 )
-            if mass_microseconds(report, shape, H100)[1] > 2.2 * floor:
-                found.append(f"{report.name}, {shape.name}: more than 2.2 times the floor with resources taking turns")
+            if mass_microseconds(report, shape, H100)[1] > 2.0 * floor:
+                found.append(f"{report.name}, {shape.name}: more than twice the floor with resources taking turns")
     for plain, capturing in capture_pairs(reports):
         before, after = image_loop(plain), image_loop(capturing)
         more = {kind for kind in MEASURED if after.kinds.get(kind, 0) > before.kinds.get(kind, 0)}

@@ -6,14 +6,15 @@ medium at 512 px, 8 rows (S: 24 heads of 64, 1024 + 205 tokens, K 8): 40 million
 6.5 µs; 31 MB, 9.3 µs. At 1024 px (L: 4096 + 333): 68, 42 and 34 µs. FLUX.1 at 1024 px, 8 rows (24 heads of 128, 4096 +
 512): 104 µs of exponentials, 117 µs of tensor cores, 69 µs of memory. `bench/roofline.py` works these figures out.
 
-Design. A program takes 128 image tokens and the heads of one group, and walks the text tokens 32 at a time: two
-products, and between them an exponential, a multiply-add and a comparison for each pair of tokens. It adds up its heads
-in registers and writes the sum to a slot of its own; a second kernel adds the slots in order, because float atomics
-would add them in the order of their arrival. Groups of three make 512 programs at S, and an H100 has room for 528: a
-program for each head would write and read three times as many slots, one for all heads would leave half of the GPU
-idle. The size of a group must not depend on the batch, or a row's sums would.
+Design. A program takes 128 image tokens and the heads of one group, and walks the text tokens 32 at a time (64 on
+Hopper at head dimensions above 64): two products, and between them an exponential, a multiply-add and a comparison for
+each pair of tokens. It adds up its heads in registers and writes the sum to a slot of its own; a second kernel adds the
+slots in order, because float atomics would add them in the order of their arrival. Groups of three make 512 programs at
+S, and an H100 has room for 528: a program for each head would write and read three times as many slots, one for all
+heads would leave half of the GPU idle. The size of a group must not depend on the batch, or a row's sums would.
 The head dimension is cut into pieces, so that the registers through which a tile of queries reaches shared memory are
-few: four programs fit on an SM, and while one waits for memory or for the tensor cores, another computes exponentials.
+few: four programs fit on an SM (three at head dimensions above 64), and while one waits for memory or for the tensor
+cores, another computes exponentials.
 """
 
 from __future__ import annotations
@@ -156,8 +157,11 @@ def _head_mean_kernel(partials, mass, slots, heads, num_elements, BLOCK_H: tl.co
     tl.store(mass + row * num_elements + elements, total / heads, mask=inside)
 
 
-def configuration_for(architecture: str, dtype: torch.dtype) -> Configuration:
-    """Tiles for image tokens by text tokens, for any head dimension; by the static report, not measured."""
+def configuration_for(architecture: str, dtype: torch.dtype, head_dim: int) -> Configuration:
+    """Tiles for image tokens by text tokens; by the static report, not measured."""
+    if architecture == "sm_90" and dtype != torch.float32 and head_dim > 64:
+        # With a second stage of text tokens an SM would hold two programs, not three. Others would spill registers.
+        return Configuration(128, 64, 4, 1)
     stages = 1 if architecture.startswith("gfx") else 2
     return Configuration(64, 16, 4, stages) if dtype == torch.float32 else Configuration(128, 32, 4, stages)
 
@@ -196,7 +200,7 @@ def prepare(
     image, text = (query, key) if to_text else (key, query)
     rows, heads, num_image, head_dim = image.shape
     num_units = unit_weights.shape[2]
-    configuration = configuration_for(architecture, image.dtype)
+    configuration = configuration_for(architecture, image.dtype, head_dim)
     # More at once would spill registers.
     block_k = 16 if num_units <= 16 or (image.dtype == torch.float32 and head_dim > 128) else 32
     groups = triton.cdiv(heads, _HEADS_OF_A_GROUP)
