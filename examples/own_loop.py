@@ -61,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     channels, side = model.config.in_channels, options.size // pipe.vae_scale_factor
     grid = (side // model.config.patch_size,) * 2
-    clip_range = sk.position_clip_range(1e-4, side, side)  # Flow-GRPO's, which is for an image
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return model(x, text, pooled, t.expand(len(x)), return_dict=False)[0]
@@ -85,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Update. The map says where in the latent an advantage acts; its mean is 1.
         for t, row, x, next_x, log_prob, weights in steps:
             loss = sk.policy_loss(
-                velocity(x, t), x, next_x, log_prob, advantage, row, weights=weights, clip_range=clip_range
+                velocity(x, t), x, next_x, log_prob, advantage, row, weights=weights, granularity="image"
             ).loss
             (loss / len(steps)).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -162,9 +162,9 @@ def listed(architecture: str) -> dict[tuple[str, str], dict[str, Any]]:
 def to_compile(architecture: str) -> dict[tuple[str, str], dict[str, Any]]:
     """Those of `listed` that are to be compiled here.
 
-    For sm_90 all but head dimension 32, some of the mass beside other attention and float32 at some head dimensions, for
-    AMD every kernel once. The other NVIDIA architectures have Hopper's compiler: attention in bfloat16 at the head dimensions of
-    published models, and what has settings of its own. ``python -m bench.static_gpu`` compiles all.
+    For sm_90 all but head dimension 32, some of the mass beside other attention and float32 at some head dimensions,
+    for AMD every kernel once. The other NVIDIA architectures have Hopper's compiler: attention in bfloat16 at the head
+    dimensions of published models, and what has settings of its own. ``python -m bench.static_gpu`` compiles all.
     """
     left_out = "head dim 32|mass.*(17 units|head dim 256| float16)|float32, head dim 128"
     entries = {key: chosen for key, chosen in listed(architecture).items() if not re.search(left_out, key[1])}

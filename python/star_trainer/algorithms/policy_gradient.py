@@ -382,7 +382,7 @@ def step_loss(state: TrainingState, samples: Samples, step: int) -> tuple[sk.Pol
         old_velocity=None if samples.old_velocity is None else samples.old_velocity[place],
         clip_range=plan.clip_range,
         divergence_limit=config.train.divergence_limit,
-        granularity=config.granularity,
+        granularity=config.train.granularity,
         reference_velocity=reference,
         kl_weight=config.train.kl_weight,
         kl_scale=config.train.kl_scale,
@@ -399,7 +399,7 @@ def plan_steps(
     """Temporal weight and clip range of each step that is trained on, both from that step's coefficients."""
     config, trained = state.config, [coefficients[step] for step in steps]
     limit = config.train.clip_range
-    if config.granularity == "position":
+    if config.train.granularity == "position":
         _, height, width = state.policy.latent_shape
         limit = sk.position_clip_range(limit, height, width)
     weights, spreads = [1.0] * len(steps), [1.0] * len(steps)
@@ -429,7 +429,7 @@ def log_prob(state: TrainingState, samples: Samples, step: int, prediction: Pred
 
 def log_ratio(state: TrainingState, difference: Tensor) -> Tensor:
     """|log-ratio|, mean and largest [2], at the method's granularity, from log-probs' `difference` [b, H, W]."""
-    if state.config.granularity == "image":
+    if state.config.train.granularity == "image":
         difference = difference.mean((-2, -1))
     return torch.stack([difference.abs().mean(), difference.abs().max()])
 

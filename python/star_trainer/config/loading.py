@@ -89,7 +89,7 @@ def with_implied(saved: dict[str, Any]) -> dict[str, Any]:
 
     Such a setting had the effect of its default, but for these.
     """
-    earlier: dict[str, dict[str, Any]] = {"train": {"betas": [0.9, 0.99]}}
+    earlier: dict[str, dict[str, Any]] = {"train": {"betas": [0.9, 0.99], "granularity": None}}
     if "geneval_graded" in saved.get("reward", {}).get("terms", {}):
         earlier["reward"] = {"extra_objects": "ignored"}
     return saved | {name: section | saved.get(name, {}) for name, section in earlier.items()}

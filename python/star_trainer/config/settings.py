@@ -392,10 +392,10 @@ class Train(Section):
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="of AdamW: decay of its first and second moment")
     weight_decay: float = Field(0.0, ge=0.0)
     max_gradient_norm: float = Field(1.0, gt=0.0)
-    granularity: Literal["image", "position"] | None = Field(
-        None,
-        description="whether ratios are of images (weighted by the map) or of positions; null is image for the method "
-        "uniform, and position for all others",
+    granularity: Literal["image", "position"] = Field(
+        "image",
+        description="whether ratios are of images (weighted by the map), or of positions as STAR's paper has them; "
+        "uniform_position has the latter",
     )
     objective: Literal["clip", "none", "guard", "dppo"] = Field(
         "clip", description="what holds the policy back: clipped ratios, nothing, GRPO-Guard or Flow-DPPO"
@@ -514,6 +514,20 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _where_ratios_are_taken(cls, value: Any) -> Any:
+        """By position with uniform_position; and by what null meant, in a file that an earlier version wrote."""
+        if not isinstance(value, dict) or not isinstance(train := value.get("train", {}), dict):
+            return value
+        method = value.get("method")
+        if "granularity" not in train and method == "uniform_position":
+            train = train | {"granularity": "position"}
+        elif train.get("granularity", "") is None:
+            by_image = method in ("uniform", *REWARD_GRADIENT_METHODS)
+            train = train | {"granularity": "image" if by_image else "position"}
+        return value | {"train": train}
+
+    @model_validator(mode="before")
+    @classmethod
     def _few_steps(cls, value: Any) -> Any:
         """With r0 a generator of four steps, which is evaluated with the steps that it is trained with."""
         if not isinstance(value, dict) or value.get("method") not in REWARD_GRADIENT_METHODS:
@@ -523,11 +537,6 @@ class Config(Section):
             return value
         rollout = {"steps": 4, **sections["rollout"]}
         return value | {"rollout": rollout, "evaluation": {"steps": rollout["steps"], **sections["evaluation"]}}
-
-    @property
-    def granularity(self) -> Literal["image", "position"]:
-        """Where ratios are taken and clipped."""
-        return self.train.granularity or ("image" if self.method == "uniform" else "position")
 
     @property
     def needs_old_velocity(self) -> bool:

@@ -291,7 +291,7 @@ def check_against_model(config: Config, family: Family, shape: Any, vae_scale: i
         raise ConfigError(f"allocation.layers: expected indices below {blocks}, got {config.allocation.layers}")
     _, height, width = family.latent_shape(config.model, shape, vae_scale)
     # A position's range is so many times the image's, and a step's at most so many times their mean.
-    factor = position_factor(height, width) if config.granularity == "position" else 1.0
+    factor = position_factor(height, width) if config.train.granularity == "position" else 1.0
     factor *= config.rollout.noisy_steps if config.train.clip_range_by_step == "spread" else 1
     if not config.trains_by_reward_gradient and config.train.clip_range * factor >= 1.0:
         raise ConfigError(

@@ -226,7 +226,6 @@ def _check_same_settings(values: dict[str, Any], state: TrainingState, root: Pat
         flat = flatten(config.model_dump(mode="json"))
         if config.model.lora is not None:
             flat["model.lora.targets"] = lora_targets(config.model, family)
-        flat["train.granularity"] = config.granularity
         return flat
 
     saved = with_implied(values["config"])

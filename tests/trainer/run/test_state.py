@@ -71,3 +71,18 @@ def test_a_checkpoint_from_before_a_setting_had_what_was_built_in(
         with pytest.raises(CheckpointError) as caught:
             _check_same_settings({"config": saved}, state_of(config), Path("runs/old"))
         assert refused in str(caught.value)
+
+
+@pytest.mark.parametrize("said", [{}, {"granularity": None}], ids=["before it was a setting", "null"])
+@pytest.mark.parametrize(("method", "where"), [("star", "position"), ("oracle", "position"), ("uniform", "image")])
+def test_a_checkpoint_goes_on_where_its_ratios_were_taken(method: str, where: str, said: dict[str, None]) -> None:
+    same, other = (
+        load_config("tiny", [f"method={method}", f"train.granularity={each}"])
+        for each in (where, "image" if where == "position" else "position")
+    )
+    saved = same.model_dump(mode="json")
+    del saved["train"]["granularity"]
+    saved["train"] |= said
+    _check_same_settings({"config": saved}, state_of(same), Path("runs/old"))
+    with pytest.raises(CheckpointError, match=f"train.granularity was '{where}', is "):
+        _check_same_settings({"config": saved}, state_of(other), Path("runs/old"))

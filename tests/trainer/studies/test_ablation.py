@@ -146,9 +146,10 @@ def test_runs_of_before_that_left_no_page_are_compared_in_one(tmp_path: Path) ->
     kept = HERE.parents[2] / "docs" / "results" / "tiny_ablation_runs"
     for place in ("star/seed_0", "star/seed_1", "uniform/seed_0", "uniform/seed_1"):
         shutil.copytree(kept / place, tmp_path / place)
-    assert main(["tiny", "--methods", "star,uniform", "--seeds", "2", "--compare", "--folder", str(tmp_path)]) == 0
+    arms = ["--methods", "uniform", "--arm", "star: method=star train.granularity=position"]
+    assert main(["tiny", *arms, "--seeds", "2", "--compare", "--folder", str(tmp_path)]) == 0
     content = (tmp_path / "report.html").read_text(encoding="utf-8")
-    found = json.loads((tmp_path / "ablation.json").read_text())["rows"][0]["final_difference"]
+    found = json.loads((tmp_path / "ablation.json").read_text())["rows"][-1]["final_difference"]
     assert f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]" in content
     assert content.count("<svg") == 7 and "Runs</h2>" not in content
 
@@ -210,11 +211,13 @@ def test_a_plan_that_cannot_be_used_is_refused_by_its_key(text: str, message: st
 
 
 def test_the_runs_that_the_repository_keeps_count(tmp_path: Path) -> None:
-    """Also those made before some of today's settings existed."""
+    """Also those made before some of today's settings existed, for what they were."""
     results = Path(__file__).parents[3] / "docs" / "results"
-    arms = [Arm(name, (f"method={name}",)) for name in ("uniform", "star")]
+    arms = [Arm("uniform", ("method=uniform",)), Arm("star", ("method=star", "train.granularity=position"))]
     runs = plan_runs("tiny", [], arms, [0, 4], results / "tiny_ablation_runs")
     assert all(run.is_done() for run in runs)
+    today = plan_runs("tiny", [], [Arm("star", ("method=star",))], [0], results / "tiny_ablation_runs")
+    assert not today[0].is_done()
     planned = read_plan(results / "tiny_where_to_clip.yaml", [])
     assert [run.arm for run in plan_runs("tiny", planned.overrides, planned.arms, [0], tmp_path)] == [
         arm.name for arm in planned.arms

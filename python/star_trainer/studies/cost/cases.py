@@ -378,7 +378,7 @@ def lose(case: Case, arm: Arm) -> tuple[Callable[[], Tensor], int]:
             old_velocity=old_velocity,
             clip_range=config.train.clip_range,
             divergence_limit=config.train.divergence_limit,
-            granularity=config.granularity,
+            granularity=config.train.granularity,
             backend=config.backend,
         ).loss.backward()
         assert moved.grad is not None
