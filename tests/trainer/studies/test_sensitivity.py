@@ -7,6 +7,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from star_trainer.config import load_config
 from star_trainer.prompts import Prompt
 from star_trainer.rewards import RewardError
 from star_trainer.rewards.scenes import scene_graded
+from star_trainer.run.inputs import load_prompts
 from star_trainer.run.state import build_state
+from star_trainer.studies.sensitivity import progress
 from star_trainer.studies.sensitivity.cli import main, tables
 from star_trainer.studies.sensitivity.gradients import (
     batch_gradients,
@@ -303,6 +306,7 @@ def test_auroc_counts_pairs() -> None:
 def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = ["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", "--prompts", "6", "--batches", "3"]
+    arguments += ["--progress", "2"]
     folder = tmp_path / "to be" / "made"
     assert main([*arguments, "--folder", str(folder)]) == 0
     content = json.loads((folder / "sensitivity.json").read_text())
@@ -316,11 +320,38 @@ def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -
         for arm in ("star", "uniform", "shuffled", "inverted", "oracle")
         for step in ("0", "all", "all, std", "all, velocity")
     }
+    assert {(step["arm"], step["kind"], step["n"]) for step in content["progress"]} == {
+        (arm, kind, 2) for arm in ("star", "uniform", "shuffled", "inverted", "oracle") for kind in ("none", "velocity")
+    }
     for name in ("sensitivity.png", "cases.png"):
         assert (folder / name).stat().st_size > 10_000
     shown = (folder / "report.html").read_text(encoding="utf-8")
     assert shown.count('class="case"') == 6 and '<th scope="row">star</th>' in shown
     assert "| star | all |" in (folder / "sensitivity.md").read_text()
+
+
+def test_a_step_goes_against_its_gradient_as_far_as_all_others_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rewards that are minus a linear function of the weights, the gain is the length times a cosine."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = build_state(load_config("tiny", [*SMALL, "train.learning_rate=1e-3"]))
+    parameters = list(state.policy.trainable().values())
+    size = sum(parameter.numel() for parameter in parameters)
+    slope, other = torch.randn(2, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = [parameter.detach().clone() for parameter in parameters]
+
+    def sampled(*_: object) -> SimpleNamespace:
+        flat = torch.cat([parameter.detach().flatten() for parameter in parameters]).double()
+        return SimpleNamespace(rewards=np.full(4, -float(flat @ slope)))
+
+    monkeypatch.setattr(progress, "collect", sampled)
+    means = {("star", "none"): 3 * slope.float(), ("uniform", "none"): other.float()}
+    along, aside = progress.measure_progress(
+        state, load_prompts(state.config.prompts)[0], None, means, 2, lambda prompts: list(prompts)
+    )
+    assert along.length == aside.length == pytest.approx(1e-2 * math.sqrt(size))
+    assert along.gain == pytest.approx(along.length * float(slope.norm()), rel=1e-4)
+    assert aside.gain == pytest.approx(aside.length * float(slope @ other / other.norm()), rel=1e-2, abs=1e-2)
+    assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         help="of gradients: other settings of the allocation, on the same rollouts; may be repeated",
     )
     parser.add_argument(
+        "--progress",
+        type=int,
+        default=0,
+        metavar="BATCHES",
+        help="with gradients: rollout batches that judge what equally long steps along the arms' mean gradients gain, "
+        "each sampled once, and once more per arm for even and for velocity weights of the steps (default: none)",
+    )
+    parser.add_argument(
         "--trained", action="store_true", help="measure the averaged weights in run.folder's newest checkpoint"
     )
     parser.add_argument(
@@ -87,15 +95,21 @@ def _check(options: argparse.Namespace) -> tuple[Config, list[str], list[str]]:
     for name, given, known in (("--parts", parts, PARTS), ("--arms", arms, _ARMS)):
         if not given or any(entry not in known for entry in given):
             raise ConfigError(f"{name}: expected some of {', '.join(known)}, got {', '.join(given) or 'none'}")
-    for name, number, least in (("--prompts", options.prompts, 2), ("--batches", options.batches, 3)):
+    least_of_progress = 2 if options.progress else 0
+    for name, number, least in (
+        ("--prompts", options.prompts, 2),
+        ("--batches", options.batches, 3),
+        ("--progress", options.progress, least_of_progress),
+    ):
         if number < least:
             raise ConfigError(f"{name}: expected at least {least}, got {number}")
     if not 0.0 < options.share < 1.0:
         raise ConfigError(f"--share: expected between 0 and 1, got {options.share}")
     if config.prompts.source != "scenes" and ("objects" in parts or "oracle" in arms):
         raise ConfigError("--parts: objects, and the arm oracle, need prompts.source=scenes, where the truth is known")
-    if options.arm and "gradients" not in parts:
-        raise ConfigError("--arm: expected none without gradients among --parts")
+    for name in ("arm", "progress"):
+        if getattr(options, name) and "gradients" not in parts:
+            raise ConfigError(f"--{name}: expected none without gradients among --parts")
     if "gradients" in parts and "shuffled" in arms and config.rollout.prompts < 2:
         raise ConfigError("rollout.prompts: expected at least 2 for the arm shuffled, which exchanges maps")
     return config, parts, arms
@@ -131,6 +145,7 @@ def report(
     from star_trainer.run.randomness import numpy_stream
     from star_trainer.run.state import build_state
     from star_trainer.studies.sensitivity import gradients, maps, plots
+    from star_trainer.studies.sensitivity.progress import measure_progress, progress_table
     from star_trainer.studies.sensitivity.results import kept_results
 
     check_prompts(config)
@@ -141,7 +156,8 @@ def report(
     # Now, not after an hour of measuring, if it cannot be made.
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"config": _plain(config.model_dump(mode="json")), "prompts": options.prompts, "share": options.share}
-    kept_scores, signals, steps, kept_arms = kept_results(folder, list(parts), settings | {"trained": options.trained})
+    kept = kept_results(folder, list(parts), settings | {"trained": options.trained})
+    kept_scores, signals, steps, progress, kept_arms = kept
     state = build_state(config)
     if options.trained and not state.take_average(Path(config.run.folder) / "checkpoints"):
         raise ConfigError(f"run.folder: expected a run with a checkpoint for --trained, got {config.run.folder}")
@@ -169,7 +185,14 @@ def report(
             state, draw_training, reward.each, arms, options.batches, extractor.fill, others
         )
         signals, steps, failure = measured.signals, measured.steps, measured.failure
-    table = "\n".join([tables(scores, signals), step_tables(steps)])
+        if options.progress and failure is None:
+            means = {
+                (arm, kind.removeprefix(gradients.SUM).removeprefix(", ") or "none"): own
+                for (arm, kind), own in measured.means.items()
+                if kind in (gradients.SUM, f"{gradients.SUM}, velocity")
+            }
+            progress = measure_progress(state, draw_training, reward, means, options.progress, extractor.fill)
+    table = "\n".join([tables(scores, signals), step_tables(steps), progress_table(progress)])
     content = {
         **settings,
         "trained": options.trained,
@@ -178,6 +201,7 @@ def report(
         "scores": maps.as_rows(scores),
         "gradients": [dataclasses.asdict(signal) for signal in signals],
         "steps": [dataclasses.asdict(own) for own in steps],
+        "progress": [dataclasses.asdict(own) for own in progress],
     }
     write_atomically(folder / "sensitivity.json", json.dumps(_plain(content), indent=1).encode())
     write_atomically(folder / "sensitivity.md", table.encode())

@@ -186,11 +186,15 @@ class Steps:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured, and the fault that ended it early, if there was one."""
+    """What was measured, and the fault that ended it early, if there was one.
+
+    `means` are the mean gradients [P] by arm and kind of temporal weights.
+    """
 
     signals: list[Signal]
     steps: list[Steps]
     failure: Exception | None
+    means: dict[tuple[str, str], Tensor]
 
 
 def measure_gradients(
@@ -231,10 +235,12 @@ def measure_gradients(
     rows = [coefficients[step] for step in trained]
     kinds = {kind: sk.temporal_weights(rows, kind=kind).tolist() for kind in ("none", "std", "velocity")}
     steps = [relate_steps(arm, own, kinds) for arm, own in by_arm.items()]
-    signals = [signal for kind, sums in sums_of(by_arm, steps).items() for signal in summarise(kind, sums)]
+    added = sums_of(by_arm, steps)
+    signals = [signal for kind, sums in added.items() for signal in summarise(kind, sums)]
     for step in trained:
         signals += summarise(str(step), {arm: own[step] for arm, own in by_arm.items()})
-    return Measurement(signals, steps, failure)
+    means = {(arm, kind): own.mean(0) for kind, sums in added.items() for arm, own in sums.items()}
+    return Measurement(signals, steps, failure, means)
 
 
 def relate_steps(arm: str, gradients: Mapping[int, Tensor], kinds: Mapping[str, list[float]]) -> Steps:

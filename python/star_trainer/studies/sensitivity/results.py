@@ -11,6 +11,7 @@ from typing import Any
 from star_trainer.config import ConfigError
 from star_trainer.studies.sensitivity.gradients import Estimate, Signal, Steps
 from star_trainer.studies.sensitivity.maps import Score
+from star_trainer.studies.sensitivity.progress import Progress
 
 # What the parts' scores are called.
 _OBJECTS = ("object AUROC", "weight on objects")
@@ -23,31 +24,33 @@ def part_of(score: Score) -> str:
 
 def kept_results(
     folder: Path, parts: list[str], settings: Mapping[str, Any]
-) -> tuple[list[Score], list[Signal], list[Steps], dict[str, Any]]:
-    """Scores, signals and how steps go together that are in the folder and belong to none of `parts`, and the
-    allocations of the arms among them.
+) -> tuple[list[Score], list[Signal], list[Steps], list[Progress], dict[str, Any]]:
+    """Scores, signals, how steps go together and what they gain that are in the folder and belong to none of `parts`,
+    and the allocations of the arms among them.
 
     Raises:
         ConfigError: there are some, and they were measured with other `settings`.
     """
     path = folder / "sensitivity.json"
     if not path.is_file():
-        return [], [], [], {}
+        return [], [], [], [], {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         scores = [Score(**{**row, **_numbers(row, "value", "low", "high")}) for row in content["scores"]]
         signals = [_signal(row) for row in content["gradients"]]
         steps = [_steps(row) for row in content.get("steps", [])]
+        progress = [Progress(**row) for row in content.get("progress", [])]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--folder: {path} cannot be read ({error}); choose another folder") from error
     scores = [score for score in scores if part_of(score) not in parts]
-    signals, steps = ([], []) if "gradients" in parts else (signals, steps)
+    if "gradients" in parts:
+        signals, steps, progress = [], [], []
     if (scores or signals) and any(content.get(key) != value for key, value in settings.items()):
         raise ConfigError(
             f"--folder: {folder} holds other parts measured with other settings; choose another folder, or the same "
             "settings"
         )
-    return scores, signals, steps, content.get("arms", {}) if signals else {}
+    return scores, signals, steps, progress, content.get("arms", {}) if signals else {}
 
 
 def _numbers(row: Mapping[str, Any], *names: str) -> dict[str, float]:

@@ -1,0 +1,105 @@
+"""What a step along each arm's mean gradient gains: equally long steps from one policy, on the same fresh rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from star_trainer.algorithms.rollout import collect
+from star_trainer.families.devices import own_worker
+from star_trainer.prompts import Prompt
+from star_trainer.rewards import RewardFunction
+from star_trainer.run.inputs import PromptSource
+from star_trainer.run.randomness import numpy_stream
+from star_trainer.run.state import TrainingState
+from star_trainer.run.statistics import paired_difference
+
+# Iterations of the rollouts' random numbers that neither training nor the gradients reach.
+_FIRST_ITERATION = 2_000_000
+# A step is as long as so many of Adam's, each of which moves every parameter by about the learning rate.
+OPTIMISER_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The mean reward after a step against an arm's mean gradient, less that before it.
+
+    Attributes:
+        arm, kind: whose gradient, and how its denoising steps are weighed.
+        length: of the step, in the Euclidean norm of the trained parameters.
+        gain, low, high: mean and 95 % interval (t) over `n` rollout batches, paired by prompts and noise.
+    """
+
+    arm: str
+    kind: str
+    length: float
+    gain: float
+    low: float
+    high: float
+    n: int
+
+
+def measure_progress(
+    state: TrainingState,
+    draw: PromptSource,
+    reward: RewardFunction,
+    means: Mapping[tuple[str, str], Tensor],
+    batches: int,
+    fill: Callable[[Sequence[Prompt]], list[Prompt]],
+) -> list[Progress]:
+    """The gains of equally long steps from the state's weights, which stay as they are.
+
+    Args:
+        means: mean gradients of the loss [P] by arm and kind of temporal weights.
+        batches: rollout batches that judge, at least 2.
+    """
+    length = OPTIMISER_STEPS * state.config.train.learning_rate * math.sqrt(next(iter(means.values())).numel())
+    rewards: dict[tuple[str, str] | None, list[float]] = {key: [] for key in (None, *means)}
+    config = state.config
+    with own_worker() as worker:
+        for batch in tqdm(range(batches), unit="batch", desc="progress", disable=None):
+            place = _FIRST_ITERATION + batch
+            prompts = fill(draw(numpy_stream(config.run.seed, "prompts", place), config.rollout.prompts))
+            for key, found in rewards.items():
+                step = torch.zeros(()) if key is None else -length * means[key] / means[key].norm()
+                with _moved(state, step):
+                    found.append(float(collect(state.policy, config, prompts, reward, worker, place).rewards.mean()))
+    before = np.array(rewards.pop(None))
+    gains = {key: paired_difference(before, np.array(found)) for key, found in rewards.items() if key is not None}
+    return [Progress(*key, length, gain.mean, gain.low, gain.high, batches) for key, gain in gains.items()]
+
+
+@contextmanager
+def _moved(state: TrainingState, step: Tensor) -> Iterator[None]:
+    """Within this context the trained parameters have `step` [P] added to them; one without dimensions is 0."""
+    parameters = list(state.policy.trainable().values())
+    before = [parameter.detach().clone() for parameter in parameters]
+    sizes = [parameter.numel() for parameter in parameters]
+    with torch.no_grad():
+        for parameter, part in zip(parameters, step.expand(sum(sizes)).split(sizes), strict=True):
+            parameter.add_(part.view_as(parameter).to(parameter))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, old in zip(parameters, before, strict=True):
+                parameter.copy_(old)
+
+
+def progress_table(found: Sequence[Progress]) -> str:
+    """Markdown: the gains, by arm and kind of temporal weights."""
+    if not found:
+        return ""
+    lines = [f"| a step of length {found[0].length:.3g} along | weights of the steps | reward gained | n |"]
+    lines += ["|---" * 4 + "|"]
+    lines += [
+        f"| {own.arm} | {own.kind} | {own.gain:+.4f} [{own.low:+.4f}, {own.high:+.4f}] | {own.n} |" for own in found
+    ]
+    return "\n".join([*lines, ""])
