@@ -158,13 +158,13 @@ def test_the_command_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: 
         ("model.resolution=30", "model.resolution: expected multiples of 8 up to 64, got 30"),
         ("model.resolution=[48, 30]", "model.resolution: expected multiples of 8 up to 64, got [48, 30]"),
         ("allocation.layers=[99]", "allocation.layers"),
-        ("train.clip_range=0.5", "train.clip_range"),
+        ("train.clip_range=0.5; train.granularity=position", "train.clip_range"),
     ],
 )
 def test_what_the_models_do_not_suit_is_refused(override: str, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=re.escape(key)):
-        plan(load_config("tiny", [override]))
-    assert main(["tiny", "--dry-run", override]) == 2
+        plan(load_config("tiny", override.split("; ")))
+    assert main(["tiny", "--dry-run", *override.split("; ")]) == 2
     assert key in capsys.readouterr().err
 
 

@@ -239,6 +239,7 @@ def test_a_run_that_an_earlier_version_left_goes_on_to_where_that_would_have_com
     settings += ["rollout.prompts=2", "rollout.samples=2", "rollout.steps=4", "rollout.sde_steps=2"]
     settings += ["evaluation.prompts=4", "evaluation.interim_prompts=2", "evaluation.pictures=1", "evaluation.steps=2"]
     options = [f"run.folder={tmp_path / 'run'}", "run.progress=false", "train.iterations=2"]
+    settings += ["train.granularity=position"]  # the default of then
     # What changes by rounding at most may be another.
     options += ["train.batch_size=1", "rollout.batch_size=2", "rollout.keep_on_host=true", "rollout.encode_ahead=1"]
     options += ["model.gradient_checkpointing=true", "model.embedding_cache=1", "evaluation.every=1"]
@@ -329,6 +330,7 @@ def test_disagreement_with_the_rollout_is_measured_and_recomputing_removes_it(
     # Training passes with another attention than the rollout's, as in a trainer that records with hooks.
     monkeypatch.setattr(update_module, "attention_of_the_rollout", lambda state: nullcontext())
     settings = ["rollout.guidance_scale=3.0", "train.iterations=1", "train.updates=1", "train.clip_range=1e-7"]
+    settings += ["train.granularity=position"]  # an image's log-ratio is too small to be told from its ratio
     run(tmp_path, *settings, *LATER_STEP, f"train.old_log_prob={kind}")
     assert ("set train.old_log_prob=recompute" in capsys.readouterr().out) == (kind == "rollout")
     (record,) = iterations(tmp_path)
@@ -398,11 +400,17 @@ def test_a_lost_base_evaluation_is_made_again_from_the_base_weights(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "setting", ["allocation.layers=[99]", "train.clip_range=0.5", "model.resolution=30", "model.resolution=72"]
+    "setting",
+    [
+        "allocation.layers=[99]",
+        "train.clip_range=0.5 train.granularity=position",
+        "model.resolution=30",
+        "model.resolution=72",
+    ],
 )
 def test_what_only_the_model_can_tell_is_refused_before_the_run(setting: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=setting.partition("=")[0].replace(".", r"\.")):
-        run(tmp_path, setting)
+        run(tmp_path, *setting.split())
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

@@ -67,7 +67,7 @@ def test_ten_updates_on_the_reference_and_on_the_kernels_differ_by_rounding(tmp_
     reference = curves(tmp_path / "reference", "backend=reference")
     assert all(len(curve) == 5 for curve in reference.values())
     assert all(agree(curves(tmp_path / "fused", f"backend={fused}"), reference).values())
-    weaker = agree(curves(tmp_path / "weaker", f"backend={fused}", "allocation.strength=0.99"), reference)
+    weaker = agree(curves(tmp_path / "weaker", f"backend={fused}", "allocation.strength=0.95"), reference)
     assert not (weaker["reward/mean"] or weaker["train/loss"] or weaker["train/gradient_norm"])
 
 
