@@ -306,7 +306,7 @@ def test_auroc_counts_pairs() -> None:
 def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = ["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", "--prompts", "6", "--batches", "3"]
-    arguments += ["--progress", "2"]
+    arguments += ["--progress", "2", "--progress-lengths", "1,2.5"]
     folder = tmp_path / "to be" / "made"
     assert main([*arguments, "--folder", str(folder)]) == 0
     content = json.loads((folder / "sensitivity.json").read_text())
@@ -320,9 +320,12 @@ def test_the_command_measures_everything_on_the_small_pipeline(tmp_path: Path) -
         for arm in ("star", "uniform", "shuffled", "inverted", "oracle")
         for step in ("0", "all", "all, std", "all, velocity")
     }
-    assert {(step["arm"], step["kind"], step["n"]) for step in content["progress"]} == {
-        (arm, kind, 2) for arm in ("star", "uniform", "shuffled", "inverted", "oracle") for kind in ("none", "velocity")
+    longer = {(step["arm"], step["kind"]): step["length"] for step in content["progress"][10:]}
+    assert longer.keys() == {
+        (arm, kind) for arm in ("star", "uniform", "shuffled", "inverted", "oracle") for kind in ("none", "velocity")
     }
+    for step in content["progress"][:10]:
+        assert longer[step["arm"], step["kind"]] == pytest.approx(2.5 * step["length"]) and step["n"] == 2
     for name in ("sensitivity.png", "cases.png"):
         assert (folder / name).stat().st_size > 10_000
     shown = (folder / "report.html").read_text(encoding="utf-8")
@@ -346,7 +349,7 @@ def test_a_step_goes_against_its_gradient_as_far_as_all_others_and_back(monkeypa
     monkeypatch.setattr(progress, "collect", sampled)
     means = {("star", "none"): 3 * slope.float(), ("uniform", "none"): other.float()}
     along, aside = progress.measure_progress(
-        state, load_prompts(state.config.prompts)[0], None, means, 2, lambda prompts: list(prompts)
+        state, load_prompts(state.config.prompts)[0], None, means, 2, [10.0], lambda prompts: list(prompts)
     )
     assert along.length == aside.length == pytest.approx(1e-2 * math.sqrt(size))
     assert along.gain == pytest.approx(along.length * float(slope.norm()), rel=1e-4)

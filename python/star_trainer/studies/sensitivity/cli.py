@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         "each sampled once, and once more per arm for even and for velocity weights of the steps (default: none)",
     )
     parser.add_argument(
+        "--progress-lengths",
+        default="10",
+        help="of those steps, comma-separated, in steps of the optimiser, each of which moves every parameter by about "
+        "the learning rate (default: 10)",
+    )
+    parser.add_argument(
         "--trained", action="store_true", help="measure the averaged weights in run.folder's newest checkpoint"
     )
     parser.add_argument(
@@ -103,6 +110,7 @@ def _check(options: argparse.Namespace) -> tuple[Config, list[str], list[str]]:
     ):
         if number < least:
             raise ConfigError(f"{name}: expected at least {least}, got {number}")
+    _lengths(options.progress_lengths)
     if not 0.0 < options.share < 1.0:
         raise ConfigError(f"--share: expected between 0 and 1, got {options.share}")
     if config.prompts.source != "scenes" and ("objects" in parts or "oracle" in arms):
@@ -113,6 +121,12 @@ def _check(options: argparse.Namespace) -> tuple[Config, list[str], list[str]]:
     if "gradients" in parts and "shuffled" in arms and config.rollout.prompts < 2:
         raise ConfigError("rollout.prompts: expected at least 2 for the arm shuffled, which exchanges maps")
     return config, parts, arms
+
+
+def _lengths(text: str) -> list[float]:
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", text) or 0.0 in map(float, text.split(",")):
+        raise ConfigError(f"--progress-lengths: expected numbers above 0, separated by commas, got {text!r}")
+    return [float(number) for number in text.split(",")]
 
 
 def _others(options: argparse.Namespace, config: Config) -> dict[str, Allocation]:
@@ -191,7 +205,8 @@ def report(
                 for (arm, kind), own in measured.means.items()
                 if kind in (gradients.SUM, f"{gradients.SUM}, velocity")
             }
-            progress = measure_progress(state, draw_training, reward, means, options.progress, extractor.fill)
+            lengths = _lengths(options.progress_lengths)
+            progress = measure_progress(state, draw_training, reward, means, options.progress, lengths, extractor.fill)
     table = "\n".join([tables(scores, signals), step_tables(steps), progress_table(progress)])
     content = {
         **settings,

@@ -23,8 +23,6 @@ from star_trainer.run.statistics import paired_difference
 
 # Iterations of the rollouts' random numbers that neither training nor the gradients reach.
 _FIRST_ITERATION = 2_000_000
-# A step is as long as so many of Adam's, each of which moves every parameter by about the learning rate.
-OPTIMISER_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ def measure_progress(
     reward: RewardFunction,
     means: Mapping[tuple[str, str], Tensor],
     batches: int,
+    lengths: Sequence[float],
     fill: Callable[[Sequence[Prompt]], list[Prompt]],
 ) -> list[Progress]:
     """The gains of equally long steps from the state's weights, which stay as they are.
@@ -59,21 +58,26 @@ def measure_progress(
     Args:
         means: mean gradients of the loss [P] by arm and kind of temporal weights.
         batches: rollout batches that judge, at least 2.
+        lengths: of the steps, in those of the optimiser, which move every parameter by about the learning rate.
     """
-    length = OPTIMISER_STEPS * state.config.train.learning_rate * math.sqrt(next(iter(means.values())).numel())
-    rewards: dict[tuple[str, str] | None, list[float]] = {key: [] for key in (None, *means)}
     config = state.config
+    unit = config.train.learning_rate * math.sqrt(next(iter(means.values())).numel())
+    keys = [(*key, unit * length) for length in lengths for key in means]
+    rewards: dict[tuple[str, str, float] | None, list[float]] = {key: [] for key in (None, *keys)}
     with own_worker() as worker:
         for batch in tqdm(range(batches), unit="batch", desc="progress", disable=None):
             place = _FIRST_ITERATION + batch
             prompts = fill(draw(numpy_stream(config.run.seed, "prompts", place), config.rollout.prompts))
             for key, found in rewards.items():
-                step = torch.zeros(()) if key is None else -length * means[key] / means[key].norm()
-                with _moved(state, step):
+                with _moved(state, torch.zeros(()) if key is None else _against(means[key[:2]], key[2])):
                     found.append(float(collect(state.policy, config, prompts, reward, worker, place).rewards.mean()))
     before = np.array(rewards.pop(None))
     gains = {key: paired_difference(before, np.array(found)) for key, found in rewards.items() if key is not None}
-    return [Progress(*key, length, gain.mean, gain.low, gain.high, batches) for key, gain in gains.items()]
+    return [Progress(*key, gain.mean, gain.low, gain.high, batches) for key, gain in gains.items()]
+
+
+def _against(gradient: Tensor, length: float) -> Tensor:
+    return -length * gradient / gradient.norm()
 
 
 @contextmanager
@@ -97,9 +101,10 @@ def progress_table(found: Sequence[Progress]) -> str:
     """Markdown: the gains, by arm and kind of temporal weights."""
     if not found:
         return ""
-    lines = [f"| a step of length {found[0].length:.3g} along | weights of the steps | reward gained | n |"]
-    lines += ["|---" * 4 + "|"]
+    lines = ["| a step along the mean gradient of | weights of the steps | length | reward gained | n |"]
+    lines += ["|---" * 5 + "|"]
     lines += [
-        f"| {own.arm} | {own.kind} | {own.gain:+.4f} [{own.low:+.4f}, {own.high:+.4f}] | {own.n} |" for own in found
+        f"| {own.arm} | {own.kind} | {own.length:.3g} | {own.gain:+.4f} [{own.low:+.4f}, {own.high:+.4f}] | {own.n} |"
+        for own in found
     ]
     return "\n".join([*lines, ""])
