@@ -66,7 +66,6 @@ def main() -> None:
         for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True)
     ]
     steps = list(zip(pipe.scheduler.timesteps, rows, strict=True))
-    clip_range = sk.position_clip_range(CLIP_RANGE, side, side)  # a ratio per position has a wider spread
 
     for iteration in range(iterations):
         # Sampling. train_sd3.py: pipeline_with_logprob, whose loop gets the `with` and the lines of the recorder.
@@ -105,7 +104,8 @@ def main() -> None:
                 # train_sd3.py: sde_step_with_logprob, ratio, both losses, kl_loss, approx_kl and clipfrac.
                 result = sk.policy_loss(
                     v, x, next_x, part["log_probs"][:, j], part["advantages"], row, weights=part["maps"][:, j],
-                    clip_range=clip_range, reference_velocity=reference, kl_weight=BETA, kl_scale="std_dev",
+                    granularity="image", clip_range=CLIP_RANGE,
+                    reference_velocity=reference, kl_weight=BETA, kl_scale="std_dev",
                     unconditional_velocity=empty.detach(), guidance_scale=GUIDANCE,
                 )  # fmt: skip
                 (result.loss / NUM_STEPS).backward()

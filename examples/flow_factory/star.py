@@ -68,7 +68,7 @@ class StarSD3Adapter(SD3_5Adapter):
 
 
 class StarTrainer(GRPOTrainer):
-    """GRPO with a ratio and a weight at every latent position; its settings keep their meaning."""
+    """GRPO with an image's ratio that the map weighs; its settings keep their meaning."""
 
     def optimize(self, samples: list[Any]) -> None:
         args, adapter, accelerator = self.training_args, self.adapter, self.accelerator
@@ -106,7 +106,7 @@ class StarTrainer(GRPOTrainer):
         advantage = batch["advantage"].clamp(*args.adv_clip_range).to(velocity)
         result = sk.policy_loss(
             velocity, x.float(), next_x.float(), old, advantage, row, weights=weights,
-            clip_range=sk.position_clip_range([abs(bound) for bound in args.clip_range], *x.shape[-2:]),
+            granularity="image", clip_range=tuple(abs(bound) for bound in args.clip_range),
             reference_velocity=reference, kl_weight=args.kl_beta, kl_scale="velocity",
         )  # fmt: skip
         self.accelerator.backward(result.loss)

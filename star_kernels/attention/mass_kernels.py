@@ -13,7 +13,7 @@ slots in order, because float atomics would add them in the order of their arriv
 S, and an H100 has room for 528: a program for each head would write and read three times as many slots, one for all
 heads would leave half of the GPU idle. The size of a group must not depend on the batch, or a row's sums would.
 The head dimension is cut into pieces, so that the registers through which a tile of queries reaches shared memory are
-few: four programs fit on an SM (three at head dimensions above 64), and while one waits for memory or for the tensor
+few: four programs fit on an SM (three at head dimension 128), and while one waits for memory or for the tensor
 cores, another computes exponentials.
 """
 
@@ -160,7 +160,8 @@ def _head_mean_kernel(partials, mass, slots, heads, num_elements, BLOCK_H: tl.co
 def configuration_for(architecture: str, dtype: torch.dtype, head_dim: int) -> Configuration:
     """Tiles for image tokens by text tokens; by the static report, not measured."""
     if architecture == "sm_90" and dtype != torch.float32 and head_dim > 64:
-        # With a second stage of text tokens an SM would hold two programs, not three. Others would spill registers.
+        # With a second stage of text tokens an SM would hold two programs at head dimension 128, not three. Others
+        # would spill registers.
         return Configuration(128, 64, 4, 1)
     stages = 1 if architecture.startswith("gfx") else 2
     return Configuration(64, 16, 4, stages) if dtype == torch.float32 else Configuration(128, 32, 4, stages)

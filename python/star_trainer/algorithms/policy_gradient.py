@@ -428,7 +428,7 @@ def log_prob(state: TrainingState, samples: Samples, step: int, prediction: Pred
 
 
 def log_ratio(state: TrainingState, difference: Tensor) -> Tensor:
-    """|log-ratio|, mean and largest [2], at the method's granularity, from log-probs' `difference` [b, H, W]."""
+    """|log-ratio|, mean and largest [2], at the run's granularity, from log-probs' `difference` [b, H, W]."""
     if state.config.train.granularity == "image":
         difference = difference.mean((-2, -1))
     return torch.stack([difference.abs().mean(), difference.abs().max()])

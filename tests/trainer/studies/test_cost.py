@@ -214,6 +214,12 @@ def test_every_variant_makes_the_same_maps() -> None:
     assert uniform.weights is None
 
 
+def test_arms_take_their_ratios_where_their_names_say() -> None:
+    case = load_case(load_config("tiny", SMALL), torch.device("cpu"))
+    where = {arm: case.of(Arm(arm)).config.train.granularity for arm in ("uniform", "uniform_position", "star")}
+    assert where == {"uniform": "image", "uniform_position": "position", "star": "image"}
+
+
 def test_the_kernels_are_back_after_another_variant() -> None:
     fused = recorder.joint_attention
     with pytest.raises(KeyError), attention_of("materialised"):

@@ -348,13 +348,37 @@ def test_a_step_goes_against_its_gradient_as_far_as_all_others_and_back(monkeypa
 
     monkeypatch.setattr(progress, "collect", sampled)
     means = {("star", "none"): 3 * slope.float(), ("uniform", "none"): other.float()}
-    along, aside = progress.measure_progress(
-        state, load_prompts(state.config.prompts)[0], None, means, 2, [10.0], lambda prompts: list(prompts)
-    )
+    means["shuffled", "none"] = torch.zeros(size)
+    draw = load_prompts(state.config.prompts)[0]
+    found = progress.measure_progress(state, draw, None, means, 2, [10.0], lambda prompts: list(prompts))
+    along, aside = found.rows
+    assert found.failure is None and (along.arm, aside.arm, aside.n) == ("star", "uniform", 2)
     assert along.length == aside.length == pytest.approx(1e-2 * math.sqrt(size))
     assert along.gain == pytest.approx(along.length * float(slope.norm()), rel=1e-4)
     assert aside.gain == pytest.approx(aside.length * float(slope @ other / other.norm()), rel=1e-2, abs=1e-2)
     assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+
+    calls = []
+
+    def fails(*_: object) -> SimpleNamespace:
+        calls.append(None)
+        if len(calls) == 8:  # of the third batch, away from the first weights
+            raise RewardError("no answer")
+        return sampled()
+
+    monkeypatch.setattr(progress, "collect", fails)
+    ended = progress.measure_progress(state, draw, None, means, 9, [10.0], lambda prompts: list(prompts))
+    assert isinstance(ended.failure, RewardError)
+    assert [(row.gain, row.n) for row in ended.rows] == [(row.gain, 2) for row in found.rows]
+    assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("lengths", ["0", "1,1", "1.2.3", "", "-1", "1,,2"])
+def test_lengths_of_steps_that_cannot_be_are_refused(lengths: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tiny", "--progress", "2", f"--progress-lengths={lengths}"]) == 2
+    assert "--progress-lengths: expected numbers above 0" in capsys.readouterr().err
+    assert main(["tiny", "--progress-lengths=1"]) == 2
+    assert "--progress-lengths: expected none without --progress" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -380,6 +404,8 @@ def test_what_was_measured_before_an_interrupt_or_a_fault_counts(
 
     monkeypatch.setattr("star_trainer.studies.sensitivity.gradients.collect", collect_or_stop)
     parts = ["--parts", "gradients", "--arms", "star,uniform", "--batches", "20"]
+    parts += ["--progress", "2"]
+    monkeypatch.setattr(progress, "collect", lambda *_: pytest.fail("goes on after it was stopped"))
     half = ["--arm", "half: allocation.strength=0.5"]
     assert main(["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", *parts, *half, "--folder", str(tmp_path)]) == code
     assert ("no answer" in capsys.readouterr().err) == (code == 2)
@@ -399,7 +425,7 @@ def test_what_was_measured_before_an_interrupt_or_a_fault_counts(
 
 def test_parts_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["tiny", *SMALL, f"run.folder={tmp_path / 'run'}", "--prompts", "6", "--folder", str(tmp_path)]
-    arms = ["--arms", "star,uniform", "--arm", "half: allocation.strength=0.5", "--batches", "3"]
+    arms = ["--arms", "star,uniform", "--arm", "half: allocation.strength=0.5", "--batches", "3", "--progress", "2"]
 
     def measured(*more: str) -> dict[str, object]:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -410,6 +436,7 @@ def test_parts_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture
     second = measured("--parts", "objects")
     third = measured("--parts", "edits")
     assert second["steps"] == third["steps"] == first["steps"] != []
+    assert second["progress"] == third["progress"] == first["progress"] != []
     assert second["gradients"] == third["gradients"] == first["gradients"] and third["arms"] == first["arms"]
     assert first["scores"] == [] and second["scores"] == third["scores"][: len(second["scores"])]
     table = (tmp_path / "sensitivity.md").read_text()

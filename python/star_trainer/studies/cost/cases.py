@@ -77,7 +77,10 @@ class Case:
         """The state under the settings of an arm."""
         config = self.state.config
         backend = config.backend if arm.variant == "fused" else "reference"
-        return self.under(config.model_copy(update={"method": arm.method, "backend": backend})).state
+        train = config.train
+        if arm.method == "uniform_position":
+            train = train.model_copy(update={"granularity": "position"})
+        return self.under(config.model_copy(update={"method": arm.method, "backend": backend, "train": train})).state
 
     def under(self, config: Config) -> Case:
         """The same under other settings of rollout and update."""

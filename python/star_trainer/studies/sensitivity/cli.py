@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
             "  star-sensitivity tiny\n"
             "  star-sensitivity tiny --parts gradients --batches 200 train.batch_size=96\n"
             '  star-sensitivity tiny --parts gradients --arm "half: allocation.strength=0.5"\n'
+            "  star-sensitivity tiny --parts gradients --arms star,uniform --progress 20 --progress-lengths 1,10\n"
             "  star-sensitivity tiny run.folder=runs/tiny_star_0 --trained     after that run instead of before\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,7 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--progress-lengths",
-        default="10",
         help="of those steps, comma-separated, in steps of the optimiser, each of which moves every parameter by about "
         "the learning rate (default: 10)",
     )
@@ -110,6 +110,8 @@ def _check(options: argparse.Namespace) -> tuple[Config, list[str], list[str]]:
     ):
         if number < least:
             raise ConfigError(f"{name}: expected at least {least}, got {number}")
+    if options.progress_lengths is not None and not options.progress:
+        raise ConfigError("--progress-lengths: expected none without --progress")
     _lengths(options.progress_lengths)
     if not 0.0 < options.share < 1.0:
         raise ConfigError(f"--share: expected between 0 and 1, got {options.share}")
@@ -123,10 +125,14 @@ def _check(options: argparse.Namespace) -> tuple[Config, list[str], list[str]]:
     return config, parts, arms
 
 
-def _lengths(text: str) -> list[float]:
-    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", text) or 0.0 in map(float, text.split(",")):
-        raise ConfigError(f"--progress-lengths: expected numbers above 0, separated by commas, got {text!r}")
-    return [float(number) for number in text.split(",")]
+def _lengths(text: str | None) -> list[float]:
+    if text is None:
+        return [10.0]
+    parts = text.split(",")
+    numbers = [float(part) for part in parts if re.fullmatch(r"\d+(\.\d+)?", part)]
+    if len(numbers) < len(parts) or min(numbers) <= 0.0 or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"--progress-lengths: expected numbers above 0, each once, with commas, got {text!r}")
+    return numbers
 
 
 def _others(options: argparse.Namespace, config: Config) -> dict[str, Allocation]:
@@ -199,14 +205,16 @@ def report(
             state, draw_training, reward.each, arms, options.batches, extractor.fill, others
         )
         signals, steps, failure = measured.signals, measured.steps, measured.failure
-        if options.progress and failure is None:
+        if options.progress and measured.is_whole:
             means = {
                 (arm, kind.removeprefix(gradients.SUM).removeprefix(", ") or "none"): own
                 for (arm, kind), own in measured.means.items()
                 if kind in (gradients.SUM, f"{gradients.SUM}, velocity")
             }
             lengths = _lengths(options.progress_lengths)
-            progress = measure_progress(state, draw_training, reward, means, options.progress, lengths, extractor.fill)
+            judged = measure_progress(state, draw_training, reward, means, options.progress, lengths, extractor.fill)
+            progress = judged.rows
+            failure = judged.failure if isinstance(judged.failure, Exception) else None
     table = "\n".join([tables(scores, signals), step_tables(steps), progress_table(progress)])
     content = {
         **settings,

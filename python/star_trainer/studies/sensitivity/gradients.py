@@ -186,7 +186,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured, and the fault that ended it early, if there was one.
+    """What was measured, whether it was ended early, and the fault that did, if it was no interrupt.
 
     `means` are the mean gradients [P] by arm and kind of temporal weights.
     """
@@ -195,6 +195,7 @@ class Measurement:
     steps: list[Steps]
     failure: Exception | None
     means: dict[tuple[str, str], Tensor]
+    is_whole: bool
 
 
 def measure_gradients(
@@ -240,7 +241,7 @@ def measure_gradients(
     for step in trained:
         signals += summarise(str(step), {arm: own[step] for arm, own in by_arm.items()})
     means = {(arm, kind): own.mean(0) for kind, sums in added.items() for arm, own in sums.items()}
-    return Measurement(signals, steps, failure, means)
+    return Measurement(signals, steps, failure, means, len(measured) == batches)
 
 
 def relate_steps(arm: str, gradients: Mapping[int, Tensor], kinds: Mapping[str, list[float]]) -> Steps:

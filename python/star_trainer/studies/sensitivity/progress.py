@@ -44,6 +44,14 @@ class Progress:
     n: int
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, and the fault or the interrupt that ended it early, if there was one."""
+
+    rows: list[Progress]
+    failure: BaseException | None
+
+
 def measure_progress(
     state: TrainingState,
     draw: PromptSource,
@@ -52,28 +60,45 @@ def measure_progress(
     batches: int,
     lengths: Sequence[float],
     fill: Callable[[Sequence[Prompt]], list[Prompt]],
-) -> list[Progress]:
+) -> Measured:
     """The gains of equally long steps from the state's weights, which stay as they are.
 
     Args:
         means: mean gradients of the loss [P] by arm and kind of temporal weights.
         batches: rollout batches that judge, at least 2.
         lengths: of the steps, in those of the optimiser, which move every parameter by about the learning rate.
+
+    A KeyboardInterrupt or a fault ends the measurement: the result is that of the batches so far, none of fewer than
+    two. An arm whose mean gradient is zero, or not finite, has no direction and no row.
     """
     config = state.config
+    means = {key: mean for key, mean in means.items() if 0.0 < float(mean.norm()) < math.inf}
+    if not means:
+        return Measured([], None)
     unit = config.train.learning_rate * math.sqrt(next(iter(means.values())).numel())
     keys = [(*key, unit * length) for length in lengths for key in means]
-    rewards: dict[tuple[str, str, float] | None, list[float]] = {key: [] for key in (None, *keys)}
+    rewards: list[list[float]] = []
+    failure: BaseException | None = None
     with own_worker() as worker:
-        for batch in tqdm(range(batches), unit="batch", desc="progress", disable=None):
-            place = _FIRST_ITERATION + batch
-            prompts = fill(draw(numpy_stream(config.run.seed, "prompts", place), config.rollout.prompts))
-            for key, found in rewards.items():
-                with _moved(state, torch.zeros(()) if key is None else _against(means[key[:2]], key[2])):
-                    found.append(float(collect(state.policy, config, prompts, reward, worker, place).rewards.mean()))
-    before = np.array(rewards.pop(None))
-    gains = {key: paired_difference(before, np.array(found)) for key, found in rewards.items() if key is not None}
-    return [Progress(*key, gain.mean, gain.low, gain.high, batches) for key, gain in gains.items()]
+        try:
+            for batch in tqdm(range(batches), unit="batch", desc="progress", disable=None):
+                place = _FIRST_ITERATION + batch
+                prompts = fill(draw(numpy_stream(config.run.seed, "prompts", place), config.rollout.prompts))
+                row = []
+                for step in (torch.zeros(()), *(_against(means[arm, kind], length) for arm, kind, length in keys)):
+                    with _moved(state, step):
+                        rollout = collect(state.policy, config, prompts, reward, worker, place)
+                    row.append(float(rollout.rewards.mean()))
+                rewards.append(row)
+        except (KeyboardInterrupt, Exception) as error:
+            tqdm.write(f"progress: stopped after {len(rewards)} of {batches} batches")
+            failure = error
+    if len(rewards) < 2:
+        return Measured([], failure)
+    before, *after = np.array(rewards).T
+    gains = [paired_difference(before, found) for found in after]
+    rows = [Progress(*key, g.mean, g.low, g.high, len(rewards)) for key, g in zip(keys, gains, strict=True)]
+    return Measured(rows, failure)
 
 
 def _against(gradient: Tensor, length: float) -> Tensor:
@@ -103,8 +128,7 @@ def progress_table(found: Sequence[Progress]) -> str:
         return ""
     lines = ["| a step along the mean gradient of | weights of the steps | length | reward gained | n |"]
     lines += ["|---" * 5 + "|"]
-    lines += [
-        f"| {own.arm} | {own.kind} | {own.length:.3g} | {own.gain:+.4f} [{own.low:+.4f}, {own.high:+.4f}] | {own.n} |"
-        for own in found
-    ]
+    for own in found:
+        interval = f" [{own.low:+.4f}, {own.high:+.4f}]" if math.isfinite(own.low) else ""
+        lines += [f"| {own.arm} | {own.kind} | {own.length:.3g} | {own.gain:+.4f}{interval} | {own.n} |"]
     return "\n".join([*lines, ""])

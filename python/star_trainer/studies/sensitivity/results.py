@@ -39,7 +39,7 @@ def kept_results(
         scores = [Score(**{**row, **_numbers(row, "value", "low", "high")}) for row in content["scores"]]
         signals = [_signal(row) for row in content["gradients"]]
         steps = [_steps(row) for row in content.get("steps", [])]
-        progress = [Progress(**row) for row in content.get("progress", [])]
+        progress = [Progress(**{**row, **_numbers(row, "low", "high")}) for row in content.get("progress", [])]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--folder: {path} cannot be read ({error}); choose another folder") from error
     scores = [score for score in scores if part_of(score) not in parts]
