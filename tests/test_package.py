@@ -57,7 +57,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_sdist_has_all_that_builds_and_tests_and_no_runs(checkout: Path) -> None:
     sdist = checkout.parent / "sdist"
-    assert files(sdist, *FOLDERS) == files(checkout, *FOLDERS)
+    assert files(sdist, *FOLDERS) == files(checkout, *FOLDERS) - files(checkout, "docs/images")
+    assert next((checkout / "made").iterdir()).stat().st_size <= 12e6
     kept = {"Makefile", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml"}
     kept |= {"setup.py", "pyproject.toml", "requirements.txt", "requirements-dev.txt", "CITATION.cff"}
     made = {"PKG-INFO", "setup.cfg", "star_kernels.egg-info", ".ci"}
